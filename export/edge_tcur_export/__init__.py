@@ -1,0 +1,1 @@
+"""torch -> bundle: inference graph, step graph, ONNX Runtime Training artifacts, parity."""

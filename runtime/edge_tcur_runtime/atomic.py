@@ -1,0 +1,65 @@
+"""Old-or-new file replacement: a reader sees the old content or the new, never a part.
+
+Write to a temporary file in the same directory, fsync it, rename it over the target, fsync the
+directory. After a failed fsync the descriptor is never retried (the kernel may have dropped the
+dirty pages): the temporary file is removed and the caller starts over with a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from pathlib import Path
+
+from edge_tcur_runtime.errors import DiskError
+
+_DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+
+
+def disk_error(error: OSError, path: Path) -> DiskError:
+    """The user-facing form of a failed write to `path`."""
+    reason = error.strerror or str(error)
+    hint = "free some space and run the command again"
+    if error.errno not in _DISK_ERRNOS:
+        hint = "check that the directory exists and that you may write to it"
+    return DiskError(f"cannot write: {reason}", where=str(path), hint=hint)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Makes a rename inside `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
+    """Replaces the file at `path` by `content` (bytes), old or new.
+
+    Args:
+        path: the target; its directory must exist.
+        content: the whole new content.
+        mode: permission bits; personal adapters use ``0o600``.
+
+    Raises:
+        DiskError: the disk is full, read-only, failing or not writable; `path` is as before.
+    """
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            view = memoryview(content)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise disk_error(error, path) from error

@@ -1,0 +1,367 @@
+"""The adapter file: one `.safetensors` file of a few kilobytes, never pickle.
+
+Layout (format version 1)
+    tensors   ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` i32 [r], ``<group>.cols`` i32 [r],
+              and trained extras (a head) under their own parameter names, f32.
+    metadata  ``edge_tcur``: one JSON document (see `AdapterHeader`), ``sha256``: digest of that
+              document and of every tensor, so that no changed bit is ever accepted.
+
+The core is stored in *raw* coordinates: the update of slice ``l`` is
+``dW[l] = sum over i + j + k = l (mod n3) of W[i][:, cols] @ core[j] @ W[k][rows, :]``. A frame is a
+choice of coordinates while training and changes nothing in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from edge_tcur_runtime.atomic import write_atomic
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    FileFormatError,
+    FormatVersionError,
+    IntegrityError,
+)
+from edge_tcur_runtime.formats.digest import digest_bytes, digest_tensors
+from edge_tcur_runtime.formats.schema import Fields, parse_json
+
+FORMAT_VERSION = 1
+METHOD = "tcurlora"
+MAX_FILE_BYTES = 64 * 2**20  # a head of 50,000 classes fits; a base model does not
+MAX_HEADER_BYTES = 64 * 2**10
+_DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+COUPLINGS = ("all",)
+TRANSFORMS = ("dft",)
+FRAMES = ("raw", "orthonormal")
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """The weights that share one core.
+
+    Attributes:
+        parameters: names of the base's weights in slice order, n3 of them.
+        n1: rows (output features) of each weight.
+        n2: columns (input features) of each weight.
+    """
+
+    parameters: tuple[str, ...]
+    n1: int
+    n2: int
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The factors of one group.
+
+    Attributes:
+        core: f32 [n3, r, r], the trained numbers.
+        rows: i32 [r], strictly increasing row indices below n1.
+        cols: i32 [r], strictly increasing column indices below n2.
+    """
+
+    core: np.ndarray
+    rows: np.ndarray
+    cols: np.ndarray
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows and columns."""
+        return int(self.core.shape[-1])
+
+
+@dataclass(frozen=True)
+class AdapterHeader:
+    """The JSON document of an adapter file.
+
+    Attributes:
+        base_digest: digest of the base's tensors (`digest_state`) that this adapter belongs to.
+        groups: group name -> weights.
+        task: task name, e.g. ``"text-classification"``.
+        labels: class names in output order.
+        frame: coordinates in which it was trained (``raw`` or ``orthonormal``).
+        provenance: free text values: tool version, command, parent adapter; no time stamps, so
+            that the same seed gives the same bytes.
+    """
+
+    base_digest: str
+    groups: Mapping[str, GroupSpec]
+    task: str
+    labels: tuple[str, ...]
+    coupling: str = "all"
+    transform: str = "dft"
+    frame: str = "orthonormal"
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A verified adapter: header, factors per group, and trained extras by parameter name (f32)."""
+
+    header: AdapterHeader
+    factors: Mapping[str, Factors]
+    extras: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Every tensor of the file by its name in the file."""
+        result: dict[str, np.ndarray] = {}
+        for group, factors in self.factors.items():
+            result[f"{group}.core"] = np.ascontiguousarray(factors.core, dtype="<f4")
+            result[f"{group}.rows"] = np.ascontiguousarray(factors.rows, dtype="<i4")
+            result[f"{group}.cols"] = np.ascontiguousarray(factors.cols, dtype="<i4")
+        for name, value in self.extras.items():
+            result[name] = np.ascontiguousarray(value, dtype="<f4")
+        return result
+
+    @property
+    def trained_numbers(self) -> int:
+        """Numbers in the cores; a trained head is counted apart (`extra_numbers`)."""
+        return sum(int(factors.core.size) for factors in self.factors.values())
+
+    @property
+    def extra_numbers(self) -> int:
+        """Numbers in trained extras such as a head."""
+        return sum(int(value.size) for value in self.extras.values())
+
+
+def serialize_adapter(adapter: Adapter) -> bytes:
+    """The bytes of an adapter file. Deterministic: the same adapter gives the same bytes.
+
+    Raises:
+        BadInputError: the adapter breaks a rule of the format (non-finite core, bad indices).
+    """
+    _check_values(adapter, "adapter")
+    header = adapter.header
+    document = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "method": METHOD,
+            "coupling": header.coupling,
+            "transform": header.transform,
+            "frame": header.frame,
+            "base_digest": header.base_digest,
+            "task": header.task,
+            "labels": list(header.labels),
+            "groups": {name: asdict(spec) for name, spec in sorted(header.groups.items())},
+            "provenance": dict(sorted(header.provenance.items())),
+        },
+        separators=(",", ":"),
+        ensure_ascii=False,
+    )
+    tensors = adapter.tensors()
+    metadata = {"edge_tcur": document, "sha256": _content_digest(document, tensors)}
+    raw = safetensors.numpy.save(tensors, metadata)
+    header_bytes = int.from_bytes(raw[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES or len(raw) > MAX_FILE_BYTES:
+        raise BadInputError(
+            f"the adapter file would be {len(raw)} bytes with a header of {header_bytes}; "
+            f"the limits are {MAX_FILE_BYTES} and {MAX_HEADER_BYTES}"
+        )
+    return raw
+
+
+def write_adapter(path: Path, adapter: Adapter, *, private: bool = False) -> str:
+    """Writes an adapter file old-or-new and returns the digest of its bytes.
+
+    Args:
+        private: a personal adapter: readable by its owner only (0600).
+
+    Raises:
+        DiskError: the file could not be written; an older file is still whole.
+    """
+    raw = serialize_adapter(adapter)
+    write_atomic(path, raw, mode=0o600 if private else 0o644)
+    return digest_bytes(raw)
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        BadInputError: missing, unreadable, not a regular file.
+        FileFormatError: larger than `limit`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with os.fdopen(descriptor, "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadInputError("not a regular file", where=str(path))
+            if status.st_size > limit:
+                raise FileFormatError(f"{status.st_size} bytes; the limit is {limit}", where=str(path))
+            return file.read(limit + 1)
+    except OSError as error:
+        raise BadInputError(f"cannot read: {error.strerror}", where=str(path)) from error
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Reads and verifies an adapter file. See `parse_adapter` for the errors."""
+    return parse_adapter(read_bounded(path, MAX_FILE_BYTES), str(path))
+
+
+def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
+    """An adapter from the bytes of its file; every check comes before the value is used.
+
+    Raises:
+        FileFormatError: not an adapter file (size, header, schema, tensor names, dtypes, shapes).
+        FormatVersionError: written by a newer version.
+        IntegrityError: the digest inside does not match the content.
+        BadInputError: values out of range (non-finite core, indices).
+    """
+    table = _parse_table(raw, where)
+    metadata = table.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {"edge_tcur", "sha256"}:
+        raise FileFormatError(
+            "this safetensors file is not an edge-tcur adapter (its metadata lacks 'edge_tcur' and 'sha256')",
+            where=where,
+        )
+    tensors = _parse_tensors(raw, table, where)
+    document, expected = str(metadata["edge_tcur"]), str(metadata["sha256"])
+    actual = _content_digest(document, tensors)
+    if actual != expected:
+        raise IntegrityError(
+            f"the content was altered: its digest is {actual}, the file promises {expected}",
+            where=where,
+            hint="fetch or build the adapter again; this copy is not used",
+        )
+    header = _parse_header(parse_json(document.encode(), f"{where}: edge_tcur"), f"{where}: edge_tcur")
+    adapter = _assemble(header, tensors, where)
+    _check_values(adapter, where)
+    return adapter
+
+
+def _content_digest(document: str, tensors: Mapping[str, np.ndarray]) -> str:
+    named = [("edge_tcur", np.frombuffer(document.encode(), dtype=np.uint8))]
+    named += [(name, tensors[name]) for name in sorted(tensors)]
+    return digest_tensors(named)
+
+
+def _parse_table(raw: bytes, where: str) -> dict[str, Any]:
+    """The safetensors header as a dict, duplicates refused (the library keeps the last of two)."""
+    if len(raw) > MAX_FILE_BYTES:
+        raise FileFormatError(f"{len(raw)} bytes; the limit is {MAX_FILE_BYTES}", where=where)
+    if len(raw) < 8:
+        raise FileFormatError(f"{len(raw)} bytes are too few for an adapter file", where=where)
+    length = int.from_bytes(raw[:8], "little")
+    if length > min(MAX_HEADER_BYTES, len(raw) - 8):
+        raise FileFormatError(
+            f"the header claims {length} bytes; the file has {len(raw)} and the limit is {MAX_HEADER_BYTES}",
+            where=where,
+        )
+    return parse_json(raw[8 : 8 + length], f"{where}: header")
+
+
+def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
+    for name, entry in table.items():
+        Fields(entry if isinstance(entry, dict) else {}, f"{where}: {name}").only(
+            "dtype", "shape", "data_offsets"
+        ).choice("dtype", _DTYPES)
+        if not name or "\0" in name or "/" in name or "\\" in name:
+            raise FileFormatError(f"the tensor name {name!r} is not allowed", where=where)
+    try:
+        entries = safetensors.deserialize(raw)
+    except safetensors.SafetensorError as error:
+        raise FileFormatError(f"not a valid safetensors file: {error}", where=where) from error
+    return {
+        name: np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        for name, entry in entries
+    }
+
+
+def _parse_header(document: Mapping[str, Any], where: str) -> AdapterHeader:
+    fields = Fields(document, where)
+    check_version(fields, FORMAT_VERSION)
+    fields.only(
+        "format_version", "method", "coupling", "transform", "frame", "base_digest", "task", "labels",
+        "groups", "provenance",
+    )  # fmt: skip
+    fields.choice("method", (METHOD,))
+    provenance = fields.child("provenance")
+    return AdapterHeader(
+        base_digest=fields.text("base_digest"),
+        groups={name: parse_group(child) for name, child in fields.children("groups").items()},
+        task=fields.text("task"),
+        labels=fields.texts("labels"),
+        coupling=fields.choice("coupling", COUPLINGS),
+        transform=fields.choice("transform", TRANSFORMS),
+        frame=fields.choice("frame", FRAMES),
+        provenance={key: provenance.text(key) for key in provenance.mapping_keys()},
+    )
+
+
+def check_version(fields: Fields, known: int) -> None:
+    """Refuses a document of a newer format version before any other field is read."""
+    version = fields.integer("format_version", low=1)
+    if version > known:
+        raise FormatVersionError(
+            f"format version {version} is newer than {known}, the newest that this version reads",
+            where=fields.where,
+            hint="update edge-tcur-runtime on this machine",
+        )
+
+
+def parse_group(fields: Fields) -> GroupSpec:
+    """A group's weights from its JSON object."""
+    fields.only("parameters", "n1", "n2")
+    parameters = fields.texts("parameters")
+    if not parameters or len(set(parameters)) != len(parameters):
+        raise FileFormatError("'parameters' must name at least one weight, each once", where=fields.where)
+    return GroupSpec(parameters, fields.integer("n1", low=1), fields.integer("n2", low=1))
+
+
+def _assemble(header: AdapterHeader, tensors: Mapping[str, np.ndarray], where: str) -> Adapter:
+    rest = dict(tensors)
+    factors = {}
+    for group in header.groups:
+        parts = []
+        for part in ("core", "rows", "cols"):
+            if (value := rest.pop(f"{group}.{part}", None)) is None:
+                raise FileFormatError(f"the tensor '{group}.{part}' is missing", where=where)
+            parts.append(value)
+        factors[group] = Factors(*parts)
+    for name, value in rest.items():
+        if name.rpartition(".")[2] in {"core", "rows", "cols"} or value.dtype != np.float32:
+            raise FileFormatError(f"the tensor {name!r} belongs to no group of this adapter", where=where)
+    return Adapter(header, factors, rest)
+
+
+def _check_values(adapter: Adapter, where: str) -> None:
+    if set(adapter.factors) != set(adapter.header.groups) or not (adapter.factors or adapter.extras):
+        raise FileFormatError("groups and factors do not name the same groups, or are empty", where=where)
+    for group, spec in adapter.header.groups.items():
+        _check_factors(adapter.factors[group], spec, f"{where}: {group}")
+    for name, value in adapter.extras.items():
+        if not np.isfinite(value).all():
+            raise BadInputError("holds NaN or infinity", where=f"{where}: {name}")
+
+
+def _check_factors(factors: Factors, spec: GroupSpec, where: str) -> None:
+    n3, rank = len(spec.parameters), factors.rank if factors.core.ndim == 3 else 0
+    if rank < 1 or factors.core.shape != (n3, rank, rank) or factors.core.dtype != np.float32:
+        raise FileFormatError(
+            f"the core has shape {factors.core.shape} and dtype {factors.core.dtype}; "
+            f"expected float32 [{n3}, r, r] with r of at least 1",
+            where=where,
+        )
+    if not np.isfinite(factors.core).all():
+        raise BadInputError("the core holds NaN or infinity", where=where)
+    for name, indices, size in (("rows", factors.rows, spec.n1), ("cols", factors.cols, spec.n2)):
+        if indices.shape != (rank,) or indices.dtype != np.int32:
+            raise FileFormatError(
+                f"{name} have shape {indices.shape} and dtype {indices.dtype}; expected int32 [{rank}]",
+                where=where,
+            )
+        if indices[0] < 0 or indices[-1] >= size or (np.diff(indices) <= 0).any():
+            raise BadInputError(
+                f"{name} must be strictly increasing indices from 0 to {size - 1}", where=where
+            )

@@ -1,0 +1,271 @@
+"""The bundle: a flat directory that holds one frozen base and the graphs that read it.
+
+`manifest.json` lists every other file with its size and SHA-256; nothing is opened before its
+digest matches. All ONNX graphs reference the same external-data file `base.bin`. The directory is
+flat on purpose: ONNX's external data may then never leave the graph's own directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_tcur_runtime.errors import FileFormatError, IntegrityError
+from edge_tcur_runtime.formats.adapter import (
+    COUPLINGS,
+    TRANSFORMS,
+    check_version,
+    read_bounded,
+)
+from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.schema import Fields, parse_json
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+BASE_FILE = "base.bin"
+MAX_MANIFEST_BYTES = 4 * 2**20
+GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and ``sha256:<hex>`` of one file of the bundle."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a weight lies in `base.bin`.
+
+    Attributes:
+        offset: bytes from the start of the file.
+        dtype: numpy name, ``float32``.
+        shape: shape as stored.
+        transposed: True where the stored matrix is the transpose of the base's parameter
+            (linear weights are stored [n2, n1], as MatMul reads them).
+    """
+
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class BundleGroup:
+    """A group of adapted weights in slice order, with the sizes and default rank of its factors."""
+
+    parameters: tuple[str, ...]
+    n1: int
+    n2: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `manifest.json`.
+
+    Attributes:
+        base_digest: canonical digest of the base's tensors (`digest_state`).
+        files: file name -> size and digest, every file but the manifest.
+        graphs: role (`GRAPHS`) -> file name; roles that were not exported are absent.
+        inputs: model input name -> dtype and shape, in graph order, factors not included.
+        groups: adapted groups; the graphs take ``<group>.core``, ``.rows`` and ``.cols`` as inputs.
+        tensors: parameter name -> place in `base.bin`, for the adapted weights.
+        extras: trained extras (head) name -> shape; graph inputs under their own names.
+        task, labels: what the outputs mean.
+        preprocessing: how raw data become inputs (`edge_tcur_runtime.preprocess`).
+        canary: file of fixed inputs and the expected outputs of base and adapter.
+        adapter: file of the adapter that was exported with the bundle.
+        versions: of the tool and the libraries that wrote the bundle.
+        device: the device profile it was exported for, if any.
+    """
+
+    base_digest: str
+    files: Mapping[str, FileEntry]
+    graphs: Mapping[str, str]
+    inputs: Mapping[str, InputSpec]
+    groups: Mapping[str, BundleGroup]
+    tensors: Mapping[str, TensorPlace]
+    extras: Mapping[str, tuple[int, ...]]
+    task: str
+    labels: tuple[str, ...]
+    preprocessing: Mapping[str, Any]
+    opset: int
+    ir_version: int
+    coupling: str = "all"
+    transform: str = "dft"
+    canary: str | None = None
+    adapter: str | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and whose files were verified."""
+
+    root: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Path of one of the bundle's files."""
+        return self.root / name
+
+    def graph(self, role: str) -> Path | None:
+        """Path of the graph with this role, or None where it was not exported."""
+        name = self.manifest.graphs.get(role)
+        return None if name is None else self.root / name
+
+
+def serialize_manifest(manifest: Manifest) -> bytes:
+    """The bytes of `manifest.json`."""
+    document = {"format_version": FORMAT_VERSION, "kind": "edge-tcur-bundle", **asdict(manifest)}
+    return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
+
+
+def parse_manifest(raw: bytes, where: str) -> Manifest:
+    """A manifest from its bytes.
+
+    Raises:
+        FileFormatError: bad JSON, unknown or missing fields, a file name that leaves the directory.
+        FormatVersionError: written by a newer version.
+    """
+    fields = Fields(parse_json(raw, where), where)
+    check_version(fields, FORMAT_VERSION)
+    fields.only("format_version", "kind", *Manifest.__dataclass_fields__)
+    fields.choice("kind", ("edge-tcur-bundle",))
+    graphs, versions = fields.child("graphs").only(*GRAPHS), fields.child("versions")
+    manifest = Manifest(
+        base_digest=fields.text("base_digest"),
+        files={name: _parse_file(name, child) for name, child in fields.children("files").items()},
+        graphs={role: graphs.text(role) for role in graphs.mapping_keys()},
+        inputs={name: _parse_input(child) for name, child in fields.children("inputs").items()},
+        groups={name: _parse_group(child) for name, child in fields.children("groups").items()},
+        tensors={name: _parse_place(child) for name, child in fields.children("tensors").items()},
+        extras={name: _shape(fields.child("extras"), name) for name in fields.mapping("extras")},
+        task=fields.text("task"),
+        labels=fields.texts("labels"),
+        preprocessing=fields.mapping("preprocessing"),
+        opset=fields.integer("opset", low=1),
+        ir_version=fields.integer("ir_version", low=1),
+        coupling=fields.choice("coupling", COUPLINGS),
+        transform=fields.choice("transform", TRANSFORMS),
+        canary=fields.optional_text("canary"),
+        adapter=fields.optional_text("adapter"),
+        versions={key: versions.text(key) for key in versions.mapping_keys()},
+        device=fields.optional_text("device"),
+    )
+    _check_references(manifest, where)
+    return manifest
+
+
+def _check_references(manifest: Manifest, where: str) -> None:
+    named = [*manifest.graphs.values(), manifest.canary, manifest.adapter, BASE_FILE]
+    for name in named:
+        if name is not None and name not in manifest.files:
+            raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
+    for group, spec in manifest.groups.items():
+        for parameter in spec.parameters:
+            place = manifest.tensors.get(parameter)
+            shape = (spec.n1, spec.n2)
+            if place is None or place.shape != (shape[::-1] if place.transposed else shape):
+                raise FileFormatError(
+                    f"group {group!r}: the weight {parameter!r} is missing from 'tensors' or is not {shape}",
+                    where=where,
+                )
+
+
+def _parse_file(name: str, fields: Fields) -> FileEntry:
+    if not name or "/" in name or "\\" in name or "\0" in name or name in {".", "..", MANIFEST}:
+        raise FileFormatError(f"the file name {name!r} is not allowed", where=fields.where)
+    fields.only("size", "sha256")
+    return FileEntry(fields.integer("size"), fields.text("sha256"))
+
+
+def _shape(fields: Fields, key: str) -> tuple[int, ...]:
+    values = fields.items(key)
+    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+        raise FileFormatError(f"the field {key!r} must hold sizes", where=fields.where)
+    return tuple(values)
+
+
+def _parse_input(fields: Fields) -> InputSpec:
+    fields.only("dtype", "shape")
+    shape = fields.items("shape")
+    if not all(isinstance(axis, (int, str)) and not isinstance(axis, bool) for axis in shape):
+        raise FileFormatError("'shape' must hold sizes or axis names", where=fields.where)
+    return InputSpec(fields.choice("dtype", ("float32", "int64")), tuple(shape))
+
+
+def _parse_group(fields: Fields) -> BundleGroup:
+    fields.only("parameters", "n1", "n2", "rank")
+    return BundleGroup(
+        fields.texts("parameters"),
+        fields.integer("n1", low=1),
+        fields.integer("n2", low=1),
+        fields.integer("rank", low=1),
+    )
+
+
+def _parse_place(fields: Fields) -> TensorPlace:
+    fields.only("offset", "dtype", "shape", "transposed")
+    return TensorPlace(
+        fields.integer("offset"),
+        fields.choice("dtype", ("float32",)),
+        _shape(fields, "shape"),
+        fields.flag("transposed"),
+    )
+
+
+def open_bundle(root: Path, *, verify: bool = True) -> Bundle:
+    """Opens a bundle: manifest first, then every file's kind, size and digest.
+
+    Args:
+        root: the bundle's directory.
+        verify: read and digest every file (one pass over the base). Only a caller that has just
+            done it may say False.
+
+    Raises:
+        BadInputError: the directory or the manifest cannot be read.
+        FileFormatError: the manifest is malformed.
+        IntegrityError: a file is missing, a link, of another size or altered.
+    """
+    path = root / MANIFEST
+    manifest = parse_manifest(read_bounded(path, MAX_MANIFEST_BYTES), str(path))
+    if verify:
+        for name, entry in manifest.files.items():
+            verify_file(root / name, entry)
+    return Bundle(root, manifest)
+
+
+def verify_file(path: Path, entry: FileEntry) -> None:
+    """Compares one file with its entry in the manifest.
+
+    Raises:
+        IntegrityError: missing, not a regular file (links are refused), of another size or digest.
+    """
+    hint = "copy or download the bundle again"
+    if path.is_symlink() or not path.is_file():
+        raise IntegrityError("missing, or not a regular file", where=str(path), hint=hint)
+    size = path.stat().st_size
+    if size != entry.size:
+        raise IntegrityError(f"{size} bytes; the manifest says {entry.size}", where=str(path), hint=hint)
+    actual = digest_file(path)
+    if actual != entry.sha256:
+        raise IntegrityError(
+            f"altered: its digest is {actual}, the manifest says {entry.sha256}", where=str(path), hint=hint
+        )
