@@ -45,7 +45,8 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         mode: permission bits; personal adapters use ``0o600``.
 
     Raises:
-        DiskError: the disk is full, read-only, failing or not writable; `path` is as before.
+        DiskError: the disk is full, read-only, failing or not writable. `path` is old or new, always
+            whole: when only the last fsync of the directory failed, the new content is already there.
     """
     temporary = path.parent / f".{path.name}.{secrets.token_hex(6)}.tmp"
     try:

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import TypeVar
 
 import click
 
 from edge_tcur_runtime.errors import EdgeError
 
 SCHEMA_VERSION = 1
-T = TypeVar("T")
 
 
 class Mode(Enum):
@@ -57,13 +55,23 @@ class Sink:
             click.echo(f"  hint: {error.hint}", err=True)
 
     @contextmanager
-    def progress(self, items: Iterable[T], *, label: str, length: int | None = None) -> Iterator[Iterable[T]]:
-        """Iterates under a progress bar on stderr when that is a terminal, silently otherwise."""
+    def steps(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """A progress bar on stderr, silent where that is no terminal.
+
+        Yields:
+            a function of steps done, steps in all, and the loss to show.
+        """
         if self.mode is Mode.QUIET or not sys.stderr.isatty():
-            yield items
+            yield lambda *_: None
             return
-        with click.progressbar(items, label=label, length=length, file=sys.stderr) as bar:
-            yield bar
+        with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+            def advance(done: int, total: int, loss: float) -> None:
+                bar.length = total
+                bar.label = f"{label}, loss {loss:.3f}"
+                bar.update(done - bar.pos)
+
+            yield advance
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

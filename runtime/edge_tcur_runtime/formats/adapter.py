@@ -3,8 +3,9 @@
 Layout (format version 1)
     tensors   ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` i32 [r], ``<group>.cols`` i32 [r],
               and trained extras (a head) under their own parameter names, f32.
-    metadata  ``edge_tcur``: one JSON document (see `AdapterHeader`), ``sha256``: digest of that
-              document and of every tensor, so that no changed bit is ever accepted.
+    metadata  ``edge_tcur``: one JSON document (see `AdapterHeader`). Its last field, ``sha256``, is the
+              digest of the document before it and of every tensor, so that no changed byte is ever
+              accepted. One key, because the library writes several in no fixed order.
 
 The core is stored in *raw* coordinates: the update of slice ``l`` is
 ``dW[l] = sum over i + j + k = l (mod n3) of W[i][:, cols] @ core[j] @ W[k][rows, :]``. A frame is a
@@ -40,6 +41,8 @@ METHOD = "tcurlora"
 MAX_FILE_BYTES = 64 * 2**20  # a head of 50,000 classes fits; a base model does not
 MAX_HEADER_BYTES = 64 * 2**10
 _DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+_METADATA = "edge_tcur"
+_DIGEST = "sha256"
 COUPLINGS = ("all",)
 TRANSFORMS = ("dft",)
 FRAMES = ("raw", "orthonormal")
@@ -142,24 +145,20 @@ def serialize_adapter(adapter: Adapter) -> bytes:
     """
     _check_values(adapter, "adapter")
     header = adapter.header
-    document = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "method": METHOD,
-            "coupling": header.coupling,
-            "transform": header.transform,
-            "frame": header.frame,
-            "base_digest": header.base_digest,
-            "task": header.task,
-            "labels": list(header.labels),
-            "groups": {name: asdict(spec) for name, spec in sorted(header.groups.items())},
-            "provenance": dict(sorted(header.provenance.items())),
-        },
-        separators=(",", ":"),
-        ensure_ascii=False,
-    )
+    document = {
+        "format_version": FORMAT_VERSION,
+        "method": METHOD,
+        "coupling": header.coupling,
+        "transform": header.transform,
+        "frame": header.frame,
+        "base_digest": header.base_digest,
+        "task": header.task,
+        "labels": list(header.labels),
+        "groups": {name: asdict(spec) for name, spec in sorted(header.groups.items())},
+        "provenance": dict(sorted(header.provenance.items())),
+    }
     tensors = adapter.tensors()
-    metadata = {"edge_tcur": document, "sha256": _content_digest(document, tensors)}
+    metadata = {_METADATA: _compact({**document, _DIGEST: _content_digest(document, tensors)})}
     raw = safetensors.numpy.save(tensors, metadata)
     header_bytes = int.from_bytes(raw[:8], "little")
     if header_bytes > MAX_HEADER_BYTES or len(raw) > MAX_FILE_BYTES:
@@ -193,13 +192,16 @@ def read_bounded(path: Path, limit: int) -> bytes:
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(file.fileno())
+        try:
+            status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise BadInputError("not a regular file", where=str(path))
             if status.st_size > limit:
                 raise FileFormatError(f"{status.st_size} bytes; the limit is {limit}", where=str(path))
-            return file.read(limit + 1)
+            with os.fdopen(descriptor, "rb", closefd=False) as file:
+                return file.read(limit)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise BadInputError(f"cannot read: {error.strerror}", where=str(path)) from error
 
@@ -220,28 +222,34 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
     """
     table = _parse_table(raw, where)
     metadata = table.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or set(metadata) != {"edge_tcur", "sha256"}:
+    if not isinstance(metadata, dict) or set(metadata) != {_METADATA}:
         raise FileFormatError(
-            "this safetensors file is not an edge-tcur adapter (its metadata lacks 'edge_tcur' and 'sha256')",
+            f"this safetensors file is not an edge-tcur adapter (its metadata is not {_METADATA!r})",
             where=where,
         )
     tensors = _parse_tensors(raw, table, where)
-    document, expected = str(metadata["edge_tcur"]), str(metadata["sha256"])
-    actual = _content_digest(document, tensors)
-    if actual != expected:
+    text, place = str(metadata[_METADATA]), f"{where}: {_METADATA}"
+    document = parse_json(text.encode(), place)
+    rest = {key: value for key, value in document.items() if key != _DIGEST}
+    expected, actual = Fields(document, place).text(_DIGEST), _content_digest(rest, tensors)
+    if actual != expected or text != _compact({**rest, _DIGEST: expected}):
         raise IntegrityError(
             f"the content was altered: its digest is {actual}, the file promises {expected}",
             where=where,
             hint="fetch or build the adapter again; this copy is not used",
         )
-    header = _parse_header(parse_json(document.encode(), f"{where}: edge_tcur"), f"{where}: edge_tcur")
+    header = _parse_header(rest, place)
     adapter = _assemble(header, tensors, where)
     _check_values(adapter, where)
     return adapter
 
 
-def _content_digest(document: str, tensors: Mapping[str, np.ndarray]) -> str:
-    named = [("edge_tcur", np.frombuffer(document.encode(), dtype=np.uint8))]
+def _compact(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+
+
+def _content_digest(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    named = [(_METADATA, np.frombuffer(_compact(document).encode(), dtype=np.uint8))]
     named += [(name, tensors[name]) for name in sorted(tensors)]
     return digest_tensors(named)
 
@@ -269,7 +277,7 @@ def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str
         if not name or "\0" in name or "/" in name or "\\" in name:
             raise FileFormatError(f"the tensor name {name!r} is not allowed", where=where)
     try:
-        entries = safetensors.deserialize(raw)
+        entries = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise FileFormatError(f"not a valid safetensors file: {error}", where=where) from error
     return {

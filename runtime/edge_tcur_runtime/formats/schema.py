@@ -105,9 +105,7 @@ class Fields:
         """An integer in ``[low, high]``."""
         value = int(self._get(key, (int,), "an integer"))
         if not low <= value <= high:
-            raise FileFormatError(
-                f"the field {key!r} is {value}; expected {low} to {high}", where=self.where
-            )
+            raise FileFormatError(f"the field {key!r} is {value}; expected {low} to {high}", where=self.where)
         return value
 
     def number(self, key: str) -> float:

@@ -1,0 +1,97 @@
+"""`eval`: a run's adapter, or its bare base, scored on labelled data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edge_tcur.data import prepare
+from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.models import Base, load_base
+from edge_tcur.tasks import find_task
+from edge_tcur.training.job import group_specs, read_data, set_threads
+from edge_tcur.training.loop import accuracy
+from edge_tcur.training.run import Run
+from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
+from edge_tcur_runtime.formats.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Accuracies, 0 to 1, of the adapter and of the base without it."""
+
+    adapter_accuracy: float
+    base_accuracy: float
+    samples: int
+
+
+def load_run_base(run: Run) -> Base:
+    """The base of a run, refused when it is no longer the one that was trained on.
+
+    Raises:
+        BaseMismatchError: its digest changed since training; both digests are named.
+    """
+    base = load_base(
+        run.config.base, find_task(run.config.task), run.labels, {"max_length": run.config.max_length}
+    )
+    if base.digest != run.base_digest:
+        raise BaseMismatchError(
+            f"the base is now {base.digest}; the adapter was trained on {run.base_digest}",
+            where=run.config.base,
+            hint="restore the base that was trained on, or train again; a function must return the same "
+            "weights at every call",
+        )
+    return base
+
+
+def apply_adapter(base: Base, run: Run, adapter: Adapter) -> Injection:
+    """Injects an adapter into its base, head included.
+
+    Raises:
+        BaseMismatchError: it was made for another base, other groups or another head.
+        IncompatibleError: it answers with other labels than the run.
+    """
+    header = adapter.header
+    if header.base_digest != base.digest:
+        raise BaseMismatchError(
+            f"the adapter was made for the base {header.base_digest}, this one is {base.digest}"
+        )
+    if header.labels != run.labels:
+        raise IncompatibleError(
+            f"the adapter's labels are {_listed(header.labels)}; the run's are {_listed(run.labels)}"
+        )
+    head = base.head_parameters()
+    shapes = {name: tuple(parameter.shape) for name, parameter in head.items()}
+    found = {name: value.shape for name, value in adapter.extras.items()}
+    if found != shapes:
+        raise BaseMismatchError(f"the adapter's head is {found}; the base takes {shapes}")
+    injection = inject(base.model, run.config.method(), keep=base.head, factors=adapter.factors)
+    if header.groups != group_specs(injection.targets):
+        injection.remove()
+        raise BaseMismatchError("the adapter's groups name other weights than the run's settings give")
+    with torch.no_grad():
+        for name, parameter in head.items():
+            parameter.copy_(torch.from_numpy(adapter.extras[name].copy()))
+    return injection
+
+
+def _listed(labels: tuple[str, ...]) -> str:
+    return ", ".join(labels[:8]) + (f" and {len(labels) - 8} more" if len(labels) > 8 else "")
+
+
+def evaluate_run(run: Run, data: Path, *, adapter: Adapter | None = None) -> EvalResult:
+    """Scores a run's adapter (or `adapter`, of the same base) and the bare base on `data`.
+
+    Raises:
+        DataError, BaseMismatchError: see `load_run_base` and `edge_tcur_runtime.data`.
+    """
+    set_threads(run.config.threads)
+    task = find_task(run.config.task)
+    base = load_run_base(run)
+    dataset = read_data(str(data), task, run.config, base=base)
+    prepared = prepare(dataset, run.labels, run.preprocessing, run.root)
+    base_accuracy = accuracy(base.model, prepared, task)
+    apply_adapter(base, run, adapter or run.adapter())
+    return EvalResult(accuracy(base.model, prepared, task), base_accuracy, len(prepared))

@@ -1,0 +1,70 @@
+"""`base.bin`: every frozen tensor once, referenced by all graphs as ONNX external data."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_tcur_runtime.formats.bundle import BASE_FILE
+
+_INLINE_BYTES = 256  # smaller tensors (shapes, axes, scalars) stay in the graph
+_SMALL_ALIGNMENT = 64  # bytes, a cache line
+_PAGE_BYTES = 4096  # large tensors start on a page, so that they can be mapped
+_LARGE_BYTES = 64 * 2**10
+
+
+class BaseFile:
+    """Collects tensors of several graphs; equal content is stored once.
+
+    Attributes:
+        size: bytes so far.
+        offsets: initializer name -> offset in bytes of its content.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / BASE_FILE
+        self._directory = directory
+        self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+        self.size = 0
+        self.offsets: dict[str, int] = {}
+        self._path.write_bytes(b"")
+
+    def externalize(self, model: ir.Model, *, keep: frozenset[str] = frozenset()) -> int:
+        """Moves the initializers of `model` into the file, those in `keep` and tiny ones apart.
+
+        Returns:
+            bytes that were new: 0 where every tensor was already there.
+        """
+        before = self.size
+        with self._path.open("ab") as file:
+            for name, value in model.graph.initializers.items():
+                tensor = value.const_value
+                if tensor is None or name in keep or tensor.nbytes <= _INLINE_BYTES:
+                    continue
+                raw = tensor.tobytes()
+                key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())
+                if key not in self._known:
+                    alignment = _PAGE_BYTES if len(raw) >= _LARGE_BYTES else _SMALL_ALIGNMENT
+                    padding = -self.size % alignment
+                    file.write(b"\0" * padding + raw)
+                    self._known[key] = self.size + padding
+                    self.size += padding + len(raw)
+                self.offsets[name] = self._known[key]
+                value.const_value = ir.ExternalTensor(
+                    BASE_FILE,
+                    self._known[key],
+                    len(raw),
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape),
+                    name=name,
+                    base_dir=self._directory,
+                )
+        return self.size - before
+
+
+def read_tensor(path: Path, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 tensor of `base.bin`, mapped read-only."""
+    return np.memmap(path, dtype="<f4", mode="r", offset=offset, shape=shape)

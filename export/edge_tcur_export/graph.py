@@ -1,0 +1,160 @@
+"""Traced program -> ONNX graph, by small passes that each say what they change.
+
+`to_graph` converts and names; the passes below change a graph in place and return it, in the order
+in which `bundle.build` calls them. Each has its test in tests/export/test_graph.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.passes import common
+
+from edge_tcur_export.trace import TARGETS, Traced
+
+OPSET = 20
+IR_VERSION = 10  # ONNX Runtime Training 1.19.2 reads IR 10 and older; onnx writes newer ones
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns of torchvision and of its own internals; neither concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def to_graph(traced: Traced) -> ir.Model:
+    """Converts a traced program, names its inputs and outputs, and folds what is constant.
+
+    The exporter's own optimiser is left out: its pattern rewriter takes longer than everything else
+    together on a graph with a backward pass, and ONNX Runtime applies the same rewrites at load.
+    """
+    from onnxscript.optimizer import fold_constants
+
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            traced.program, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
+        )
+    assert program is not None
+    model = program.model
+    # Larger limits would fold the transpose of a weight into a second copy of it.
+    fold_constants(model, onnx_shape_inference=False, input_size_limit=256, output_size_limit=256)
+    for clean in (
+        common.IdentityEliminationPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.ClearMetadataAndDocStringPass(),
+    ):
+        clean(model)
+    _name(model.graph.inputs, traced.signature.inputs)
+    _name(model.graph.outputs, traced.signature.outputs)
+    model.ir_version = IR_VERSION
+    return read_sizes_from_inputs(model, TARGETS)
+
+
+def _name(values: list[ir.Value], names: tuple[str, ...]) -> None:
+    if len(values) != len(names):
+        raise AssertionError(f"the graph has {len(values)} values for {len(names)} names")
+    for value, name in zip(values, names, strict=True):
+        value.name = name
+
+
+def read_sizes_from_inputs(model: ir.Model, targets: str) -> ir.Model:
+    """Reads dynamic sizes from the model's inputs where the exporter read them from the targets.
+
+    The exporter takes a symbol such as the batch size from any input that has it. Without this pass
+    the inference graph would still need labels.
+    """
+    values = {value.name: value for value in model.graph.inputs}
+    source = values.pop(targets)
+    for node, _ in list(source.uses()):
+        if node.op_type != "Shape" or source.shape is None:
+            continue
+        wanted = source.shape[node.attributes.get_int("start", 0)]
+        for value in values.values():
+            axes = [] if value.shape is None else [i for i, size in enumerate(value.shape) if size == wanted]
+            if axes:
+                node.replace_input_with(0, value)
+                node.attributes["start"] = ir.AttrInt64("start", axes[0])
+                node.attributes["end"] = ir.AttrInt64("end", axes[0] + 1)
+                break
+    return model
+
+
+def keep_outputs(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """Drops the other outputs, the nodes that only they need, and inputs that nothing reads."""
+    kept = [value for value in model.graph.outputs if value.name in names]
+    del model.graph.outputs[:]
+    model.graph.outputs.extend(kept)
+    common.RemoveUnusedNodesPass()(model)
+    used = [value for value in model.graph.inputs if value.uses() or value in kept]
+    del model.graph.inputs[:]
+    model.graph.inputs.extend(used)
+    return model
+
+
+def add_defaults(model: ir.Model, defaults: dict[str, np.ndarray]) -> ir.Model:
+    """Gives inputs a default value: an initializer of the same name (overridable, IR >= 4).
+
+    With a default of zero in every factor, a session that is fed no factors is the base.
+    """
+    for value in model.graph.inputs:
+        if value.name in defaults:
+            value.const_value = ir.tensor(defaults[value.name], name=value.name)
+            model.graph.initializers[value.name] = value
+    return model
+
+
+def inputs_to_initializers(model: ir.Model, values: dict[str, np.ndarray]) -> ir.Model:
+    """Turns inputs into initializers (parameters of ONNX Runtime Training)."""
+    kept = []
+    for value in model.graph.inputs:
+        if value.name not in values:
+            kept.append(value)
+            continue
+        array = values[value.name]
+        value.const_value = ir.tensor(array, name=value.name)
+        value.shape = ir.Shape(array.shape)
+        model.graph.initializers[value.name] = value
+    del model.graph.inputs[:]
+    model.graph.inputs.extend(kept)
+    return model
+
+
+def declare_layer_norm_outputs(model: ir.Model) -> ir.Model:
+    """Declares Mean and InvStdDev on every LayerNormalization.
+
+    ONNX Runtime Training's gradient builder reads all three outputs and fails where a node has one.
+    """
+    for node in model.graph:
+        if node.op_type == "LayerNormalization" and len(node.outputs) == 1:
+            name = node.outputs[0].name
+            node.resize_outputs(3)
+            for place, suffix in ((1, "mean"), (2, "inv_std_dev")):
+                node.outputs[place].name = f"{name}.{suffix}"
+    return model
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """An independent copy; large tensors are shared."""
+    return model.clone()
+
+
+def to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The protobuf form, tensors included."""
+    return ir.to_proto(model)

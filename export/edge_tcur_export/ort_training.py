@@ -1,0 +1,92 @@
+"""ONNX Runtime Training's artifacts: training, eval and optimiser graphs, and a checkpoint of factors.
+
+The base is in neither list of parameters: it stays outside as constants of the graphs, in the one
+`base.bin`, so the checkpoint holds kilobytes and training never rewrites a frozen weight.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnx_ir as ir
+
+from edge_tcur.errors import ExportError
+from edge_tcur_export.base_file import BaseFile
+from edge_tcur_export.graph import IR_VERSION, declare_layer_norm_outputs, to_proto
+
+FILES = {
+    "train": ("training_model.onnx", "train.onnx"),
+    "eval": ("eval_model.onnx", "eval.onnx"),
+    "optimizer": ("optimizer_model.onnx", "optimizer.onnx"),
+}
+CHECKPOINT = "checkpoint"
+_FORWARD = "forward.onnx"
+
+
+def write_artifacts(
+    model: ir.Model, trained: Collection[str], base_file: BaseFile, directory: Path
+) -> dict[str, str]:
+    """Writes the artifacts of a forward graph (outputs ``loss, logits``).
+
+    Args:
+        model: the trained tensors are initializers of it, the base's tensors too (in memory).
+        trained: names of the initializers that get gradients.
+        base_file: where the frozen tensors are, or go.
+        directory: the bundle being written.
+
+    Returns:
+        role -> file name for the manifest.
+
+    Raises:
+        ExportError: an operator has no gradient in ONNX Runtime Training.
+    """
+    declare_layer_norm_outputs(model)
+    with TemporaryDirectory() as work:
+        _generate(to_proto(model), trained, Path(work))
+        for produced, name in (FILES["train"], FILES["eval"]):
+            graph = ir.load(Path(work) / produced)
+            graph.ir_version = IR_VERSION
+            base_file.externalize(graph)
+            ir.save(graph, directory / name)
+        produced, name = FILES["optimizer"]
+        optimizer = onnx.load(str(Path(work) / produced))
+        optimizer.ir_version = IR_VERSION
+        onnx.save(optimizer, str(directory / name))
+        (directory / CHECKPOINT).write_bytes((Path(work) / CHECKPOINT).read_bytes())
+    return {**{role: name for role, (_, name) in FILES.items()}, "checkpoint": CHECKPOINT}
+
+
+def _generate(proto: onnx.ModelProto, trained: Collection[str], directory: Path) -> None:
+    """Runs this module as a process of its own: the library prints every rewrite it makes."""
+    onnx.save(proto, str(directory / _FORWARD))
+    command = [sys.executable, "-m", __name__, str(directory), *sorted(trained)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else "no reason given"
+        raise ExportError(
+            f"ONNX Runtime Training cannot build the gradient graph: {reason}",
+            hint="export without --target ort-training; the step graph trains this model on any ONNX Runtime",
+        )
+
+
+def _work(directory: Path, trained: list[str]) -> None:
+    from onnxruntime.training import artifacts
+
+    artifacts.generate_artifacts(
+        onnx.load(str(directory / _FORWARD)),
+        requires_grad=trained,
+        frozen_params=[],
+        loss=None,
+        optimizer=artifacts.OptimType.AdamW,
+        artifact_directory=str(directory),
+    )
+
+
+if __name__ == "__main__":
+    _work(Path(sys.argv[1]), sys.argv[2:])

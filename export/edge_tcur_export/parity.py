@@ -1,0 +1,159 @@
+"""Parity: every exported graph against torch, in a fresh process that runs the device's own engines.
+
+The parent writes what torch computed (`Case`) and starts this module again; the child imports the
+runtime only, never torch, opens the bundle as a device would and reports relative errors.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+if TYPE_CHECKING:
+    from edge_tcur_runtime.engines import TrainingEngine
+    from edge_tcur_runtime.formats.bundle import Bundle
+
+# Relative to the largest entry of each tensor, fp32.
+TOLERANCES = {"outputs": 1e-4, "loss": 1e-4, "gradients": 1e-3}
+_ENGINES = {"step": "ort-step", "train": "ort-training"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch with factors, and what torch computed for it.
+
+    Attributes:
+        feeds: every graph input by name, labels included.
+        outputs: f32 [batch, classes].
+        loss: mean loss.
+        gradients: by name of each core and extra.
+    """
+
+    feeds: Mapping[str, np.ndarray]
+    outputs: np.ndarray
+    loss: float
+    gradients: Mapping[str, np.ndarray]
+
+
+def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
+    """Compares the bundle at `root` with torch in a fresh process.
+
+    Returns:
+        target (``infer``, ``step``, ``train``) -> quantity -> largest relative error.
+
+    Raises:
+        ExportError: a target could not be run, or is beyond `TOLERANCES`.
+    """
+    from edge_tcur.errors import ExportError
+
+    with TemporaryDirectory() as work:
+        reference = Path(work) / "reference.safetensors"
+        save_file(_pack(cases), reference)
+        command = [sys.executable, "-m", __name__, str(root), str(reference)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ExportError(f"the exported graphs do not run: {lines[-1] if lines else 'no reason given'}")
+    errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    for target, quantities in errors.items():
+        for quantity, error in quantities.items():
+            if not error <= TOLERANCES[quantity]:
+                raise ExportError(
+                    f"{target}: the {quantity} differ from torch by {error:.2e} relative; "
+                    f"the tolerance is {TOLERANCES[quantity]:.0e}"
+                )
+    return errors
+
+
+def _pack(cases: list[Case]) -> dict[str, np.ndarray]:
+    packed: dict[str, np.ndarray] = {}
+    for number, case in enumerate(cases):
+        packed |= {f"{number}/feed/{name}": np.ascontiguousarray(v) for name, v in case.feeds.items()}
+        packed |= {f"{number}/grad/{name}": np.ascontiguousarray(v) for name, v in case.gradients.items()}
+        packed[f"{number}/outputs/"] = np.ascontiguousarray(case.outputs)
+        packed[f"{number}/loss/"] = np.array([case.loss])
+    return packed
+
+
+def _unpack(path: Path) -> list[Case]:
+    parts: dict[int, dict[str, dict[str, np.ndarray]]] = {}
+    for key, value in load_file(path).items():
+        number, kind, name = key.split("/", 2)
+        parts.setdefault(int(number), {}).setdefault(kind, {})[name] = value
+    return [
+        Case(part["feed"], part["outputs"][""], float(part["loss"][""][0]), part.get("grad", {}))
+        for _, part in sorted(parts.items())
+    ]
+
+
+def _distance(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference relative to the largest expected entry; infinity where not finite."""
+    if not np.isfinite(actual).all():
+        return float("inf")
+    scale = max(float(np.abs(expected).max()), 1e-6)
+    return float(np.abs(actual.astype(np.float64) - expected).max()) / scale
+
+
+def _compare_infer(bundle: Bundle, cases: list[Case]) -> dict[str, float]:
+    """The inference graph fed with factors, and fed with nothing against the canary."""
+    from edge_tcur_runtime.engines.session import open_session
+
+    graph = bundle.graph("infer")
+    assert graph is not None
+    assert bundle.manifest.canary is not None
+    session = open_session(graph, threads=1)
+    worst = 0.0
+    for case in cases:
+        feeds = {name: value for name, value in case.feeds.items() if name != "labels"}
+        worst = max(worst, _distance(session.run(["logits"], feeds)[0], case.outputs))
+    canary = load_file(bundle.path(bundle.manifest.canary))
+    inputs = {name.removeprefix("input."): v for name, v in canary.items() if name.startswith("input.")}
+    return {"outputs": max(worst, _distance(session.run(["logits"], inputs)[0], canary["output.base"]))}
+
+
+def _compare_engine(engine: TrainingEngine, bundle: Bundle, cases: list[Case]) -> dict[str, float]:
+    worst = dict.fromkeys(TOLERANCES, 0.0)
+    for case in cases:
+        inputs = {name: case.feeds[name] for name in bundle.manifest.inputs}
+        feeds = {n: v for n, v in case.feeds.items() if n not in inputs and n != "labels"}
+        result = engine.step(inputs, case.feeds["labels"], feeds)
+        found = {
+            "outputs": _distance(result.outputs, case.outputs),
+            "loss": abs(result.loss - case.loss) / max(abs(case.loss), 1e-6),
+            "gradients": max(_distance(result.gradients[n], v) for n, v in case.gradients.items()),
+        }
+        worst = {name: max(worst[name], found[name]) for name in worst}
+    return worst
+
+
+def _has_exported_rank(case: Case, bundle: Bundle) -> bool:
+    """Whether ONNX Runtime Training's parameters, which have fixed shapes, can take the case's cores."""
+    groups = bundle.manifest.groups.items()
+    return all(case.feeds[f"{name}.core"].shape[1] == group.rank for name, group in groups)
+
+
+def _work(root: Path, reference: Path) -> dict[str, dict[str, float]]:
+    from edge_tcur_runtime.engines import open_engine
+    from edge_tcur_runtime.formats.bundle import open_bundle
+
+    bundle, cases = open_bundle(root), _unpack(reference)
+    errors = {"infer": _compare_infer(bundle, cases)}
+    for role, engine in _ENGINES.items():
+        if bundle.graph(role) is not None:
+            usable = [case for case in cases if role == "step" or _has_exported_rank(case, bundle)]
+            errors[role] = _compare_engine(open_engine(engine, bundle, threads=1), bundle, usable)
+    return errors
+
+
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # type: ignore[assignment]  # a device has no torch
+    sys.stdout.write(json.dumps(_work(Path(sys.argv[1]), Path(sys.argv[2]))) + "\n")

@@ -1,0 +1,309 @@
+"""A base and its adapted layers as one function of inputs, targets and factors, traced by torch.export.
+
+Every linear weight is held transposed, [n2, n1], as ONNX MatMul reads it: one stored copy then serves
+the product, the gathered columns and the gathered rows. The factors are arguments, so rows, columns,
+core and rank stay free in the exported graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree
+
+from edge_tcur.errors import ExportError
+from edge_tcur.method.targets import Group
+from edge_tcur.method.tproduct import apply_update, coupling_index, coupling_matrix
+from edge_tcur.models import Base
+from edge_tcur.models.base import example_inputs
+from edge_tcur.tasks import Task
+
+GroupFactors = tuple[Tensor, Tensor, Tensor]  # core [n3, r, r], rows [r], cols [r] (int32)
+_PREFIX = "model."
+PARTS = ("core", "rows", "cols")
+TARGETS = "labels"  # name of the targets in every graph
+
+
+class _Update:
+    """What the layers of one group share during one call of `FactorModel.forward`."""
+
+    def __init__(self, weights_t: list[Tensor], factors: GroupFactors) -> None:
+        core, rows, cols = factors
+        self._core = core
+        self._index = coupling_index(len(weights_t))
+        self._rows_t = torch.cat([weight.index_select(1, rows) for weight in weights_t], dim=1)
+        self._columns_t = torch.cat([weight.index_select(0, cols) for weight in weights_t], dim=0)
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        matrix_t = coupling_matrix(self._core, self._index[position])
+        return apply_update(x, self._rows_t, matrix_t, self._columns_t)
+
+
+class _Updates:
+    """Group name -> update during one call. A class of its own: torch.export puts copies in the place
+    of a module's plain dicts after tracing, and the layers would then look into another one."""
+
+    def __init__(self) -> None:
+        self.by_group: dict[str, _Update] = {}
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer with its weight stored transposed, and its group's update where it has one."""
+
+    weight_t: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.register_buffer("weight_t", linear.weight.detach().T.contiguous())
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self._update: tuple[_Updates, str, int] | None = None
+
+    def adapt(self, updates: _Updates, group: str, position: int) -> None:
+        """Adds slice `position` of `group`'s update, looked up in `updates` at each call."""
+        self._update = (updates, group, position)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., n2] -> [..., n1]."""
+        output = x @ self.weight_t
+        if self.bias is not None:
+            output = output + self.bias
+        if self._update is None:
+            return output
+        updates, group, position = self._update
+        return output + updates.by_group[group](x, position)
+
+
+class FactorModel(nn.Module):
+    """``forward(inputs, targets, factors, extras) -> (loss, outputs)`` over a frozen base.
+
+    Args:
+        base: consumed: its linear layers are replaced and its parameters become buffers.
+        groups: the adapted groups.
+        task: gives the loss.
+    """
+
+    def __init__(self, base: Base, groups: tuple[Group, ...], task: Task) -> None:
+        super().__init__()
+        self.model = base.model
+        self._task = task
+        self._extras = tuple(base.head_parameters())
+        self._updates = _Updates()
+        self._layers: dict[str, list[FrozenLinear]] = {}
+        for name, module in list(self.model.named_modules()):
+            if type(module) is nn.Linear and f"{name}.weight" not in self._extras:
+                _set_module(self.model, name, FrozenLinear(module))
+        for group in groups:
+            layers = [cast("FrozenLinear", self.model.get_submodule(name)) for name in group.modules]
+            self._layers[group.name] = layers
+            for position, layer in enumerate(layers):
+                layer.adapt(self._updates, group.name, position)
+        _freeze(self.model)
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        targets: Tensor,
+        factors: dict[str, GroupFactors],
+        extras: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Mean loss (scalar) and outputs; the outputs are detached: only the loss has a backward."""
+        for group, layers in self._layers.items():
+            self._updates.by_group[group] = _Update([layer.weight_t for layer in layers], factors[group])
+        outputs = torch.func.functional_call(self.model, extras, kwargs=inputs)
+        self._updates.by_group.clear()
+        return self._task.loss(outputs, targets), outputs.detach()
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _freeze(model: nn.Module) -> None:
+    """Turns parameters into buffers: the joint export refuses a parameter that gets no gradient."""
+    shared: dict[int, Tensor] = {}
+    for module in model.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, leaf)
+            module.register_buffer(leaf, shared.setdefault(id(parameter), parameter.detach()))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Names of a traced program's inputs and outputs, in order."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced program and the names that its graph gets."""
+
+    program: ExportedProgram
+    signature: Signature
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments of `FactorModel.forward` for tracing and for parity."""
+
+    inputs: dict[str, Tensor]
+    targets: Tensor
+    factors: dict[str, GroupFactors]
+    extras: dict[str, Tensor]
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Positional arguments."""
+        return (self.inputs, self.targets, self.factors, self.extras)
+
+    def named(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the graphs, in signature order."""
+        result = {**self.inputs, TARGETS: self.targets}
+        for group, parts in self.factors.items():
+            result |= {f"{group}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
+        return result | self.extras
+
+    def trained(self) -> dict[str, Tensor]:
+        """The tensors that get gradients: every core, and the extras."""
+        return {f"{group}.core": parts[0] for group, parts in self.factors.items()} | self.extras
+
+
+def make_example(base: Base, groups: tuple[Group, ...], rank: int, *, batch: int, seed: int) -> Example:
+    """Random arguments: valid rows and columns, a small core, head values around zero."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = example_inputs(base.inputs, {"batch": batch, "sequence": 16}, seed)
+    with torch.no_grad():
+        classes = base.model(**inputs).shape[-1]
+
+    def pick(size: int) -> Tensor:
+        return torch.sort(torch.randperm(size, generator=generator)[:rank]).values.to(torch.int32)
+
+    factors = {
+        group.name: (
+            0.02 * torch.randn(len(group.modules), rank, rank, generator=generator),
+            pick(group.n1),
+            pick(group.n2),
+        )
+        for group in groups
+    }
+    extras = {
+        name: 0.1 * torch.randn(value.shape, generator=generator)
+        for name, value in base.head_parameters().items()
+    }
+    example = Example(inputs, torch.arange(batch) % classes, factors, extras)
+    for value in example.trained().values():
+        value.requires_grad_(True)
+    return example
+
+
+def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: Example) -> tuple[Any, ...]:
+    axes: dict[str, Any] = {"batch": Dim("batch", min=1, max=2**16)}
+    if "max_length" in base.preprocessing:
+        axes["sequence"] = Dim("sequence", min=2, max=int(base.preprocessing["max_length"]))
+
+    def dynamic(shape: tuple[int | str, ...]) -> dict[int, Any]:
+        return {place: axes[axis] for place, axis in enumerate(shape) if isinstance(axis, str)}
+
+    factors = {}
+    for position, group in enumerate(groups):
+        rank = Dim(f"rank_{position}", min=1, max=min(group.n1, group.n2))
+        factors[group.name] = ({1: rank, 2: rank}, {0: rank}, {0: rank})
+    inputs = {name: dynamic(spec.shape) for name, spec in base.inputs.items()}
+    return inputs, dynamic(task.target_axes), factors, {name: {} for name in example.extras}
+
+
+def trace_forward(
+    model: FactorModel, base: Base, groups: tuple[Group, ...], task: Task, example: Example
+) -> Traced:
+    """Traces the forward pass with free batch, sequence and ranks: outputs ``loss, logits``.
+
+    Raises:
+        ExportError: torch.export cannot trace the model; the module and line are named.
+    """
+    shapes = _dynamic_shapes(base, groups, task, example)
+    program = _trace(lambda: _export(model, example, shapes))
+    return Traced(program, Signature(tuple(example.named()), ("loss", "logits")))
+
+
+def _export(model: FactorModel, example: Example, shapes: tuple[Any, ...]) -> ExportedProgram:
+    return torch.export.export(
+        model,
+        example.arguments(),
+        dynamic_shapes=shapes,
+        # A guard such as min(4 r, 4 r^2) == 4 r holds for every rank but cannot be solved by the
+        # tracer; as an assertion at run time it is dropped by the ONNX conversion.
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+def trace_step(forward: Traced, example: Example) -> Traced:
+    """Forward and backward in one program: outputs ``loss, logits`` and ``<factor>.grad`` of each core
+    and extra.
+
+    Raises:
+        ExportError: an operator of the model has no backward that can be traced.
+    """
+    from torch.export.experimental import _export_forward_backward
+
+    program = _trace(lambda: _export_forward_backward(forward.program))
+    order = _gradient_order(program, forward.signature)
+    if set(order) != set(example.trained()):
+        raise ExportError(f"gradients came out for {order}; expected {list(example.trained())}")
+    for spec in program.graph_signature.output_specs:
+        spec.kind, spec.target = OutputKind.USER_OUTPUT, None
+    outputs = ("loss", "logits", *(f"{name}.grad" for name in order))
+    program.module_call_graph[0].signature.out_spec = _pytree.tree_structure(tuple(range(len(outputs))))
+    return Traced(program, Signature(forward.signature.inputs, outputs))
+
+
+def _gradient_order(program: ExportedProgram, signature: Signature) -> list[str]:
+    """The name of the input that each gradient output belongs to."""
+    user_inputs = list(program.graph_signature.user_inputs)
+    names: dict[str, str] = dict(zip(map(str, user_inputs), signature.inputs, strict=True))
+    # torch 2.13 names these targets after the position of the argument, not after the placeholder.
+    for position, spec in enumerate(program.graph_signature.input_specs):
+        names.setdefault(f"arg{position}_1", names.get(getattr(spec.arg, "name", ""), ""))
+    kinds = (OutputKind.GRADIENT_TO_USER_INPUT, OutputKind.GRADIENT_TO_PARAMETER)
+    return [names[str(spec.target)] for spec in program.graph_signature.output_specs if spec.kind in kinds]
+
+
+def _trace(action: Callable[[], ExportedProgram]) -> ExportedProgram:
+    try:
+        return action()
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot trace the model: {_summary(error)}",
+            where=_place(error),
+            hint="control flow that depends on tensor values, and fused attention, cannot be traced: "
+            "write attention out (attn_implementation='eager') and use tensor operations",
+        ) from error
+
+
+def _summary(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _place(error: Exception) -> str | None:
+    """File and line of the last frame that is not torch's own."""
+    place, trace = None, error.__traceback__
+    while trace is not None:
+        name = trace.tb_frame.f_code.co_filename
+        if "/torch/" not in name and "edge_tcur" not in name:
+            place = f"{name}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
+
+
+def stored_weight(parameter: str) -> tuple[str, str]:
+    """The graph's names of a parameter of the base: stored transposed, and stored as it is."""
+    module = parameter.removesuffix(".weight")
+    return f"{_PREFIX}{module}.weight_t", f"{_PREFIX}{parameter}"

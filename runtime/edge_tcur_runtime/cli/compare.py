@@ -1,0 +1,53 @@
+"""`edge-tcur-device adapters compare`: several adapters in one live process, the base loaded once."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from edge_tcur_runtime.cli.framework import EXISTING_DIRECTORY, data_options, output_options, store_option
+from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.units import format_size
+
+EPILOG = """\b
+Example:
+  edge-tcur-device adapters compare bundle/ --data test.csv --adapter base --adapter bundle --adapter personal
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("bundle", type=EXISTING_DIRECTORY)
+@click.option("--adapter", "refs", multiple=True, required=True, metavar="REF",
+              help="base, bundle, active, a file, or a name or digest in the store; repeatable.")  # fmt: skip
+@data_options(required=True)
+@store_option
+@output_options
+def compare(
+    bundle: Path, refs: tuple[str, ...], data: Path, columns: dict[str, str], store: Path, sink: Sink
+) -> None:
+    """Swap through adapters without reloading the base; show accuracy and swap time of each.
+
+    A swap is timed from the adapter's file to the point where the next prediction uses it: reading,
+    verifying and attaching.
+    """
+    from edge_tcur_runtime.budget import read_memory
+    from edge_tcur_runtime.cli.inputs import load_for
+    from edge_tcur_runtime.cli.references import load_reference
+    from edge_tcur_runtime.formats.bundle import open_bundle
+    from edge_tcur_runtime.predict import Model
+
+    opened = open_bundle(bundle)
+    dataset = load_for(opened, data, columns, require_labels=True)
+    model = Model(opened)
+    results = []
+    for ref in refs:
+        started = time.perf_counter()
+        model.attach(load_reference(ref, opened, store))
+        swapped = time.perf_counter() - started
+        results.append({"adapter": ref, "accuracy": model.accuracy(dataset), "swap_ms": 1000 * swapped})
+    rows = [(str(r["adapter"]), f"{r['accuracy']:.1%}", f"{r['swap_ms']:.2f}") for r in results]
+    peak = read_memory().peak
+    human = table(("adapter", "accuracy", "swap ms"), rows) + f"\npeak memory {format_size(peak)}"
+    sink.result({"samples": len(dataset), "adapters": results, "peak_rss_bytes": peak}, human)

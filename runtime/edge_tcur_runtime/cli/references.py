@@ -1,0 +1,33 @@
+"""What ``--adapter`` may name: the base, the bundle's own adapter, a file, or one in the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
+from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.personalize import bundle_adapter
+from edge_tcur_runtime.store import Store
+
+
+def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
+    """The adapter that `ref` names, verified; None is the base.
+
+    Args:
+        ref: ``base``, ``bundle``, ``active`` (the base where none is, or there is no store), the path
+            of an adapter file, or a name or digest in the store.
+
+    Raises:
+        UsageError: nothing of that name. Others: see `read_adapter` and `Store.load`.
+    """
+    if ref == "base":
+        return None
+    if ref == "bundle":
+        return bundle_adapter(bundle)
+    if ref == "active" and not store.is_dir():
+        return None
+    if Path(ref).is_file():
+        return read_adapter(Path(ref))
+    opened = Store.open(store, create=False)
+    digest = opened.resolve(ref)
+    return None if digest is None else opened.load(digest)

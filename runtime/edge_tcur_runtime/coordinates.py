@@ -1,0 +1,82 @@
+"""The trained numbers of an adapter in the coordinates of its frame. Pure but for reading the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_tcur_runtime.formats.adapter import Adapter, Factors
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, TensorPlace
+from edge_tcur_runtime.frame import Frame, build_frame
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Maps an adapter's factors to the arrays that an optimiser moves, and back.
+
+    Attributes:
+        start: the adapter that training starts from; its rows and columns stay.
+        frames: group -> frame.
+    """
+
+    start: Adapter
+    frames: Mapping[str, Frame]
+
+    def initial(self) -> dict[str, np.ndarray]:
+        """Trained values float64 by graph name: cores in the frame, extras as they are."""
+        values = {
+            f"{group}.core": self.frames[group].from_raw(factors.core)
+            for group, factors in self.start.factors.items()
+        }
+        return values | {name: value.astype(np.float64) for name, value in self.start.extras.items()}
+
+    def raw(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Graph feeds f32 of trained values: cores in raw coordinates, extras."""
+        return {
+            name: (self._frame(name).to_raw(value) if self.is_core(name) else value).astype(np.float32)
+            for name, value in values.items()
+        }
+
+    def pull_back(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Gradients float64 of the trained values from gradients in raw coordinates."""
+        return {
+            name: self._frame(name).pull_back(value) if self.is_core(name) else value.astype(np.float64)
+            for name, value in gradients.items()
+        }
+
+    def adapter(self, values: Mapping[str, np.ndarray], provenance: Mapping[str, str]) -> Adapter:
+        """The adapter with these trained values."""
+        raw = self.raw(values)
+        factors = {
+            group: Factors(raw[f"{group}.core"], old.rows, old.cols)
+            for group, old in self.start.factors.items()
+        }
+        extras = {name: raw[name] for name in self.start.extras}
+        return Adapter(replace(self.start.header, provenance=dict(provenance)), factors, extras)
+
+    def is_core(self, name: str) -> bool:
+        """Whether a graph name is a core's (and not an extra's)."""
+        return name not in self.start.extras
+
+    def _frame(self, name: str) -> Frame:
+        return self.frames[name.removesuffix(".core")]
+
+
+def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:
+    """Coordinates in the frame that `start` names, computed from the base's rows and columns."""
+    frames = {}
+    for group, factors in start.factors.items():
+        places = [bundle.manifest.tensors[name] for name in bundle.manifest.groups[group].parameters]
+        parts = [_gather(bundle, place, factors) for place in places]
+        columns, rows = (np.stack(part) for part in zip(*parts, strict=True))
+        frames[group] = build_frame(start.header.frame, columns, rows)
+    return Coordinates(start, frames)
+
+
+def _gather(bundle: Bundle, place: TensorPlace, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+    """Columns [n1, r] and rows [r, n2] of one weight; the weight is mapped, not read whole."""
+    stored = np.memmap(bundle.path(BASE_FILE), dtype="<f4", mode="r", offset=place.offset, shape=place.shape)
+    weight = stored.T if place.transposed else stored
+    return np.array(weight[:, factors.cols]), np.array(weight[factors.rows, :])

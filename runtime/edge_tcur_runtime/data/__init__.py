@@ -1,0 +1,28 @@
+"""Readers of the user's own data, the same on the workstation and on the device.
+
+Text comes from `.csv` and `.jsonl` files, images from `.npz` files and from folders with one
+subfolder per class. Every error names the file and the line or image concerned.
+"""
+
+from __future__ import annotations
+
+from edge_tcur_runtime.data.dataset import (
+    Dataset,
+    check_trainable,
+    encode_labels,
+    label_names,
+    load_dataset,
+    split,
+)
+from edge_tcur_runtime.data.limits import DEFAULT_LIMITS, DataLimits
+
+__all__ = [
+    "DEFAULT_LIMITS",
+    "DataLimits",
+    "Dataset",
+    "check_trainable",
+    "encode_labels",
+    "label_names",
+    "load_dataset",
+    "split",
+]

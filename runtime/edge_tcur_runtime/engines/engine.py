@@ -1,0 +1,140 @@
+"""The Protocol of a training engine, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError, UsageError
+from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
+
+ENGINES = {  # name -> roles of the graphs that it needs
+    "ort-training": ("train", "eval", "checkpoint"),
+    "ort-step": ("step",),
+}
+_INSTALL = {
+    "ort-training": "pip install 'edge-tcur-runtime[ort-training]' (Python 3.10 to 3.12, x86-64)",
+    "ort-step": "pip install 'edge-tcur-runtime[ort]'",
+}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Forward and backward of one micro-batch.
+
+    Attributes:
+        loss: mean loss over its samples.
+        outputs: f32 [samples, ...] outputs of the model.
+        gradients: name of each core and extra -> f32 gradient of the mean loss, in raw coordinates.
+    """
+
+    loss: float
+    outputs: np.ndarray
+    gradients: dict[str, np.ndarray]
+
+
+class TrainingEngine(Protocol):
+    """Computes loss and gradients over a frozen base; holds no optimiser and no adapter."""
+
+    name: str
+
+    def step(
+        self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]
+    ) -> StepResult:
+        """One forward and backward pass.
+
+        Args:
+            inputs: model inputs of a micro-batch.
+            targets: int64 labels [samples].
+            feeds: factors and extras by graph name (`edge_tcur_runtime.feeds.build_feeds`).
+        """
+        ...
+
+
+def choose_engine(name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None) -> tuple[str, str]:
+    """The engine to use and the reason.
+
+    Args:
+        name: ``auto``, or the engine that must be used.
+        installed: the ONNX Runtime of this environment.
+
+    Raises:
+        MissingEngineError: the library is not installed; says how to get it.
+        IncompatibleError: the bundle was exported without the engine's graphs.
+        UsageError: no such engine.
+    """
+    if name != "auto":
+        if name not in ENGINES:
+            raise UsageError(
+                f"the engine {name!r} is not known; expected auto or one of {', '.join(ENGINES)}"
+            )
+        problem = _problem(name, bundle, installed)
+        if problem is not None:
+            raise problem
+        return name, "asked for"
+    problems: list[str] = []
+    for candidate in ENGINES:
+        problem = _problem(candidate, bundle, installed)
+        if problem is None:
+            reasons = "; ".join(problems) or "the default where it is installed"
+            return candidate, reasons
+        problems.append(f"not {candidate}: {problem.message}")
+    missing = installed is None
+    kind = MissingEngineError if missing else IncompatibleError
+    raise kind(
+        "no engine can fine-tune this bundle here: " + "; ".join(problems),
+        hint=_INSTALL["ort-training"] if missing else "export it again with --target step",
+    )
+
+
+def _problem(
+    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None
+) -> MissingEngineError | IncompatibleError | None:
+    if installed is None:
+        return MissingEngineError("ONNX Runtime is not installed", hint=_INSTALL[name])
+    if name == "ort-training" and not installed.training:
+        return MissingEngineError(
+            f"{installed.distribution} {installed.version} has no training interface", hint=_INSTALL[name]
+        )
+    missing = [role for role in ENGINES[name] if bundle.graph(role) is None]
+    if missing:
+        return IncompatibleError(
+            f"the bundle has no {', '.join(missing)} graph",
+            where=str(bundle.root),
+            hint=f"export it again with --target {'step' if name == 'ort-step' else name}",
+        )
+    return None
+
+
+def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngine:
+    """Loads an engine by its name (as `choose_engine` returned it).
+
+    Args:
+        threads: CPU threads; 0 takes all that this process may use.
+
+    Raises:
+        IncompatibleError: the installed library cannot load the graph.
+    """
+    if name == "ort-training":
+        from edge_tcur_runtime.engines.ort_training import OrtTrainingEngine
+
+        return OrtTrainingEngine(bundle, threads=threads)
+    from edge_tcur_runtime.engines.ort_step import OrtStepEngine
+
+    return OrtStepEngine(bundle, threads=threads)
+
+
+def require_onnxruntime() -> OnnxRuntimeInstall:
+    """The installed ONNX Runtime.
+
+    Raises:
+        MissingEngineError: there is none.
+    """
+    installed = find_onnxruntime()
+    if installed is None:
+        raise MissingEngineError("ONNX Runtime is not installed", hint=_INSTALL["ort-step"])
+    return installed

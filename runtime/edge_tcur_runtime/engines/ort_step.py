@@ -1,0 +1,40 @@
+"""The step graph on any ONNX Runtime: batch and factors in, loss and gradients out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_tcur_runtime.engines.engine import StepResult
+from edge_tcur_runtime.engines.session import open_session
+from edge_tcur_runtime.formats.bundle import Bundle
+
+TARGETS = "labels"
+_SUFFIX = ".grad"
+
+
+class OrtStepEngine:
+    """Runs ``step.onnx``, standard operators only, on the CPU provider."""
+
+    name = "ort-step"
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        graph = bundle.graph("step")
+        assert graph is not None
+        self._session = open_session(graph, threads=threads)
+        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._inputs = {value.name for value in self._session.get_inputs()}
+
+    def step(
+        self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]
+    ) -> StepResult:
+        """See `TrainingEngine.step`."""
+        fed = {**inputs, TARGETS: targets, **feeds}
+        values = self._session.run(None, {name: fed[name] for name in self._inputs})
+        result = dict(zip(self._outputs, values, strict=True))
+        return StepResult(
+            float(result["loss"]),
+            result["logits"],
+            {name.removesuffix(_SUFFIX): value for name, value in result.items() if name.endswith(_SUFFIX)},
+        )

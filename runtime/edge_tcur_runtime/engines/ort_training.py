@@ -1,0 +1,90 @@
+"""ONNX Runtime Training 1.19.2, without torch: its Module computes gradients of the factors.
+
+The optimiser is ours (`edge_tcur_runtime.optimizer`) on every engine, so that all of them take the
+same steps; the bundle's ``optimizer.onnx`` serves native apps that use ONNX Runtime's own.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_tcur_runtime.engines.engine import StepResult
+from edge_tcur_runtime.engines.session import session_options
+from edge_tcur_runtime.errors import IncompatibleError
+from edge_tcur_runtime.formats.bundle import Bundle
+
+TARGETS = "labels"
+_PACKAGE = "onnxruntime.training"
+
+
+def import_training_api() -> Any:
+    """`onnxruntime.training.api` without torch.
+
+    The package's own ``__init__`` imports torch, undeclared, for parts that are not used here. A
+    bare package with the same path in its place lets the submodules be imported directly.
+    """
+    if _PACKAGE not in sys.modules:
+        import onnxruntime
+
+        package = types.ModuleType(_PACKAGE)
+        package.__path__ = [str(Path(onnxruntime.__file__).parent / "training")]
+        sys.modules[_PACKAGE] = package
+    from onnxruntime.training import api
+
+    return api
+
+
+class OrtTrainingEngine:
+    """Runs ``train.onnx`` with a checkpoint that holds the factors alone."""
+
+    name = "ort-training"
+
+    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+        api = import_training_api()
+        import onnxruntime
+
+        onnxruntime.set_default_logger_severity(3)
+        train, checkpoint = bundle.graph("train"), bundle.graph("checkpoint")
+        assert train is not None
+        assert checkpoint is not None
+        try:
+            self._state = api.CheckpointState.load_checkpoint(str(checkpoint))
+            self._module = api.Module(str(train), self._state, session_options=session_options(threads))
+        except RuntimeError as error:
+            raise IncompatibleError(
+                f"ONNX Runtime Training cannot load the graph: {str(error).splitlines()[0]}",
+                where=str(train),
+                hint="export the bundle again with this version's exporter",
+            ) from error
+        self._inputs = self._module.input_names()
+        self._parameters = [name for name, _ in self._state.parameters]
+
+    def step(
+        self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]
+    ) -> StepResult:
+        """See `TrainingEngine.step`.
+
+        Raises:
+            IncompatibleError: a core of another rank than the bundle was exported with: the shapes of
+                ONNX Runtime Training's parameters are fixed.
+        """
+        for name in self._parameters:
+            parameter = self._state.parameters[name]
+            if parameter.data.shape != feeds[name].shape:
+                raise IncompatibleError(
+                    f"{name} has shape {feeds[name].shape}; this bundle's training graph is for "
+                    f"{parameter.data.shape}",
+                    hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
+                )
+            parameter.data = np.ascontiguousarray(feeds[name])
+        fed = {**inputs, TARGETS: targets, **feeds}
+        self._module.lazy_reset_grad()
+        loss, outputs = self._module(*(np.ascontiguousarray(fed[name]) for name in self._inputs))
+        gradients = {name: self._state.parameters[name].grad for name in self._parameters}
+        return StepResult(float(loss), outputs, gradients)

@@ -1,0 +1,59 @@
+"""From an adapter to the tensors that a bundle's graphs are fed, after checking that the two fit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
+from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.bundle import Manifest
+
+
+def build_feeds(manifest: Manifest, adapter: Adapter) -> dict[str, np.ndarray]:
+    """The factors and extras of `adapter` by their names in the graphs.
+
+    Returns:
+        ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` and ``<group>.cols`` i32 [r], extras f32.
+
+    Raises:
+        BaseMismatchError: made for another base; both digests are named.
+        IncompatibleError: other groups, labels, task or head than the bundle's.
+    """
+    check_fit(manifest, adapter)
+    return adapter.tensors()
+
+
+def check_fit(manifest: Manifest, adapter: Adapter) -> None:
+    """Refuses an adapter that was not made for this bundle's base, task and head; see `build_feeds`."""
+    header = adapter.header
+    if header.base_digest != manifest.base_digest:
+        raise BaseMismatchError(
+            f"the adapter was made for the base {header.base_digest}; "
+            f"this bundle holds {manifest.base_digest}",
+            hint="use an adapter that was trained on this bundle's base",
+        )
+    facts = {
+        "task": (header.task, manifest.task),
+        "labels": (header.labels, manifest.labels),
+        "coupling": (header.coupling, manifest.coupling),
+        "transform": (header.transform, manifest.transform),
+        "groups": (
+            {name: (spec.parameters, spec.n1, spec.n2) for name, spec in header.groups.items()},
+            {name: (spec.parameters, spec.n1, spec.n2) for name, spec in manifest.groups.items()},
+        ),
+        "head": (
+            {name: value.shape for name, value in adapter.extras.items()},
+            {name: tuple(shape) for name, shape in manifest.extras.items()},
+        ),
+    }
+    for what, (actual, expected) in facts.items():
+        if actual != expected:
+            raise IncompatibleError(
+                f"the adapter's {what} differ from the bundle's: {_short(actual)} and {_short(expected)}",
+                hint="export a bundle from the run that made this adapter",
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,0 +1,319 @@
+"""Personalisation: fine-tune the factors on the user's own data, under a memory budget.
+
+The loop is one for all engines: an engine computes loss and gradients, `edge_tcur_runtime.optimizer`
+moves the factors, a guard watches the peak memory between steps. Nothing leaves the device.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edge_tcur_runtime import __version__
+from edge_tcur_runtime.budget import Budget, choose_micro_batch, read_memory
+from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
+from edge_tcur_runtime.data import Dataset, check_trainable, encode_labels, split
+from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
+from edge_tcur_runtime.errors import ConfigError, IncompatibleError
+from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
+from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.optimizer import AdamW, schedule
+from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
+from edge_tcur_runtime.settings import PersonalizeSettings
+
+_LIBRARIES_BYTES = 24 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
+
+
+@dataclass(frozen=True)
+class PersonalizeResult:
+    """What a personalisation did.
+
+    Attributes:
+        adapter: the new adapter (of the best epoch).
+        better: whether it beats the adapter that it started from on the held-out part; True where
+            there was no held-out part.
+        accuracy_before, accuracy_after: on the held-out part, 0 to 1; None without one.
+        losses: mean loss of every step; accuracies: held-out accuracy of every epoch.
+        engine, engine_reason: which engine ran, and why.
+        micro_batch: samples per pass that the budget allowed.
+        step_seconds: median seconds of an update.
+        peak_rss_bytes: highest resident memory of this process (VmHWM).
+        base_digest_before, base_digest_after: digest of ``base.bin``.
+    """
+
+    adapter: Adapter
+    better: bool
+    accuracy_before: float | None
+    accuracy_after: float | None
+    losses: list[float]
+    accuracies: list[float]
+    engine: str
+    engine_reason: str
+    micro_batch: int
+    step_seconds: float
+    seconds: float
+    peak_rss_bytes: int
+    budget_bytes: int | None
+    samples: int
+    holdout_samples: int
+    base_digest_before: str
+    base_digest_after: str
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Encoded samples: preprocessing of any part of a data set, and its labels."""
+
+    dataset: Dataset
+    targets: np.ndarray
+    preprocess: Preprocessor
+
+    def take(self, indices: np.ndarray) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
+        """Model inputs and targets of the samples at `indices`."""
+        return self.preprocess(self.dataset.select(indices).samples), self.targets[indices]
+
+
+class Trainer:
+    """Moves the factors of one adapter over one data set.
+
+    Args:
+        engine: computes loss and gradients.
+        coordinates: of the adapter that training starts from.
+        data: the training samples.
+        settings: see `PersonalizeSettings`.
+        budget: checked after every pass.
+    """
+
+    def __init__(
+        self,
+        engine: TrainingEngine,
+        coordinates: Coordinates,
+        data: _Batch,
+        settings: PersonalizeSettings,
+        budget: Budget,
+    ) -> None:
+        self._engine = engine
+        self._coordinates = coordinates
+        self._data = data
+        self._settings = settings
+        self._budget = budget
+        self._frozen = {
+            name: value
+            for name, value in coordinates.start.tensors().items()
+            if name.endswith((".rows", ".cols")) and name not in coordinates.start.extras
+        }
+        self._optimizer = AdamW(settings.optimizer)
+        self.values = coordinates.initial()
+        self.micro_batch = settings.batch_size
+        self.step_seconds: list[float] = []
+
+    def calibrate(self) -> None:
+        """Runs steps of one and two samples and chooses the micro-batch that fits the budget."""
+        peaks = []
+        for count in (1, 2):
+            self._run(np.arange(min(count, len(self._data.targets))))
+            peaks.append(self._budget.check("by a step of one or two samples").peak)
+        self.micro_batch = choose_micro_batch(self._settings.batch_size, self._budget.limit, *peaks)
+
+    def _run(self, indices: np.ndarray, data: _Batch | None = None) -> StepResult:
+        inputs, targets = (data or self._data).take(indices)
+        return self._engine.step(inputs, targets, {**self._frozen, **self._coordinates.raw(self.values)})
+
+    def step(self, indices: np.ndarray, progress: float) -> float:
+        """One update over the samples at `indices`; returns their mean loss.
+
+        Args:
+            progress: factor of the peak learning rates at this step.
+
+        Raises:
+            BudgetError: the memory budget was crossed.
+            ConfigError: the loss or a gradient is not finite.
+        """
+        started = time.perf_counter()
+        loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
+        for start in range(0, len(indices), self.micro_batch):
+            chosen = indices[start : start + self.micro_batch]
+            result = self._run(chosen)
+            self._budget.check("by a training step")
+            weight = len(chosen) / len(indices)
+            loss += result.loss * weight
+            for name, gradient in self._coordinates.pull_back(result.gradients).items():
+                total[name] += gradient * weight
+        settings = self._settings.optimizer
+        rates = {
+            name: progress
+            * (settings.learning_rate if self._coordinates.is_core(name) else settings.extra_learning_rate)
+            for name in self.values
+        }
+        try:
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss}")
+            self.values = self._optimizer.step(self.values, total, rates)
+        except FloatingPointError as error:
+            raise ConfigError(
+                f"training diverged: {error}",
+                where="learning_rate",
+                hint="use a lower --learning-rate; nothing was installed",
+            ) from error
+        self.step_seconds.append(time.perf_counter() - started)
+        return loss
+
+    def score(self, data: _Batch) -> tuple[float, float]:
+        """Accuracy (0 to 1) and mean loss on other samples.
+
+        The training graph answers too: a second session would hold the base twice.
+        """
+        correct, loss = 0, 0.0
+        for start in range(0, len(data.targets), self.micro_batch):
+            indices = np.arange(start, min(start + self.micro_batch, len(data.targets)))
+            result = self._run(indices, data)
+            correct += int((result.outputs.argmax(axis=-1) == data.targets[indices]).sum())
+            loss += result.loss * len(indices)
+        return correct / len(data.targets), loss / len(data.targets)
+
+
+def personalize(
+    bundle: Bundle,
+    dataset: Dataset,
+    settings: PersonalizeSettings,
+    *,
+    start: Adapter | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> PersonalizeResult:
+    """Fine-tunes the factors on `dataset`.
+
+    Args:
+        bundle: an opened bundle.
+        dataset: the user's labelled samples.
+        start: the adapter to start from; None starts from the bundle's own adapter with a core of
+            zero, that is from the base.
+        on_step: called with steps done, steps in all and the loss.
+
+    Raises:
+        DataError: no samples, one class only, or a label that the bundle does not have.
+        BudgetError: the budget cannot be met, or was crossed.
+        BaseMismatchError, IncompatibleError, MissingEngineError, ConfigError: see the parts.
+    """
+    started = time.perf_counter()
+    budget = Budget(settings.budget)
+    check_trainable(dataset)
+    encode_labels(dataset, bundle.manifest.labels)  # an unknown label ends here, before anything is loaded
+    base_size = bundle.manifest.files[BASE_FILE].size
+    budget.require(read_memory().resident + base_size + _LIBRARIES_BYTES, "the base and the libraries")
+    before = digest_file(bundle.path(BASE_FILE))
+    start = start or blank_adapter(bundle)
+    build_feeds(bundle.manifest, start)
+    name, reason = choose_engine(settings.engine, bundle, find_onnxruntime())
+    coordinates = read_coordinates(bundle, start)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    kept, held_out = (
+        _Batch(part, encode_labels(part, bundle.manifest.labels), preprocess)
+        for part in split(dataset, settings.holdout, settings.seed)
+    )
+    engine = open_engine(name, bundle, threads=settings.threads)
+    trainer = Trainer(engine, coordinates, kept, settings, budget)
+    trainer.calibrate()
+    outcome = _train(trainer, kept, held_out, settings, on_step)
+    provenance = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
+    memory = budget.check("at the end")
+    return PersonalizeResult(
+        adapter=coordinates.adapter(outcome.values, provenance),
+        better=outcome.better,
+        accuracy_before=outcome.before[0] if outcome.before else None,
+        accuracy_after=outcome.after[0] if outcome.after else None,
+        losses=outcome.losses,
+        accuracies=outcome.accuracies,
+        engine=name,
+        engine_reason=reason,
+        micro_batch=trainer.micro_batch,
+        step_seconds=float(np.median(trainer.step_seconds)),
+        seconds=time.perf_counter() - started,
+        peak_rss_bytes=memory.peak,
+        budget_bytes=settings.budget,
+        samples=len(kept.targets),
+        holdout_samples=len(held_out.targets),
+        base_digest_before=before,
+        base_digest_after=digest_file(bundle.path(BASE_FILE)),
+    )
+
+
+@dataclass
+class _Outcome:
+    """Values of the best epoch, and scores (accuracy, loss) on the held-out part."""
+
+    values: dict[str, np.ndarray]
+    before: tuple[float, float] | None = None
+    after: tuple[float, float] | None = None
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+
+    @property
+    def better(self) -> bool:
+        """More correct answers than before, or as many at a lower loss."""
+        if self.before is None or self.after is None:
+            return True
+        return _rank(self.after) > _rank(self.before)
+
+
+def _rank(score: tuple[float, float]) -> tuple[float, float]:
+    return score[0], -score[1]
+
+
+def _train(
+    trainer: Trainer,
+    kept: _Batch,
+    held_out: _Batch,
+    settings: PersonalizeSettings,
+    on_step: Callable[[int, int, float], None] | None,
+) -> _Outcome:
+    generator = np.random.Generator(np.random.PCG64(settings.seed))
+    count = len(kept.targets)
+    total = settings.epochs * -(-count // settings.batch_size)
+    outcome = _Outcome(trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
+    for _ in range(settings.epochs):
+        order = generator.permutation(count)
+        for begin in range(0, count, settings.batch_size):
+            done = len(outcome.losses)
+            loss = trainer.step(order[begin : begin + settings.batch_size], schedule(done, total))
+            outcome.losses.append(loss)
+            if on_step is not None:
+                on_step(done + 1, total, loss)
+        if outcome.before is None:
+            outcome.values = trainer.values
+            continue
+        score = trainer.score(held_out)
+        outcome.accuracies.append(score[0])
+        if outcome.after is None or _rank(score) > _rank(outcome.after):
+            outcome.after, outcome.values = score, trainer.values
+    return outcome
+
+
+def blank_adapter(bundle: Bundle) -> Adapter:
+    """The bundle's own adapter with cores and extras of zero: the base, ready to be trained.
+
+    Raises:
+        IncompatibleError: the bundle carries no adapter.
+    """
+    own = bundle_adapter(bundle)
+    zero = {
+        group: type(part)(np.zeros_like(part.core), part.rows, part.cols)
+        for group, part in own.factors.items()
+    }
+    return Adapter(own.header, zero, {name: np.zeros_like(value) for name, value in own.extras.items()})
+
+
+def bundle_adapter(bundle: Bundle) -> Adapter:
+    """The adapter that was exported with the bundle.
+
+    Raises:
+        IncompatibleError: there is none.
+    """
+    if bundle.manifest.adapter is None:
+        raise IncompatibleError("the bundle carries no adapter", where=str(bundle.root))
+    return read_adapter(bundle.path(bundle.manifest.adapter))

@@ -1,0 +1,64 @@
+"""Settings of a personalisation, declared once; the command's options take their defaults from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge_tcur_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """Settings of AdamW (Loshchilov and Hutter 2019) with clipping of the global gradient norm.
+
+    Attributes:
+        learning_rate: peak learning rate of the cores, in their frame's coordinates.
+        extra_learning_rate: peak learning rate of trained extras (a head).
+        weight_decay: decoupled weight decay.
+        max_gradient_norm: gradients are scaled down to this global norm; 0 switches clipping off.
+    """
+
+    learning_rate: float = 0.02
+    extra_learning_rate: float = 0.005
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "extra_learning_rate"):
+            if not 0 < getattr(self, name) < 100:
+                raise ConfigError(f"{getattr(self, name)}; expected a positive number", where=name)
+
+
+@dataclass(frozen=True)
+class PersonalizeSettings:
+    """Settings of a personalisation.
+
+    Attributes:
+        epochs: passes over the user's data.
+        batch_size: samples per update, whatever the micro-batch.
+        optimizer: learning rates and the rest.
+        holdout: part of the data kept apart to decide whether the new adapter is better.
+        budget: peak resident memory of the whole process in bytes; None for no limit.
+        engine: ``auto``, ``ort-training`` or ``ort-step``.
+        threads: CPU threads; 0 takes all that this process may use.
+        seed: of the split and the order of the data.
+    """
+
+    epochs: int = 20
+    batch_size: int = 16
+    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
+    holdout: float = 0.2
+    budget: int | None = None
+    engine: str = "auto"
+    threads: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)}; expected at least 1", where=name)
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")

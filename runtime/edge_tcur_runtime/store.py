@@ -1,0 +1,500 @@
+"""The device's store of adapters: by content digest, with one in use and one to go back to.
+
+Layout
+    adapters/<64 hex>.safetensors   adapter files (0600), named by the SHA-256 of their bytes
+    state-0.json, state-1.json      two copies of the state, written in turn: generation, checksum;
+                                    the valid copy with the higher generation holds
+    lock                            held (flock) by the process that changes the store
+
+Every write is old-or-new (`edge_tcur_runtime.atomic`); an adapter is verified before it is used.
+`State` is pure; `Store` reads and writes. Readers take no lock and work on a read-only directory.
+
+Activated with ``pending=True`` an adapter is on trial: in use, but `Store.recover` (call it when the
+program starts) takes it out again unless `Store.confirm` was called. Digests are ``sha256:<64 hex>``;
+None stands for the base without an adapter.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    BaseMismatchError,
+    DiskError,
+    EdgeError,
+    FileFormatError,
+    IntegrityError,
+    UsageError,
+)
+from edge_tcur_runtime.formats.adapter import (
+    MAX_FILE_BYTES,
+    Adapter,
+    check_version,
+    parse_adapter,
+    read_bounded,
+)
+from edge_tcur_runtime.formats.digest import PREFIX, digest_bytes
+from edge_tcur_runtime.formats.schema import Fields, nearest, parse_json
+
+FORMAT_VERSION = 1
+STATE_FILES = ("state-0.json", "state-1.json")
+ADAPTERS = "adapters"
+MAX_STATE_BYTES = 2**20
+MAX_NAMES = 1024  # of 64 characters: a full table of names stays far below MAX_STATE_BYTES
+RESERVED = ("base", "active", "previous", "pending")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.tmp")  # the temporary names of `write_atomic`
+_HEX = re.compile(r"[0-9a-f]{6,64}")  # what may stand for a digest
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class State:
+    """Which adapters are in use. Pure: a transition returns the next state and touches no disk."""
+
+    active: str | None = None  # digest of the confirmed adapter
+    previous: str | None = None  # digest to which `rollback` returns
+    pending: str | None = None  # digest of the adapter on trial; None where none is
+    names: Mapping[str, str] = field(default_factory=dict)  # name -> digest, at most one name each
+
+    @property
+    def in_use(self) -> str | None:
+        """Digest of the adapter to load now: the one on trial, else the confirmed one."""
+        return self.pending or self.active
+
+    @property
+    def fallback(self) -> str | None:
+        """Digest that `rollback` would put in use."""
+        return self.active if self.pending else self.previous
+
+    @property
+    def referenced(self) -> frozenset[str]:
+        """Digests that are active, previous, on trial or named."""
+        digests = (self.active, self.previous, self.pending, *self.names.values())
+        return frozenset(digest for digest in digests if digest is not None)
+
+    def install(self, digest: str, name: str | None = None) -> State:
+        """Gives an adapter its name, taking it from another one; UsageError for a bad or 1025th name."""
+        if name is None:
+            return self
+        check_name(name)
+        names = {known: named for known, named in self.names.items() if named != digest} | {name: digest}
+        if len(names) > MAX_NAMES:
+            raise UsageError(f"the store already holds {MAX_NAMES} names", hint="remove some adapters first")
+        return replace(self, names=names)
+
+    def activate(self, digest: str | None, *, pending: bool = False) -> State:
+        """Puts an adapter in use, on trial where `pending`; None is the base, which needs no trial."""
+        if digest == self.active:
+            return replace(self, pending=None)
+        if pending and digest is not None:
+            return replace(self, pending=digest)
+        return replace(self, active=digest, previous=self.active, pending=None)
+
+    def confirm(self) -> State:
+        """Makes the adapter on trial the active one; without a trial nothing changes."""
+        return self if self.pending is None else self.activate(self.pending)
+
+    def recover(self) -> State:
+        """Ends an unconfirmed trial: what was active before it is in use again."""
+        return replace(self, pending=None)
+
+    def rollback(self) -> State:
+        """Ends the trial, or exchanges active and previous; UsageError: nothing to go back to."""
+        if self.pending is not None:
+            return self.recover()
+        if self.active == self.previous:
+            hint = "'edge-tcur-device adapters activate base' uses the base without an adapter"
+            raise UsageError("there is no previous adapter to go back to", hint=hint)
+        return replace(self, active=self.previous, previous=self.active)
+
+    def remove(self, digest: str) -> State:
+        """Forgets an adapter (rollback then goes to the base); UsageError: it is active or on trial."""
+        if digest in (self.active, self.pending):
+            hint = "activate another one first ('edge-tcur-device adapters activate base')"
+            raise UsageError(f"the adapter {digest} is active and cannot be removed", hint=hint)
+        names = {name: named for name, named in self.names.items() if named != digest}
+        return replace(self, previous=None if self.previous == digest else self.previous, names=names)
+
+
+def check_name(name: str) -> None:
+    """Raises UsageError for a name that is reserved, could be read as a digest, or is no plain word."""
+    if name in RESERVED or _HEX.fullmatch(name.lower()) or not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be the name of an adapter",
+            hint="use at most 64 letters, digits, '.', '_' or '-', starting with a letter or digit; "
+            f"not one of {', '.join(RESERVED)}, and not six or more hexadecimal digits alone",
+        )
+
+
+def serialize_state(state: State, generation: int) -> bytes:
+    """The bytes of a state file; `generation` counts the writes."""
+    document = {"format_version": FORMAT_VERSION, "generation": generation, **asdict(state)}
+    return json.dumps({**document, "sha256": _checksum(document)}, indent=1, sort_keys=True).encode()
+
+
+def parse_state(raw: bytes, where: str) -> tuple[State, int]:
+    """A state and its generation from the bytes of a state file.
+
+    Raises:
+        IntegrityError, FileFormatError: the checksum does not match, or it is no state file.
+        FormatVersionError: whole, but written by a newer version.
+    """
+    fields = Fields(document := parse_json(raw, where), where)
+    promised = fields.text("sha256")
+    if _checksum({key: value for key, value in document.items() if key != "sha256"}) != promised:
+        raise IntegrityError("the checksum does not match", where=where)
+    check_version(fields, FORMAT_VERSION)
+    fields.only("format_version", "generation", "sha256", *State.__dataclass_fields__)
+    active, previous, pending = (fields.optional_text(key) for key in ("active", "previous", "pending"))
+    names = fields.child("names")
+    state = State(active, previous, pending, {name: names.text(name) for name in names.mapping_keys()})
+    if not all(_DIGEST.fullmatch(digest) for digest in state.referenced):
+        raise FileFormatError("holds something that is no digest", where=where)
+    return state, fields.integer("generation", low=1)
+
+
+def _checksum(document: Mapping[str, object]) -> str:
+    return digest_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """One line of `Store.list`."""
+
+    digest: str
+    name: str | None
+    active: bool  # in use now
+    previous: bool  # what `rollback` would put in use
+    pending: bool  # on trial
+    size: int = 0  # bytes of the file
+    base_digest: str | None = None  # this and the next two are unknown where the file is damaged
+    task: str | None = None
+    trained_numbers: int = 0  # in the cores and the trained extras
+    problem: str | None = None  # why the file cannot be used; None where it can
+
+
+@dataclass(frozen=True)
+class _Current:
+    """The state that holds, the file it lies in, and what was wrong with the other copy."""
+
+    state: State = field(default_factory=State)
+    generation: int = 0  # 0: no valid copy was found
+    slot: int = 1  # index into STATE_FILES; the next write goes to the other one
+    warnings: tuple[str, ...] = ()
+
+
+class Store:
+    """The store of adapters in the directory `root`; made by `Store.open`.
+
+    Methods that change it raise BadInputError while another process changes it, and DiskError when
+    they cannot write: the store is then old or new.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool = True) -> Store:
+        """Opens a store, with `create` making its directories (0700) where they are missing.
+
+        Raises:
+            BadInputError: no store there, or it cannot be read.
+            FormatVersionError: its state was written by a newer version.
+            DiskError: the directories cannot be made.
+        """
+        if create:
+            _make_directory(path / ADAPTERS)
+        elif not path.is_dir():
+            hint = "'edge-tcur-device adapters install FILE' makes one"
+            raise BadInputError("there is no store of adapters", where=str(path), hint=hint)
+        store = cls(path)
+        store._read()
+        return store
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines about damaged copies of the state; the store works all the same."""
+        return self._read().warnings
+
+    @property
+    def state(self) -> State:
+        """The state on disk now."""
+        return self._read().state
+
+    def active_digest(self) -> str | None:
+        """Digest of the adapter in use (on trial or active); None is the base."""
+        return self.state.in_use
+
+    def install(
+        self, raw: bytes, *, name: str | None = None, expected_base: str | None = None, where: str = "adapter"
+    ) -> str:
+        """Verifies the bytes of an adapter file, keeps them and returns their digest.
+
+        Installing twice changes nothing; a `name` that was given before moves to this adapter.
+
+        Raises:
+            BaseMismatchError: made for another base than `expected_base`.
+            UsageError: the name is not allowed.
+            EdgeError: what `parse_adapter` raises; `where` names the bytes in it.
+        """
+        _check_base(parse_adapter(raw, where), expected_base, where)
+        digest = digest_bytes(raw)
+        with self._changing() as current:
+            state = current.state.install(digest, name)
+            write_atomic(self._path(digest), raw, mode=0o600)  # again too: the old file may be damaged
+            self._write(current, state)
+        return digest
+
+    def install_file(self, path: Path, *, name: str | None = None, expected_base: str | None = None) -> str:
+        """`install` for a file of at most 64 MiB."""
+        raw = read_bounded(path, MAX_FILE_BYTES)
+        return self.install(raw, name=name, expected_base=expected_base, where=str(path))
+
+    def activate(
+        self, ref: str | None, *, pending: bool = False, expected_base: str | None = None
+    ) -> str | None:
+        """Verifies an installed adapter, puts it in use (on trial where `pending`), returns its digest.
+
+        `ref`: digest, prefix of at least 6 hex digits, name, ``"previous"``; ``"base"`` or None.
+
+        Raises:
+            UsageError: no such adapter, or the prefix is ambiguous.
+            BaseMismatchError: made for another base than `expected_base`.
+            IntegrityError: the file is missing or damaged.
+        """
+        with self._changing() as current:
+            digest = self._resolve("base" if ref is None else ref, current.state)
+            if digest is not None:
+                _check_base(self._load(digest), expected_base, digest)
+            self._write(current, current.state.activate(digest, pending=pending))
+        return digest
+
+    def confirm(self) -> None:
+        """Ends the trial: the pending adapter is the active one from now on."""
+        self._change(State.confirm)
+
+    def recover(self) -> bool:
+        """Takes an adapter that was never confirmed out of use; True where there was one."""
+        if self.state.pending is None:
+            return False
+        self._change(State.recover)
+        return True
+
+    def rollback(self) -> str | None:
+        """Goes back (see `State.rollback`) and returns the digest now in use; None is the base."""
+        return self._change(State.rollback).in_use
+
+    def remove(self, ref: str) -> str:
+        """Deletes an adapter and returns its digest; UsageError where it is in use or unknown."""
+        with self._changing() as current:
+            digest = self._resolve(ref, current.state)
+            if digest is None:
+                raise UsageError("the base is not an adapter and cannot be removed")
+            self._write(current, current.state.remove(digest))
+            _unlink(self._path(digest))
+        return digest
+
+    def list(self) -> builtins.list[StoredAdapter]:
+        """Every adapter in the store, the one in use first; a damaged file says so in `problem`."""
+        state = self.state
+        found = [self._describe(digest, state) for digest in self._digests()]
+        return sorted(found, key=lambda line: (not line.active, line.name or "~", line.digest))
+
+    def load(self, ref: str = "active") -> Adapter:
+        """Reads and verifies an adapter: `ref` as in `activate`, or ``"active"`` or ``"pending"``.
+
+        Raises:
+            UsageError: no such adapter, or `ref` stands for the base (see `active_digest`).
+            IntegrityError: the file is missing, or is not what its digest promises.
+        """
+        digest = self.resolve(ref)
+        if digest is None:
+            raise UsageError(f"{ref!r} is the base, which has no adapter file")
+        return self._load(digest)
+
+    def resolve(self, ref: str) -> str | None:
+        """The digest that `ref` stands for (None is the base); UsageError where unknown or ambiguous."""
+        return self._resolve(ref, self.state)
+
+    def gc(self) -> tuple[str, ...]:
+        """Deletes leftovers of interrupted writes, and adapters that are neither active, previous, on
+        trial nor named; where no state is known (all copies lost) adapters are kept. Returns the
+        deleted files' paths relative to the store.
+        """
+        with self._changing() as current:
+            files = _files(self.root) + _files(self.root / ADAPTERS)
+            doomed = [path for path in files if _LEFTOVER.fullmatch(path.name)]
+            if current.generation > 0:
+                unused = set(self._digests()) - current.state.referenced
+                doomed += [self._path(digest) for digest in sorted(unused)]
+            for path in doomed:
+                _unlink(path)
+        return tuple(str(path.relative_to(self.root)) for path in doomed)
+
+    def _path(self, digest: str) -> Path:
+        return self.root / ADAPTERS / f"{digest.removeprefix(PREFIX)}.safetensors"
+
+    def _digests(self) -> builtins.list[str]:
+        matches = (_FILE.fullmatch(path.name) for path in _files(self.root / ADAPTERS))
+        return [PREFIX + match.group(1) for match in matches if match]
+
+    def _resolve(self, ref: str, state: State) -> str | None:
+        words = {"base": None, "active": state.in_use, "previous": state.fallback, **state.names}
+        if state.pending is not None:
+            words["pending"] = state.pending
+        if ref in words:
+            return words[ref]
+        digits = ref.removeprefix(PREFIX).lower()
+        found = [digest for digest in self._digests() if digest.startswith(PREFIX + digits)]
+        if not _HEX.fullmatch(digits) or not found:
+            guess = nearest(ref, words)
+            hint = f"did you mean {guess!r}?" if guess else "see 'edge-tcur-device adapters list'"
+            raise UsageError(f"no adapter {ref!r} in the store", where=str(self.root), hint=hint)
+        if len(found) > 1:
+            raise UsageError(f"{ref!r} stands for {len(found)} adapters: {', '.join(found)}")
+        return found[0]
+
+    def _load(self, digest: str) -> Adapter:
+        path = self._path(digest)
+        hint = "install it again, or 'edge-tcur-device adapters rollback'"
+        raw = _read_if_there(path, MAX_FILE_BYTES)
+        if raw is None:
+            raise IntegrityError("the adapter's file is missing", where=str(path), hint=hint)
+        if (actual := digest_bytes(raw)) != digest:
+            raise IntegrityError(f"the file was altered: its digest is {actual}", where=str(path), hint=hint)
+        return parse_adapter(raw, str(path))
+
+    def _describe(self, digest: str, state: State) -> StoredAdapter:
+        name = next((name for name, named in state.names.items() if named == digest), None)
+        active, previous = digest == state.in_use, digest == state.fallback
+        line = StoredAdapter(digest, name, active, previous, pending=digest == state.pending)
+        with contextlib.suppress(OSError):
+            line = replace(line, size=self._path(digest).stat().st_size)
+        try:
+            adapter = self._load(digest)
+        except EdgeError as error:
+            return replace(line, problem=error.message)
+        header, numbers = adapter.header, adapter.trained_numbers + adapter.extra_numbers
+        return replace(line, base_digest=header.base_digest, task=header.task, trained_numbers=numbers)
+
+    def _read(self, *, changing: bool = False) -> _Current:
+        """The valid copy of the state with the highest generation. Where it is to be changed, a copy that
+        the disk cannot read just now is an error: the change would be made to an older state.
+        """
+        best, warnings = _Current(), []
+        for slot, name in enumerate(STATE_FILES):
+            try:
+                copy = _read_copy(self.root / name)
+            except (FileFormatError, IntegrityError, DiskError) as error:
+                if changing and isinstance(error, DiskError):
+                    raise
+                warnings.append(f"{error}; this copy of the store's state is not used")
+                continue
+            if copy is not None and copy[1] > best.generation:
+                best = _Current(*copy, slot)
+        if warnings and best.generation == 0:
+            warnings.append(f"{self.root}: the store's state is lost: the base is used without an adapter")
+        return replace(best, warnings=tuple(warnings))
+
+    def _write(self, current: _Current, state: State) -> None:
+        """Writes a changed state, or the same one to replace a damaged copy."""
+        if state != current.state or current.generation == 0 or current.warnings:
+            path = self.root / STATE_FILES[1 - current.slot]
+            write_atomic(path, serialize_state(state, current.generation + 1), mode=0o600)
+
+    def _change(self, transition: Callable[[State], State]) -> State:
+        with self._changing() as current:
+            state = transition(current.state)
+            self._write(current, state)
+        return state
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[_Current]:
+        """The state, while no other process (or thread) may change the store."""
+        path = self.root / "lock"
+        try:
+            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                yield self._read(changing=True)
+        except BlockingIOError as error:
+            message, hint = "another process is changing this store", "wait until it has finished"
+            raise BadInputError(message, where=str(self.root), hint=hint) from error
+        except OSError as error:
+            raise disk_error(error, path) from error
+
+
+def _check_base(adapter: Adapter, expected: str | None, where: str) -> None:
+    actual = adapter.header.base_digest
+    if expected is not None and actual != expected:
+        message = f"the adapter belongs to the base {actual}; the base here is {expected}"
+        hint = "use the bundle of that base, or an adapter trained on this one"
+        raise BaseMismatchError(message, where=where, hint=hint)
+
+
+def _make_directory(path: Path) -> None:
+    """Makes a directory (0700) and its parents, durable in their parents."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        _make_directory(path.parent)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def _read_if_there(path: Path, limit: int) -> bytes | None:
+    try:
+        return read_bounded(path, limit)
+    except BadInputError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+
+
+def _read_copy(path: Path) -> tuple[State, int] | None:
+    """One copy of the state; None where there is none. A failing sector is a DiskError and counts as
+    damage; a missing permission does not: falling back would silently put another adapter in use.
+    """
+    try:
+        raw = _read_if_there(path, MAX_STATE_BYTES)
+    except BadInputError as error:
+        if not isinstance(error.__cause__, OSError):
+            raise IntegrityError(error.message, where=str(path)) from error
+        if error.__cause__.errno == errno.EIO:
+            hint = "the storage may be failing; if this stays, delete the file: there is another copy"
+            raise DiskError(error.message, where=str(path), hint=hint) from error
+        raise
+    return None if raw is None else parse_state(raw, str(path))
+
+
+def _files(folder: Path) -> list[Path]:
+    """The entries of a directory by name; none where it is missing."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BadInputError(f"cannot read: {error.strerror}", where=str(folder)) from error
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
