@@ -47,7 +47,7 @@ class CoreGroup(nn.Module):
         self.frame: Frame = build_frame(frame, columns.cpu().numpy(), lines.cpu().numpy())
         identity = np.zeros((len(stack), len(rows), len(rows)))
         identity[0] = np.eye(len(rows))
-        left = torch.from_numpy(self.frame.to_raw(identity) if self.frame.left is None else self.frame.left)
+        left = torch.from_numpy(identity if self.frame.left is None else self.frame.left)
         right = torch.from_numpy(identity if self.frame.right is None else self.frame.right)
         device = weights[0].device
         self.core = nn.Parameter(torch.zeros(len(stack), len(rows), len(rows), device=device))
@@ -63,8 +63,7 @@ class CoreGroup(nn.Module):
     def update(self, x: Tensor, position: int) -> Tensor:
         """What slice `position` of the update adds to the layer's output, in x's dtype: [..., n1]."""
         matrix_t = coupling_matrix(self.core, self.index[position])
-        update: Tensor = apply_update(x.float(), self.rows_t, matrix_t, self.columns_t).to(x.dtype)
-        return update
+        return apply_update(x.float(), self.rows_t, matrix_t, self.columns_t).to(x.dtype)
 
     def factors(self) -> Factors:
         """The group's factors as the adapter file holds them (raw core)."""
@@ -84,7 +83,8 @@ class CoreGroup(nn.Module):
 
 def _t_product(a: Tensor, b: Tensor) -> Tensor:
     product = torch.fft.fft(a, dim=0) @ torch.fft.fft(b, dim=0)
-    return torch.fft.ifft(product, dim=0).real
+    result: Tensor = torch.fft.ifft(product, dim=0).real
+    return result
 
 
 class AdaptedLinear(nn.Module):

@@ -14,7 +14,14 @@ from edge_tcur_runtime.errors import EdgeError
 
 # None in sys.modules makes every import of torch fail, as on a device that does not have it.
 _START = "import sys; sys.modules['torch'] = None; from edge_tcur_runtime.cli import main; main()"
-_PROBE = "import sys; sys.modules['torch'] = None\ntry:\n    import torch\nexcept ImportError:\n    print('absent')"
+_PROBE = """
+import sys
+sys.modules["torch"] = None
+try:
+    import torch
+except ImportError:
+    print("absent")
+"""
 
 
 class DeviceError(EdgeError):

@@ -11,9 +11,9 @@ from edge_tcur.data import prepare
 from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.models import Base, load_base
 from edge_tcur.tasks import find_task
-from edge_tcur.training.job import group_specs, read_data, set_threads
 from edge_tcur.training.loop import accuracy
 from edge_tcur.training.run import Run
+from edge_tcur.training.train import group_specs, read_data, set_threads
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
 

@@ -18,7 +18,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 from edge_tcur.errors import RunDirectoryError
-from edge_tcur.training.config import TrainConfig, config_from_dict
+from edge_tcur.settings import TrainConfig, config_from_dict
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import ConfigError, FileFormatError, FormatVersionError, OutputExistsError
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter, read_bounded

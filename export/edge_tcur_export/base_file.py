@@ -58,7 +58,7 @@ class BaseFile:
                     self._known[key],
                     len(raw),
                     tensor.dtype,
-                    shape=ir.Shape(tensor.shape),
+                    shape=ir.Shape(tensor.shape.numpy()),
                     name=name,
                     base_dir=self._directory,
                 )

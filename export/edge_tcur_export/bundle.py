@@ -287,7 +287,8 @@ def _canary_samples(base: Base) -> list[str] | np.ndarray:
         return list(_CANARY_TEXTS)
     shape = (2, spec["height"], spec["width"], spec["channels"])
     generator = np.random.Generator(np.random.PCG64(0))
-    return (generator.random(shape) / max(spec["scale"], 1e-6)).astype(np.float32)
+    scans = generator.random(shape) / max(float(spec["scale"]), 1e-6)
+    return np.asarray(scans, dtype=np.float32)
 
 
 def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorPlace]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -67,7 +67,7 @@ def to_graph(traced: Traced) -> ir.Model:
     return read_sizes_from_inputs(model, TARGETS)
 
 
-def _name(values: list[ir.Value], names: tuple[str, ...]) -> None:
+def _name(values: Sequence[ir.Value], names: tuple[str, ...]) -> None:
     if len(values) != len(names):
         raise AssertionError(f"the graph has {len(values)} values for {len(names)} names")
     for value, name in zip(values, names, strict=True):

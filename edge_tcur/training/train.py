@@ -14,8 +14,8 @@ from edge_tcur.data import PreparedData, prepare
 from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.targets import Targets
 from edge_tcur.models import Base, base_digest, load_base
+from edge_tcur.settings import TrainConfig
 from edge_tcur.tasks import Task, find_task
-from edge_tcur.training.config import TrainConfig
 from edge_tcur.training.loop import History, LoopSettings, fit
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
 from edge_tcur_runtime.data import Dataset, check_trainable, label_names, load_dataset, split

@@ -1,0 +1,147 @@
+"""`edge-tcur train`: from a base and labelled data to an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from edge_tcur.cli.inspect import describe_groups, group_rows
+from edge_tcur.cli.progress import stage_bar
+from edge_tcur.settings import TrainConfig, config_from_dict, read_config
+from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.output import Sink
+from edge_tcur_runtime.units import format_size
+
+if TYPE_CHECKING:
+    from edge_tcur.training import TrainResult
+    from edge_tcur_runtime.formats.adapter import Adapter
+
+EPILOG = """\b
+Examples:
+  edge-tcur train --base all-MiniLM-L6-v2 --data intents.csv --out run/
+  edge-tcur train --base vit/ --data digits.npz --task image-classification --out run/
+  edge-tcur train --config train.toml --rank 16 --out run/ --force
+"""
+_SHOWN_SKIPPED = 8
+_METAVARS = {str: "TEXT", int: "N", float: "X"}
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds one option for every field of `TrainConfig`, in the order of the fields."""
+    for item in reversed(fields(TrainConfig)):
+        choices = item.metadata["choices"]
+        kind: Any = click.Choice(choices) if choices else type(item.default)
+        command = click.option(
+            f"--{item.name.replace('_', '-')}",
+            item.name,
+            type=kind,
+            default=item.default,
+            show_default=item.default != "",
+            metavar=None if choices else _METAVARS[type(item.default)],
+            help=item.metadata["help"],
+        )(command)
+    return command
+
+
+@click.command("train", epilog=EPILOG)
+@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")
+@setting_options
+@click.option("--out", type=DIRECTORY, required=True, metavar="RUN", help="Directory of the run to write.")
+@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@output_options
+@click.pass_context
+def train(
+    context: click.Context, /, file: Path | None, out: Path, force: bool, sink: Sink, **options: object
+) -> None:
+    """Train a tCURLoRA adapter on labelled data and write a run directory.
+
+    A setting is taken from the command line, else from the --config file (the same names, with
+    underscores), else its default. Nothing is written unless the whole run succeeds.
+    """
+    config = _resolve(file, _given(context, options))
+    from edge_tcur.training import train as train_adapter
+
+    with stage_bar(sink, "loading", total=config.epochs) as bar:
+
+        def on_epoch(epoch: int, loss: float) -> None:
+            bar.stage("training")
+            bar.advance(detail=f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
+
+        result = train_adapter(config, out, force=force, on_epoch=on_epoch)
+    adapter = result.run.adapter()
+    sink.result(_payload(result, adapter), _describe(result, adapter))
+
+
+def _given(context: click.Context, options: Mapping[str, object]) -> dict[str, object]:
+    """The settings that were given, not their defaults."""
+    return {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT
+    }
+
+
+def _resolve(file: Path | None, given: dict[str, object]) -> TrainConfig:
+    values = {**(read_config(file) if file is not None else {}), **given}
+    for name in ("base", "data"):
+        if not values.get(name):
+            raise UsageError(
+                f"no {name} was named", where=f"--{name}", hint=f"say --{name}, or set it in a --config file"
+            )
+    return config_from_dict(values, "--config")
+
+
+def _payload(result: TrainResult, adapter: Adapter) -> dict[str, object]:
+    run = result.run
+    measured = {key: value for key, value in run.metrics.items() if key not in {"losses", "accuracies"}}
+    return {
+        "run": str(run.root),
+        "adapter": str(run.adapter_path),
+        "base_digest": run.base_digest,
+        "task": run.config.task,
+        "labels": list(run.labels),
+        "rank": run.config.rank,
+        "groups": describe_groups(adapter),
+        **measured,
+        "steps": len(run.metrics["losses"]),
+        "losses": run.metrics["losses"],
+        "accuracies": run.metrics["accuracies"],
+        "skipped": result.skipped,
+        "config": run.config.to_dict(),
+    }
+
+
+def _describe(result: TrainResult, adapter: Adapter) -> str:
+    run, metrics = result.run, result.run.metrics
+    accuracy = metrics["accuracy"]
+    held_out = metrics["held_out_samples"]
+    scored = "no held-out samples" if accuracy is None else f"{accuracy:.1%} of {held_out} held-out samples"
+    lines = [
+        group_rows(adapter),
+        "",
+        f"trained numbers    {metrics['trained_numbers']:,}",
+        f"head numbers       {metrics['head_numbers']:,}",
+        f"adapter            {format_size(metrics['adapter_bytes'])}",
+        f"accuracy           {scored}",
+        f"seconds a step     {metrics['step_seconds']:.3f} ({len(metrics['losses'])} steps)",
+        f"base               {run.base_digest}",
+        *_skipped_lines(result.skipped),
+        "",
+        f"wrote {run.adapter_path}",
+        f"next: edge-tcur export {run.root} --out bundle/",
+    ]
+    return "\n".join(lines)
+
+
+def _skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    if not skipped:
+        return []
+    shown = [f"  {name}: {reason}" for name, reason in list(skipped.items())[:_SHOWN_SKIPPED]]
+    more = len(skipped) - len(shown)
+    return ["", "left alone", *shown, *([f"  and {more} more (all of them with --json)"] if more else [])]

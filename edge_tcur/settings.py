@@ -1,0 +1,114 @@
+"""Every setting of `edge-tcur train`, declared once: type, default, help and check.
+
+The command's options, the keys of a TOML file and the resolved configuration saved with a run are
+all made from `TrainConfig`. Imports no torch, so that the command's help is cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomllib
+
+from edge_tcur.method.config import GROUPINGS, TCurConfig
+from edge_tcur.method.selection import SELECTIONS
+from edge_tcur.tasks import TASKS, find_task
+from edge_tcur_runtime.errors import ConfigError
+from edge_tcur_runtime.formats.adapter import FRAMES
+from edge_tcur_runtime.formats.schema import nearest
+
+
+def setting(default: Any, description: str, *, choices: tuple[str, ...] | None = None) -> Any:
+    """A dataclass field that carries its help text and choices."""
+    return field(default=default, metadata={"help": description, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; `description` of each field is its help text."""
+
+    base: str = setting("", "Hugging Face directory or hub id, or package.module:function.")
+    data: str = setting("", "Labelled training data: .csv, .jsonl, .npz or a folder per class.")
+    task: str = setting("text-classification", "What the model answers.", choices=tuple(TASKS))
+    text_column: str = setting("text", "Column or key that holds the text.")
+    label_column: str = setting("label", "Column or key that holds the label.")
+    eval_data: str = setting("", "Held-out data; by default a part of the training data.")
+    eval_fraction: float = setting(0.2, "Part of the training data held out when there is no eval data.")
+    rank: int = setting(8, "Rows and columns per group; the core holds layers x rank x rank numbers.")
+    grouping: str = setting("projection", "Which weights share one tensor.", choices=GROUPINGS)
+    selection: str = setting("norm", "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
+    frame: str = setting("orthonormal", "Coordinates of training.", choices=FRAMES)
+    targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
+    epochs: int = setting(20, "Passes over the training data.")
+    batch_size: int = setting(16, "Samples per step.")
+    learning_rate: float = setting(0.02, "Peak learning rate of the cores.")
+    head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
+    weight_decay: float = setting(0.0, "Decoupled weight decay.")
+    max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
+    seed: int = setting(0, "Seed of the split and of the order of the data.")
+    threads: int = setting(0, "CPU threads; 0 takes all cores.")
+
+    def __post_init__(self) -> None:
+        find_task(self.task)
+        self.method()
+        for name, low in (("epochs", 1), ("batch_size", 1), ("max_length", 0), ("seed", 0), ("threads", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
+        for name in ("learning_rate", "head_learning_rate"):
+            if not 0 < getattr(self, name) < 100:
+                raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(f"{self.eval_fraction}; expected between 0 and 1", where="eval_fraction")
+
+    def method(self) -> TCurConfig:
+        """The adapter's part of the settings."""
+        return TCurConfig(self.rank, self.grouping, self.selection, self.frame, self.targets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved settings, as saved with the run."""
+        return asdict(self)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file that `TrainConfig` knows.
+
+    Raises:
+        ConfigError: unreadable, not TOML, an unknown key (the nearest known one is named) or a
+            value of the wrong type.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read: {error}", where=str(path)) from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not valid TOML: {error}", where=str(path)) from error
+    return {key: _checked(key, value, str(path)) for key, value in document.items()}
+
+
+def config_from_dict(document: dict[str, Any], where: str) -> TrainConfig:
+    """A configuration from saved or TOML values; unknown keys are errors."""
+    return TrainConfig(**{key: _checked(key, value, where) for key, value in document.items()})
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    known = {item.name: item for item in fields(TrainConfig)}
+    if key not in known:
+        guess = nearest(key, known)
+        raise ConfigError(
+            f"unknown configuration key {key!r}",
+            where=where,
+            hint=f"did you mean {guess!r}?" if guess else f"known keys: {', '.join(known)}",
+        )
+    expected = type(known[key].default)
+    if expected is float and type(value) is int:
+        value = float(value)
+    if type(value) is not expected:
+        raise ConfigError(
+            f"{key} is {type(value).__name__} {value!r}; expected {expected.__name__}", where=where
+        )
+    return value
