@@ -146,7 +146,8 @@ def describe_run(root: Path) -> Description:
     }
     facts = {
         "run": str(root),
-        **{key: f"{value:.4g}" for key, value in metrics.items() if isinstance(value, (int, float))},
+        **{key: f"{value:,}" for key, value in metrics.items() if isinstance(value, int)},
+        **{key: f"{value:.4g}" for key, value in metrics.items() if isinstance(value, float)},
         **{key: str(value) for key, value in run.config.to_dict().items() if value != ""},
     }
     return payload, f"{_facts(facts)}\n\n{human}"

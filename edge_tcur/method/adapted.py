@@ -61,9 +61,9 @@ class CoreGroup(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def update(self, x: Tensor, position: int) -> Tensor:
-        """What slice `position` of the update adds to the layer's output, in x's dtype: [..., n1]."""
+        """What slice `position` adds to the layer's output, in x's dtype: [..., n1]."""
         matrix_t = coupling_matrix(self.core, self.index[position])
-        return apply_update(x.float(), self.rows_t, matrix_t, self.columns_t).to(x.dtype)
+        return apply_update(x.to(self.core.dtype), self.rows_t, matrix_t, self.columns_t).to(x.dtype)
 
     def factors(self) -> Factors:
         """The group's factors as the adapter file holds them (raw core)."""

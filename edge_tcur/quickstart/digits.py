@@ -72,7 +72,9 @@ def write_digits(folder: Path, seed: int) -> Digits:
 def train_base(data: Path, folder: Path, seed: int, on_epoch: Callable[[int, float], None]) -> None:
     """Trains a Vision Transformer of 136,000 parameters and saves it in the Hugging Face layout."""
     from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=64,

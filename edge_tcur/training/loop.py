@@ -92,7 +92,7 @@ def fit(
                     f"at step {len(history.losses) + 1}"
                 )
             optimizer.step()
-            history.losses.append(float(loss))
+            history.losses.append(loss.item())
         history.seconds += time.perf_counter() - started
         if held_out is not None:
             history.accuracies.append(accuracy(model, held_out, task))

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from edge_tcur.training.train import set_threads
 from safetensors.numpy import save_file
 
 from edge_tcur import __version__
@@ -21,6 +20,7 @@ from edge_tcur.models import Base
 from edge_tcur.tasks import find_task
 from edge_tcur.training.evaluate import apply_adapter, load_run_base
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory
+from edge_tcur.training.train import set_threads
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile

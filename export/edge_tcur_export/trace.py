@@ -7,6 +7,7 @@ core and rank stay free in the exported graphs.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -277,7 +278,9 @@ def _gradient_order(program: ExportedProgram, signature: Signature) -> list[str]
 
 def _trace(action: Callable[[], ExportedProgram]) -> ExportedProgram:
     try:
-        return action()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch about its own internals
+            return action()
     except Exception as error:
         raise ExportError(
             f"torch.export cannot trace the model: {_summary(error)}",

@@ -1,0 +1,80 @@
+"""Fixtures that several rooms share. torch and transformers are imported inside them only: the
+runtime's tests run where neither is installed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "where", "is", "my", "card", "please", "i", "lost", "the", "money",
+    "send", "it", "again", "late",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def vit_dir(tmp_path_factory):
+    """A Vision Transformer of two layers and 16 dimensions with its own head of three classes."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification
+
+    root = tmp_path_factory.mktemp("base") / "vit"
+    torch.manual_seed(7)
+    config = ViTConfig(
+        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2,
+        num_attention_heads=2, intermediate_size=32, num_labels=3,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(root)
+    processor = {"do_rescale": True, "rescale_factor": 1 / 255, "image_mean": [0.5], "image_std": [0.25]}
+    (root / "preprocessor_config.json").write_text(json.dumps(processor))
+    return root
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory):
+    """A BERT encoder of two layers without a head, with a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("base") / "bert"
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=24,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(root)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits_npz(tmp_path_factory):
+    """60 grey pictures of 8x8 in three classes that differ in their bright columns."""
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    generator = np.random.default_rng(3)
+    labels = np.arange(60) % 3
+    images = generator.normal(90, 20, (60, 8, 8))
+    for image, label in zip(images, labels, strict=True):
+        image[:, 2 * label : 2 * label + 2] += 90
+    np.savez(path, images=images.clip(0, 255).astype(np.uint8), labels=labels)
+    return path
+
+
+@pytest.fixture(scope="session")
+def texts_csv(tmp_path_factory):
+    """24 short texts of two intents."""
+    path = tmp_path_factory.mktemp("data") / "texts.csv"
+    rows = ["text,label"]
+    for n in range(12):
+        rows += [f"where is my {WORDS[8 + n % 9]},card", f"send the {WORDS[8 + n % 9]} again,money"]
+    path.write_text("\n".join(rows) + "\n")
+    return path
