@@ -311,7 +311,7 @@ def _case(model: FactorModel, example: Example) -> Case:
     return Case(
         feeds={name: value.detach().numpy() for name, value in example.named().items()},
         outputs=outputs.numpy(),
-        loss=float(loss),
+        loss=loss.item(),
         gradients={name: value.numpy() for name, value in zip(trained, gradients, strict=True)},
     )
 

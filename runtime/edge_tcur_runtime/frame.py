@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_RIDGE = 1e-9  # relative to the mean diagonal: keeps a rank-deficient Gram matrix invertible
+_RIDGE = 1e-9  # relative to the largest frequency: keeps an empty or deficient Gram matrix invertible
 
 
 def t_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -75,8 +75,8 @@ def _whiten(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cholesky factor L [n3 // 2 + 1, r, r] (complex) of each Gram matrix, and its inverse."""
     rank = gram.shape[-1]
     scale = np.trace(gram, axis1=1, axis2=2).real / rank
-    ridge = _RIDGE * np.maximum(scale, np.finfo(np.float64).tiny)
-    factor = np.linalg.cholesky(gram + ridge[:, None, None] * np.eye(rank))
+    ridge = _RIDGE * max(float(scale.max()), float(np.finfo(np.float64).tiny))
+    factor = np.linalg.cholesky(gram + ridge * np.eye(rank))
     return factor, np.linalg.inv(factor)
 
 

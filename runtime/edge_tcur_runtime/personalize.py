@@ -35,7 +35,7 @@ class PersonalizeResult:
     """What a personalisation did.
 
     Attributes:
-        adapter: the new adapter (of the best epoch).
+        adapter: the new adapter.
         better: whether it beats the adapter that it started from on the held-out part; True where
             there was no held-out part.
         accuracy_before, accuracy_after: on the held-out part, 0 to 1; None without one.
@@ -245,7 +245,7 @@ def personalize(
 
 @dataclass
 class _Outcome:
-    """Values of the best epoch, and scores (accuracy, loss) on the held-out part."""
+    """Values of the last epoch, and scores (accuracy, loss) on the held-out part."""
 
     values: dict[str, np.ndarray]
     before: tuple[float, float] | None = None
@@ -284,13 +284,12 @@ def _train(
             outcome.losses.append(loss)
             if on_step is not None:
                 on_step(done + 1, total, loss)
-        if outcome.before is None:
-            outcome.values = trainer.values
-            continue
-        score = trainer.score(held_out)
-        outcome.accuracies.append(score[0])
-        if outcome.after is None or _rank(score) > _rank(outcome.after):
-            outcome.after, outcome.values = score, trainer.values
+        if outcome.before is not None:
+            outcome.after = trainer.score(held_out)
+            outcome.accuracies.append(outcome.after[0])
+    # The last epoch, where the learning rate has come down to zero: picking the best of many epochs on
+    # a few held-out samples picks the luckiest one.
+    outcome.values = trainer.values
     return outcome
 
 

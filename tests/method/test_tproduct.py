@@ -126,11 +126,6 @@ def test_the_orthonormal_frame_is_orthonormal():
     np.testing.assert_allclose(t_product(right, t_transpose(right)), identity, atol=1e-7)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, RuntimeWarning),
-    reason="frame._whiten scales its ridge per frequency; where a frequency is empty it must be the group's",
-)
 def test_equal_slices_leave_the_frame_finite():
     """`nn.TransformerEncoder` starts as copies of one layer: only the frequency zero has energy."""
     generator = np.random.default_rng(0)
