@@ -20,10 +20,11 @@ from edge_tcur.training.train import TrainResult, set_threads, train
 from edge_tcur_export.bundle import ExportReport, export_run
 from edge_tcur_runtime.data import label_names, load_dataset
 
-EPOCHS = 60  # of the adapter and of its rivals
+EPOCHS = 100
+DEVICE_EPOCHS = 60
+RIVAL_EPOCHS = 40  # with 100 they overfit: see docs/quickstart.md
 RATE = 0.05
-DEVICE_EPOCHS = 40
-DEVICE_RATE = 0.025
+WEIGHT_DECAY = 0.1
 DEFAULT_BUDGET = 256 * 2**20  # bytes, of the device's personalisation
 _STAGES = 100  # the bar's length; each step below says how far it brings the bar
 
@@ -187,6 +188,7 @@ def _config(out: Path, digits: Digits, seed: int) -> TrainConfig:
         task=TASK,
         epochs=EPOCHS,
         learning_rate=RATE,
+        weight_decay=WEIGHT_DECAY,
         seed=seed,
     )
 
@@ -197,7 +199,8 @@ def _personalize(bundle: Path, store: Path, digits: Digits, budget: int, seed: i
     run_device("adapters", "activate", "workstation", "--bundle", bundle, "--store", store)
     return run_device(
         "personalize", bundle, "--data", digits.local, "--store", store, "--budget", str(budget),
-        "--engine", "ort-training", "--epochs", str(DEVICE_EPOCHS), "--learning-rate", str(DEVICE_RATE),
+        "--engine", "ort-training", "--epochs", str(DEVICE_EPOCHS), "--learning-rate", str(RATE),
+        "--weight-decay", str(WEIGHT_DECAY),
         "--holdout", "0.1",
         "--seed", str(seed),
     )  # fmt: skip
@@ -211,7 +214,7 @@ class _Rivals:
         self._labels = label_names(load_dataset(digits.base, "image"))
         self._base = load_base(str(out / "base"), self._task, self._labels, {})
         self._test = self._prepare(digits.test)
-        self._settings = LoopSettings(EPOCHS, batch_size=16, seed=seed)
+        self._settings = LoopSettings(RIVAL_EPOCHS, batch_size=16, seed=seed)
 
     def _prepare(self, path: Path) -> PreparedData:
         dataset = load_dataset(path, "image")

@@ -16,10 +16,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common
+from torch.export import ExportedProgram
 
 from edge_tcur_export.trace import TARGETS, Traced
 
 OPSET = 20
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)  # dropped
 IR_VERSION = 10  # ONNX Runtime Training 1.19.2 reads IR 10 and older; onnx writes newer ones
 
 
@@ -47,7 +49,11 @@ def to_graph(traced: Traced) -> ir.Model:
 
     with _quiet_exporter():
         program = torch.onnx.export(
-            traced.program, dynamo=True, opset_version=OPSET, verbose=False, optimize=False
+            _without_idle_decomposition(traced.program),
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            optimize=False,
         )
     assert program is not None
     model = program.model
@@ -65,6 +71,26 @@ def to_graph(traced: Traced) -> ir.Model:
     _name(model.graph.outputs, traced.signature.outputs)
     model.ir_version = IR_VERSION
     return read_sizes_from_inputs(model, TARGETS)
+
+
+def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
+    """A program that the exporter does not trace once more, where that would change nothing.
+
+    The exporter always runs its decompositions, which takes five times as long as the conversion of a
+    graph with a backward pass. They replace operators that have no ONNX form; the joint export has
+    usually left none. A program with any such operator is returned as it is.
+    """
+    from torch.export.experimental import _copy_graph_module_and_signature
+    from torch.onnx._internal.exporter import _decomp, _registration
+
+    registry = _registration.ONNXRegistry().from_torchlib(opset_version=OPSET)
+    known = {*_decomp.get_onnx_implemented_overloads(registry), *_ASSERTIONS}
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    if any(isinstance(target, torch._ops.OperatorBase) and target not in known for target in targets):
+        return program
+    copy = program._update(*_copy_graph_module_and_signature(program))  # the exporter edits its graph
+    copy.run_decompositions = lambda decomp_table=None: copy  # type: ignore[method-assign]
+    return copy
 
 
 def _name(values: Sequence[ir.Value], names: tuple[str, ...]) -> None:

@@ -71,14 +71,16 @@ class FrozenLinear(nn.Module):
         self._update = (updates, group, position)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., n2] -> [..., n1]."""
-        output = x @ self.weight_t
+        """[..., n2] -> [..., n1]. Works on rows: each product of a tensor of more axes would be traced with
+        two reshapes of its own, forward and backward, and their sizes computed in the graph."""
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        output = rows @ self.weight_t
         if self.bias is not None:
             output = output + self.bias
-        if self._update is None:
-            return output
-        updates, group, position = self._update
-        return output + updates.by_group[group](x, position)
+        if self._update is not None:
+            updates, group, position = self._update
+            output = output + updates.by_group[group](rows, position)
+        return output if x.dim() == 2 else output.reshape(*x.shape[:-1], output.shape[-1])
 
 
 class FactorModel(nn.Module):

@@ -29,7 +29,10 @@ from edge_tcur_runtime.output import table
 from edge_tcur_runtime.units import format_size
 
 PROBE_SECONDS = 60  # how long importing ONNX Runtime may take on a slow card
-_PROBE = "import json, onnxruntime; print(json.dumps(onnxruntime.get_available_providers()))"
+_PROBE = (
+    "import json; from edge_tcur_runtime.engines.session import import_onnxruntime as load; "
+    "print(json.dumps(load().get_available_providers()))"
+)
 _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
 
 

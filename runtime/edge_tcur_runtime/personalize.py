@@ -78,6 +78,13 @@ class _Batch:
         """Model inputs and targets of the samples at `indices`."""
         return self.preprocess(self.dataset.select(indices).samples), self.targets[indices]
 
+    def longest_first(self) -> np.ndarray:
+        """Indices of the samples, the ones that need most memory first."""
+        samples = self.dataset.samples
+        if isinstance(samples, np.ndarray):  # pictures are all of one size
+            return np.arange(len(samples))
+        return np.argsort([-len(text) for text in samples], kind="stable")
+
 
 class Trainer:
     """Moves the factors of one adapter over one data set.
@@ -114,10 +121,11 @@ class Trainer:
         self.step_seconds: list[float] = []
 
     def calibrate(self) -> None:
-        """Runs steps of one and two samples and chooses the micro-batch that fits the budget."""
+        """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits."""
+        longest = self._data.longest_first()
         peaks = []
         for count in (1, 2):
-            self._run(np.arange(min(count, len(self._data.targets))))
+            self._run(longest[:count])
             peaks.append(self._budget.check("by a step of one or two samples").peak)
         self.micro_batch = choose_micro_batch(self._settings.batch_size, self._budget.limit, *peaks)
 

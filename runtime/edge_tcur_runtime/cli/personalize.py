@@ -36,6 +36,7 @@ _OPTIONS = (
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),
     ("--learning-rate", _DEFAULT.optimizer.learning_rate, float, "Peak learning rate of the cores."),
     ("--head-learning-rate", _DEFAULT.optimizer.extra_learning_rate, float, "Peak for a trained head."),
+    ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
@@ -89,7 +90,9 @@ def personalize(
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
     optimizer = AdamWSettings(
-        learning_rate=training.pop("learning_rate"), extra_learning_rate=training.pop("head_learning_rate")
+        learning_rate=training.pop("learning_rate"),
+        extra_learning_rate=training.pop("head_learning_rate"),
+        weight_decay=training.pop("weight_decay"),
     )
     return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)
 

@@ -6,35 +6,22 @@ same steps; the bundle's ``optimizer.onnx`` serves native apps that use ONNX Run
 
 from __future__ import annotations
 
-import sys
-import types
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_tcur_runtime.engines.engine import StepResult
-from edge_tcur_runtime.engines.session import session_options
+from edge_tcur_runtime.engines.session import import_onnxruntime, session_options
 from edge_tcur_runtime.errors import IncompatibleError
 from edge_tcur_runtime.formats.bundle import Bundle
 
 TARGETS = "labels"
-_PACKAGE = "onnxruntime.training"
 
 
 def import_training_api() -> Any:
-    """`onnxruntime.training.api` without torch.
-
-    The package's own ``__init__`` imports torch, undeclared, for parts that are not used here. A
-    bare package with the same path in its place lets the submodules be imported directly.
-    """
-    if _PACKAGE not in sys.modules:
-        import onnxruntime
-
-        package = types.ModuleType(_PACKAGE)
-        package.__path__ = [str(Path(onnxruntime.__file__).parent / "training")]
-        sys.modules[_PACKAGE] = package
+    """`onnxruntime.training.api`, without torch (see `import_onnxruntime`)."""
+    import_onnxruntime()
     from onnxruntime.training import api
 
     return api
@@ -47,9 +34,6 @@ class OrtTrainingEngine:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
         api = import_training_api()
-        import onnxruntime
-
-        onnxruntime.set_default_logger_severity(3)
         train, checkpoint = bundle.graph("train"), bundle.graph("checkpoint")
         assert train is not None
         assert checkpoint is not None

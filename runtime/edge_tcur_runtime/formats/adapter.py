@@ -141,7 +141,8 @@ def serialize_adapter(adapter: Adapter) -> bytes:
     """The bytes of an adapter file. Deterministic: the same adapter gives the same bytes.
 
     Raises:
-        BadInputError: the adapter breaks a rule of the format (non-finite core, bad indices).
+        BadInputError: the adapter breaks a rule of the format (non-finite core, bad indices, a name
+            that is not allowed), so that it could not be read.
     """
     _check_values(adapter, "adapter")
     header = adapter.header
@@ -158,7 +159,10 @@ def serialize_adapter(adapter: Adapter) -> bytes:
         "provenance": dict(sorted(header.provenance.items())),
     }
     tensors = adapter.tensors()
-    metadata = {_METADATA: _compact({**document, _DIGEST: _content_digest(document, tensors)})}
+    try:
+        metadata = {_METADATA: _compact({**document, _DIGEST: _content_digest(document, tensors)})}
+    except UnicodeEncodeError as error:
+        raise BadInputError(f"the header is not Unicode text: {error.reason}", where="adapter") from error
     raw = safetensors.numpy.save(tensors, metadata)
     header_bytes = int.from_bytes(raw[:8], "little")
     if header_bytes > MAX_HEADER_BYTES or len(raw) > MAX_FILE_BYTES:
@@ -166,6 +170,7 @@ def serialize_adapter(adapter: Adapter) -> bytes:
             f"the adapter file would be {len(raw)} bytes with a header of {header_bytes}; "
             f"the limits are {MAX_FILE_BYTES} and {MAX_HEADER_BYTES}"
         )
+    parse_adapter(raw)  # what could not be read is not written
     return raw
 
 
@@ -227,9 +232,10 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
             f"this safetensors file is not an edge-tcur adapter (its metadata is not {_METADATA!r})",
             where=where,
         )
-    tensors = _parse_tensors(raw, table, where)
     text, place = str(metadata[_METADATA]), f"{where}: {_METADATA}"
     document = parse_json(text.encode(), place)
+    check_version(Fields(document, place), FORMAT_VERSION)  # a newer one may hold anything else
+    tensors = _parse_tensors(raw, table, where)
     rest = {key: value for key, value in document.items() if key != _DIGEST}
     expected, actual = Fields(document, place).text(_DIGEST), _content_digest(rest, tensors)
     if actual != expected or text != _compact({**rest, _DIGEST: expected}):
@@ -274,21 +280,25 @@ def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str
         Fields(entry if isinstance(entry, dict) else {}, f"{where}: {name}").only(
             "dtype", "shape", "data_offsets"
         ).choice("dtype", _DTYPES)
-        if not name or "\0" in name or "/" in name or "\\" in name:
-            raise FileFormatError(f"the tensor name {name!r} is not allowed", where=where)
+        _check_name(name, where)
     try:
         entries = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]
-    except safetensors.SafetensorError as error:
+        return {
+            name: np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            for name, entry in entries
+        }
+    except (safetensors.SafetensorError, ValueError) as error:  # ValueError: a shape like [2**62, 0]
         raise FileFormatError(f"not a valid safetensors file: {error}", where=where) from error
-    return {
-        name: np.frombuffer(entry["data"], dtype=_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        for name, entry in entries
-    }
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuses tensor names that could leave a directory or alter a terminal."""
+    if not name.isprintable() or name in {"", "__metadata__"} or "/" in name or "\\" in name:
+        raise FileFormatError(f"the tensor name {name!r} is not allowed", where=where)
 
 
 def _parse_header(document: Mapping[str, Any], where: str) -> AdapterHeader:
     fields = Fields(document, where)
-    check_version(fields, FORMAT_VERSION)
     fields.only(
         "format_version", "method", "coupling", "transform", "frame", "base_digest", "task", "labels",
         "groups", "provenance",
@@ -318,9 +328,9 @@ def check_version(fields: Fields, known: int) -> None:
         )
 
 
-def parse_group(fields: Fields) -> GroupSpec:
-    """A group's weights from its JSON object."""
-    fields.only("parameters", "n1", "n2")
+def parse_group(fields: Fields, *more: str) -> GroupSpec:
+    """A group's weights from its JSON object; `more` names further fields that it may have."""
+    fields.only("parameters", "n1", "n2", *more)
     parameters = fields.texts("parameters")
     if not parameters or len(set(parameters)) != len(parameters):
         raise FileFormatError("'parameters' must name at least one weight, each once", where=fields.where)
@@ -337,9 +347,6 @@ def _assemble(header: AdapterHeader, tensors: Mapping[str, np.ndarray], where: s
                 raise FileFormatError(f"the tensor '{group}.{part}' is missing", where=where)
             parts.append(value)
         factors[group] = Factors(*parts)
-    for name, value in rest.items():
-        if name.rpartition(".")[2] in {"core", "rows", "cols"} or value.dtype != np.float32:
-            raise FileFormatError(f"the tensor {name!r} belongs to no group of this adapter", where=where)
     return Adapter(header, factors, rest)
 
 
@@ -349,6 +356,12 @@ def _check_values(adapter: Adapter, where: str) -> None:
     for group, spec in adapter.header.groups.items():
         _check_factors(adapter.factors[group], spec, f"{where}: {group}")
     for name, value in adapter.extras.items():
+        _check_name(name, where)
+        if name.rpartition(".")[2] in {"core", "rows", "cols"} or value.dtype != np.float32:
+            raise FileFormatError(
+                f"the tensor {name!r} ({value.dtype}) belongs to no group of this adapter, and is no extra",
+                where=where,
+            )
         if not np.isfinite(value).all():
             raise BadInputError("holds NaN or infinity", where=f"{where}: {name}")
 
@@ -369,7 +382,8 @@ def _check_factors(factors: Factors, spec: GroupSpec, where: str) -> None:
                 f"{name} have shape {indices.shape} and dtype {indices.dtype}; expected int32 [{rank}]",
                 where=where,
             )
-        if indices[0] < 0 or indices[-1] >= size or (np.diff(indices) <= 0).any():
+        # Compared, not subtracted: the difference of two int32 may wrap around and look like an increase.
+        if indices[0] < 0 or indices[-1] >= size or (indices[1:] <= indices[:-1]).any():
             raise BadInputError(
                 f"{name} must be strictly increasing indices from 0 to {size - 1}", where=where
             )

@@ -8,16 +8,20 @@ flat on purpose: ONNX's external data may then never leave the graph's own direc
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_tcur_runtime.errors import FileFormatError, IntegrityError
+import numpy as np
+
+from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError
 from edge_tcur_runtime.formats.adapter import (
     COUPLINGS,
     TRANSFORMS,
     check_version,
+    parse_group,
     read_bounded,
 )
 from edge_tcur_runtime.formats.digest import digest_file
@@ -158,7 +162,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         tensors={name: _parse_place(child) for name, child in fields.children("tensors").items()},
         extras={name: _shape(fields.child("extras"), name) for name in fields.mapping("extras")},
         task=fields.text("task"),
-        labels=fields.texts("labels"),
+        labels=_labels(fields),
         preprocessing=fields.mapping("preprocessing"),
         opset=fields.integer("opset", low=1),
         ir_version=fields.integer("ir_version", low=1),
@@ -178,11 +182,17 @@ def _check_references(manifest: Manifest, where: str) -> None:
     for name in named:
         if name is not None and name not in manifest.files:
             raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
+    size = manifest.files[BASE_FILE].size
+    for parameter, place in manifest.tensors.items():
+        if place.offset + math.prod(place.shape) * np.dtype(place.dtype).itemsize > size:
+            raise FileFormatError(
+                f"the weight {parameter!r} ends behind {BASE_FILE!r}, which has {size} bytes", where=where
+            )
     for group, spec in manifest.groups.items():
         for parameter in spec.parameters:
-            place = manifest.tensors.get(parameter)
+            found = manifest.tensors.get(parameter)
             shape = (spec.n1, spec.n2)
-            if place is None or place.shape != (shape[::-1] if place.transposed else shape):
+            if found is None or found.shape != (shape[::-1] if found.transposed else shape):
                 raise FileFormatError(
                     f"group {group!r}: the weight {parameter!r} is missing from 'tensors' or is not {shape}",
                     where=where,
@@ -190,7 +200,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
 
 
 def _parse_file(name: str, fields: Fields) -> FileEntry:
-    if not name or "/" in name or "\\" in name or "\0" in name or name in {".", "..", MANIFEST}:
+    if not name.isprintable() or "/" in name or "\\" in name or name in {"", ".", "..", MANIFEST}:
         raise FileFormatError(f"the file name {name!r} is not allowed", where=fields.where)
     fields.only("size", "sha256")
     return FileEntry(fields.integer("size"), fields.text("sha256"))
@@ -212,13 +222,19 @@ def _parse_input(fields: Fields) -> InputSpec:
 
 
 def _parse_group(fields: Fields) -> BundleGroup:
-    fields.only("parameters", "n1", "n2", "rank")
-    return BundleGroup(
-        fields.texts("parameters"),
-        fields.integer("n1", low=1),
-        fields.integer("n2", low=1),
-        fields.integer("rank", low=1),
-    )
+    spec, rank = parse_group(fields, "rank"), fields.integer("rank", low=1)
+    if rank > min(spec.n1, spec.n2):
+        raise FileFormatError(
+            f"the rank {rank} is above the sizes {spec.n1} and {spec.n2}", where=fields.where
+        )
+    return BundleGroup(spec.parameters, spec.n1, spec.n2, rank)
+
+
+def _labels(fields: Fields) -> tuple[str, ...]:
+    labels = fields.texts("labels")
+    if not labels or len(set(labels)) != len(labels):
+        raise FileFormatError("'labels' must name at least one class, each once", where=fields.where)
+    return labels
 
 
 def _parse_place(fields: Fields) -> TensorPlace:
@@ -240,7 +256,7 @@ def open_bundle(root: Path, *, verify: bool = True) -> Bundle:
             done it may say False.
 
     Raises:
-        BadInputError: the directory or the manifest cannot be read.
+        BadInputError: the directory, the manifest or a file cannot be read.
         FileFormatError: the manifest is malformed.
         IntegrityError: a file is missing, a link, of another size or altered.
     """
@@ -257,14 +273,18 @@ def verify_file(path: Path, entry: FileEntry) -> None:
 
     Raises:
         IntegrityError: missing, not a regular file (links are refused), of another size or digest.
+        BadInputError: it cannot be read.
     """
     hint = "copy or download the bundle again"
-    if path.is_symlink() or not path.is_file():
-        raise IntegrityError("missing, or not a regular file", where=str(path), hint=hint)
-    size = path.stat().st_size
-    if size != entry.size:
-        raise IntegrityError(f"{size} bytes; the manifest says {entry.size}", where=str(path), hint=hint)
-    actual = digest_file(path)
+    try:
+        if path.is_symlink() or not path.is_file():
+            raise IntegrityError("missing, or not a regular file", where=str(path), hint=hint)
+        size = path.stat().st_size
+        if size != entry.size:
+            raise IntegrityError(f"{size} bytes; the manifest says {entry.size}", where=str(path), hint=hint)
+        actual = digest_file(path)
+    except OSError as error:
+        raise BadInputError(f"cannot read: {error.strerror}", where=str(path)) from error
     if actual != entry.sha256:
         raise IntegrityError(
             f"altered: its digest is {actual}, the manifest says {entry.sha256}", where=str(path), hint=hint

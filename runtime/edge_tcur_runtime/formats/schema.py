@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edge_tcur_runtime.errors import FileFormatError
+
+_INTEGER_DIGITS = 20  # with a sign: what 64 bits hold
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -26,17 +29,44 @@ def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
 
 
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999 is valid JSON and reads as infinity
+        raise ValueError(f"the number {text:.30} is too large")
+    return value
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > _INTEGER_DIGITS:
+        raise ValueError(f"the number {text:.30} is too large")
+    return int(text)
+
+
+def _refuse_half_characters(document: object) -> None:
+    """An escape such as ``\\ud800`` gives a string that no file name, digest or terminal can take."""
+    try:
+        json.dumps(document, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds a string that is not Unicode text ({error.reason})") from error
+
+
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     """A JSON object from UTF-8 bytes.
 
     Raises:
-        FileFormatError: bad UTF-8, bad JSON, a duplicate key, NaN or infinity, too deep a nesting,
-            or not an object.
+        FileFormatError: bad UTF-8, bad JSON, a duplicate key, NaN, infinity or a number beyond 64
+            bits, half of a surrogate pair, too deep a nesting, or not an object.
     """
     try:
         document = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates, parse_constant=_refuse_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_bounded_int,
         )
+        if b"\\u" in raw:
+            _refuse_half_characters(document)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"not a valid JSON document: {error}", where=where) from error
     if not isinstance(document, dict):

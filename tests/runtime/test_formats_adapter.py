@@ -1,0 +1,546 @@
+"""The adapter file: what is written can be read, and nothing else is ever accepted."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    EdgeError,
+    FileFormatError,
+    FormatVersionError,
+    IntegrityError,
+)
+from edge_tcur_runtime.formats import adapter as module
+from edge_tcur_runtime.formats.adapter import (
+    MAX_FILE_BYTES,
+    MAX_HEADER_BYTES,
+    Adapter,
+    AdapterHeader,
+    Factors,
+    GroupSpec,
+    parse_adapter,
+    read_adapter,
+    read_bounded,
+    serialize_adapter,
+    write_adapter,
+)
+from edge_tcur_runtime.formats.digest import digest_bytes
+
+V1 = Path(__file__).parents[1] / "data" / "adapter-v1.safetensors"
+BASE = "sha256:" + "b" * 64
+KEY = "edge_tcur"
+
+
+def small_adapter(**header):
+    """One group of two 4 x 5 weights in rank 2, and a head."""
+    core = np.arange(8, dtype=np.float32).reshape(2, 2, 2) / 8
+    factors = Factors(core, np.array([0, 3], np.int32), np.array([1, 4], np.int32))
+    fields = {"task": "image-classification", "labels": ("ja", "né"), "provenance": {"tool": "test"}}
+    document = AdapterHeader(BASE, {"q": GroupSpec(("q.0", "q.1"), 4, 5)}, **{**fields, **header})
+    return Adapter(document, {"q": factors}, {"head": np.array([0.5, -1.0], np.float32)})
+
+
+SMALL = serialize_adapter(small_adapter())
+
+
+def unpack(raw):
+    """(document, tensors) of an adapter file, nothing checked."""
+    length = int.from_bytes(raw[:8], "little")
+    document = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"][KEY])
+    return document, dict(safetensors.numpy.load(raw))
+
+
+def forge(edit=None, tensors=None, *, sign=True):
+    """A file with an edited document and other tensors, whose digest is right: only rules refuse it."""
+    document, arrays = unpack(SMALL)
+    arrays |= tensors or {}
+    arrays = {name: value for name, value in arrays.items() if value is not None}
+    document.pop("sha256")
+    if edit is not None:
+        edit(document)
+    if sign:
+        document["sha256"] = module._content_digest(document, arrays)
+    return safetensors.numpy.save(arrays, {KEY: module._compact(document)})
+
+
+def with_header(text, data=b""):
+    """A safetensors file with this header, given as text or bytes."""
+    raw = text if isinstance(text, bytes) else text.encode()
+    return len(raw).to_bytes(8, "little") + raw + data
+
+
+def with_metadata(text):
+    """A file whose one metadata value is `text`."""
+    return safetensors.numpy.save(unpack(SMALL)[1], {KEY: text})
+
+
+# --- what is written can be read -------------------------------------------------------------------
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+NAME = st.from_regex(r"[a-zA-Zé_][a-z0-9_.]{0,12}", fullmatch=True).filter(
+    lambda name: name.rpartition(".")[2] not in {"core", "rows", "cols"}
+)
+
+
+@st.composite
+def adapters(draw):
+    groups, factors = {}, {}
+    for name in draw(st.lists(NAME, min_size=1, max_size=3, unique=True)):
+        n1, n2, n3 = (draw(st.integers(1, 9)) for _ in range(3))
+        rank = draw(st.integers(1, min(n1, n2)))
+        groups[name] = GroupSpec(tuple(f"{name}.{i}" for i in range(n3)), n1, n2)
+        seed = draw(st.integers(0, 2**16))
+        core = np.random.default_rng(seed).normal(size=(n3, rank, rank)).astype(np.float32)
+        rows, cols = (
+            np.array(sorted(draw(st.sets(st.integers(0, n - 1), min_size=rank, max_size=rank))), np.int32)
+            for n in (n1, n2)
+        )
+        factors[name] = Factors(core, rows, cols)
+    extras = {
+        f"extra.{name}": np.full(draw(st.sampled_from([(), (3,), (2, 2), (0,)])), 0.5, np.float32)
+        for name in draw(st.lists(NAME, max_size=2, unique=True))
+    }
+    header = AdapterHeader(
+        draw(TEXT), groups, draw(TEXT), tuple(draw(st.lists(TEXT, max_size=3))),
+        frame=draw(st.sampled_from(module.FRAMES)), provenance=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
+    )  # fmt: skip
+    return Adapter(header, factors, extras)
+
+
+@settings(max_examples=60, deadline=None)
+@given(adapters())
+def test_what_is_written_reads_back_as_it_was(adapter):
+    raw = serialize_adapter(adapter)
+    found = parse_adapter(raw)
+    assert found.header == adapter.header
+    written, read = adapter.tensors(), found.tensors()
+    assert set(read) == set(written)
+    for name, value in written.items():
+        np.testing.assert_array_equal(read[name], value)
+        assert read[name].dtype == value.dtype
+    assert serialize_adapter(found) == raw
+
+
+def test_the_same_adapter_gives_the_same_bytes():
+    assert {serialize_adapter(small_adapter()) for _ in range(20)} == {SMALL}
+
+
+def test_the_order_of_groups_and_provenance_does_not_change_the_bytes():
+    first = small_adapter(provenance={"a": "1", "b": "2"})
+    part, spec = first.factors["q"], first.header.groups["q"]
+    both = replace(first.header, groups={"q": spec, "a": spec}), {"q": part, "a": part}
+    turned = (
+        replace(first.header, groups={"a": spec, "q": spec}, provenance={"b": "2", "a": "1"}),
+        {"a": part, "q": part},
+    )
+    assert serialize_adapter(Adapter(*both)) == serialize_adapter(Adapter(*turned))
+
+
+def test_writing_returns_the_digest_and_keeps_a_personal_file_private(tmp_path):
+    path = tmp_path / "a.safetensors"
+    digest = write_adapter(path, small_adapter(), private=True)
+    assert digest == digest_bytes(path.read_bytes())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert read_adapter(path).header == small_adapter().header
+
+
+def test_counts_of_trained_numbers_keep_the_head_apart():
+    adapter = small_adapter()
+    assert (adapter.trained_numbers, adapter.extra_numbers) == (8, 2)
+
+
+# --- every released version keeps loading ----------------------------------------------------------
+
+
+def test_the_file_of_version_1_keeps_loading():
+    adapter = read_adapter(V1)
+    assert adapter.header.task == "image-classification"
+    assert adapter.header.labels == ("0", "1", "2", "3")
+    assert adapter.header.base_digest.startswith("sha256:602d2cf7b2eafde9")
+    assert (adapter.trained_numbers, adapter.extra_numbers) == (108, 0)
+    assert {factors.rank for factors in adapter.factors.values()} == {3}
+    assert digest_bytes(V1.read_bytes()) == (
+        "sha256:e96a7c3c4093d4d0a14c805dd1e78660f336e92e940f1aee3ecb1760326bf86e"
+    )
+    assert serialize_adapter(adapter) == V1.read_bytes()
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+
+def refused(raw):
+    """Whether `raw` is refused with an error for the user."""
+    try:
+        parse_adapter(raw)
+    except EdgeError:
+        return True
+    return False
+
+
+def test_every_flipped_bit_is_refused():
+    accepted = []
+    for position in range(len(SMALL)):
+        damaged = bytearray(SMALL)
+        for bit in range(8):
+            damaged[position] ^= 1 << bit
+            if not refused(bytes(damaged)):
+                accepted.append((position, bit))
+            damaged[position] ^= 1 << bit
+    assert accepted == []
+
+
+def test_a_flipped_bit_anywhere_in_the_file_of_version_1_is_refused():
+    raw = V1.read_bytes()
+    for position in range(len(raw)):
+        damaged = bytearray(raw)
+        damaged[position] ^= 1 << (position % 8)
+        assert refused(bytes(damaged)), position
+
+
+def test_a_file_cut_at_any_byte_is_refused():
+    for length in range(len(SMALL)):
+        assert refused(SMALL[:length]), length
+
+
+@pytest.mark.parametrize("tail", [b"\0", b" ", SMALL])
+def test_bytes_after_the_end_are_refused(tail):
+    with pytest.raises(FileFormatError):
+        parse_adapter(SMALL + tail)
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 7, b"\x80\x04pickle", b"PK\3\4" + b"\0" * 64, b"\xff" * 64])
+def test_files_of_other_kinds_are_refused(data):
+    with pytest.raises(FileFormatError):
+        parse_adapter(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_arbitrary_bytes_never_raise_anything_but_our_errors(data, framed):
+    assert refused(with_header(data) if framed else data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_arbitrary_json_headers_never_raise_anything_but_our_errors(data):
+    value = st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+        max_leaves=6,
+    )
+    entry = st.fixed_dictionaries(
+        {}, optional={"dtype": st.sampled_from(["F32", "I32", "F64"]), "shape": value, "data_offsets": value}
+    )
+    table = data.draw(st.dictionaries(st.text(max_size=5), entry | value, max_size=3))
+    metadata = data.draw(st.just({KEY: "{}"}) | st.dictionaries(st.just(KEY), value) | value)
+    assert refused(with_header(json.dumps({"__metadata__": metadata, **table}), b"\0" * 16))
+
+
+# --- the header ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [len(SMALL) - 7, 2**31, 2**63, 2**64 - 1])
+def test_an_absurd_header_length_is_refused(length):
+    with pytest.raises(FileFormatError, match="the header claims"):
+        parse_adapter(length.to_bytes(8, "little") + SMALL[8:])
+
+
+def test_an_over_long_header_is_refused_before_it_is_parsed(monkeypatch):
+    monkeypatch.setattr(module, "parse_json", lambda *_: pytest.fail("parsed"))
+    with pytest.raises(FileFormatError, match=f"limit is {MAX_HEADER_BYTES}"):
+        parse_adapter(with_header("{}" + " " * MAX_HEADER_BYTES))
+
+
+def test_an_over_long_header_is_not_written():
+    with pytest.raises(BadInputError, match="the limits are"):
+        serialize_adapter(small_adapter(labels=("x" * MAX_HEADER_BYTES,)))
+
+
+def test_an_over_large_file_is_refused_before_it_is_read():
+    with pytest.raises(FileFormatError, match=f"limit is {MAX_FILE_BYTES}"):
+        parse_adapter(SMALL + bytes(MAX_FILE_BYTES))
+
+
+@pytest.mark.parametrize(
+    "header", [b"\xff\xfe{}", b'{"a":', b"[]", b"3", b'{"__metadata__":NaN}', b"[" * 30000, b"{" + b'"a":{' * 9000]
+)  # fmt: skip
+def test_a_header_that_is_no_utf8_json_object_is_refused(header):
+    with pytest.raises(FileFormatError):
+        parse_adapter(with_header(header))
+
+
+def test_a_duplicate_tensor_name_is_refused():
+    text = SMALL[8 : 8 + int.from_bytes(SMALL[:8], "little")].decode().rstrip()
+    doubled = text[:-1] + ',"head":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    with pytest.raises(FileFormatError, match="'head' appears twice"):
+        parse_adapter(with_header(doubled, SMALL[8 + len(text) :]))
+
+
+@pytest.mark.parametrize("metadata", [None, {}, {"other": "{}"}, {KEY: "{}", "more": "x"}])
+def test_another_safetensors_file_is_named_as_such(metadata):
+    with pytest.raises(FileFormatError, match="not an edge-tcur adapter"):
+        parse_adapter(safetensors.numpy.save({"x": np.zeros(2, np.float32)}, metadata))
+
+
+# --- the document ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a valid JSON"),
+        ("[1]", "expected a JSON object"),
+        ('{"format_version":1,"format_version":1}', "'format_version' appears twice"),
+        ('{"format_version":1,"groups":{"q":{"n1":1,"n1":2}}}', "'n1' appears twice"),
+        ('{"format_version":1,"x":NaN}', "NaN is not JSON"),
+        ('{"format_version":1,"x":1e999}', "too large"),
+        ('{"format_version":1,"x":' + "9" * 400 + "}", "too large"),
+        ('{"format_version":1,"x":"\\ud800"}', "not Unicode text"),
+        ('{"format_version":1,"\\udfff":0}', "not Unicode text"),
+    ],
+)
+def test_a_document_that_is_no_plain_json_is_refused(text, message):
+    with pytest.raises(FileFormatError, match=message):
+        parse_adapter(with_metadata(text))
+
+
+def test_half_a_character_in_the_metadata_or_in_a_tensor_name_is_refused():
+    for header in (
+        '{"__metadata__":{"edge_tcur":"\\ud800"}}',
+        '{"__metadata__":{"edge_tcur":"{}"},"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}',
+    ):
+        with pytest.raises(FileFormatError, match="not Unicode text"):
+            parse_adapter(with_header(header))
+
+
+def test_an_altered_document_breaks_the_digest():
+    document, _ = unpack(SMALL)
+    document["labels"] = ["né", "ja"]
+    with pytest.raises(IntegrityError, match="the content was altered") as caught:
+        parse_adapter(with_metadata(module._compact(document)), "a.safetensors")
+    assert caught.value.where == "a.safetensors"
+    assert caught.value.hint
+
+
+def test_the_same_document_written_otherwise_is_refused():
+    document, _ = unpack(SMALL)
+    with pytest.raises(IntegrityError):
+        parse_adapter(with_metadata(json.dumps(document)))
+
+
+def test_a_file_without_a_digest_is_refused():
+    with pytest.raises(FileFormatError, match="'sha256' is missing"):
+        parse_adapter(forge(sign=False))
+
+
+def edited(key, value):
+    return lambda document: document.update({key: value})
+
+
+def removed(key):
+    return lambda document: document.pop(key)
+
+
+@pytest.mark.parametrize("key", [key for key in unpack(SMALL)[0] if key != "sha256"])
+def test_every_field_is_needed(key):
+    with pytest.raises(FileFormatError, match=f"'{key}' is missing"):
+        parse_adapter(forge(removed(key)))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (edited("format_version", 0), "'format_version' is 0"),
+        (edited("format_version", True), "must be an integer, not bool"),
+        (edited("format_version", 1.0), "must be an integer, not float"),
+        (edited("method", "lora"), "expected one of tcurlora"),
+        (edited("coupling", "none"), "expected one of all"),
+        (edited("transform", "dct"), "expected one of dft"),
+        (edited("frame", "skew"), "expected one of raw, orthonormal"),
+        (edited("labels", "ab"), "must be a list"),
+        (edited("labels", ["a", 1]), "strings only"),
+        (edited("groups", []), "must be an object"),
+        (edited("provenance", {"tool": 1}), "must be a string"),
+        (edited("groups", {"q": {"parameters": [], "n1": 4, "n2": 5}}), "at least one weight"),
+        (edited("groups", {"q": {"parameters": ["q.0", "q.0"], "n1": 4, "n2": 5}}), "each once"),
+        (edited("groups", {"q": {"parameters": ["q.0", "q.1"], "n1": 0, "n2": 5}}), "'n1' is 0"),
+        (edited("groups", {"q": {"parameters": ["q.0", "q.1"], "n1": 4, "n2": 5, "n3": 2}}), "'n3'"),
+    ],
+)
+def test_a_wrong_field_is_refused_and_named(edit, message):
+    with pytest.raises(FileFormatError, match=message):
+        parse_adapter(forge(edit))
+
+
+def test_an_unknown_field_suggests_the_nearest_one():
+    def rename(document):
+        document["lables"] = document["labels"]
+
+    with pytest.raises(FileFormatError, match="unknown field 'lables'") as caught:
+        parse_adapter(forge(rename))
+    assert caught.value.hint == "did you mean 'labels'?"
+
+
+def test_a_newer_version_is_refused_as_newer_whatever_else_it_holds():
+    def renew(document):
+        document.update(format_version=2, sketch="2-bit", frame="sketch")
+
+    for raw in (
+        forge(renew),
+        forge(renew, {"q.packed": np.zeros(4, np.uint8)}),
+        forge(renew, {"q.core": None}, sign=False),
+    ):
+        with pytest.raises(FormatVersionError, match="version 2 is newer than 1") as caught:
+            parse_adapter(raw)
+        assert "update edge-tcur-runtime" in caught.value.hint
+
+
+# --- tensors ---------------------------------------------------------------------------------------
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def i32(*values):
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ({"q.core": None}, FileFormatError, "'q.core' is missing"),
+        ({"q.rows": None}, FileFormatError, "'q.rows' is missing"),
+        ({"q.cols": None}, FileFormatError, "'q.cols' is missing"),
+        ({"v.core": f32(2, 2, 2)}, FileFormatError, r"'v.core' .float32. belongs to no group"),
+        ({"v.rows": i32(0, 1)}, FileFormatError, r"'v.rows' .int32. belongs to no group"),
+        ({"more": i32(0, 1)}, FileFormatError, r"'more' .int32. belongs to no group"),
+        ({"q.core": np.zeros((2, 2, 2))}, FileFormatError, "'dtype' is 'F64'"),
+        ({"q.core": np.zeros((2, 2, 2), np.float16)}, FileFormatError, "'dtype' is 'F16'"),
+        ({"q.rows": np.array([0, 3])}, FileFormatError, "'dtype' is 'I64'"),
+        ({"q.core": np.zeros((2, 2, 2), np.int32)}, FileFormatError, "dtype int32; expected float32"),
+        ({"q.rows": f32(2)}, FileFormatError, "rows have shape .2,. and dtype float32"),
+        ({"q.core": f32(2, 2)}, FileFormatError, r"expected float32 \[2, r, r\]"),
+        ({"q.core": f32(2, 2, 3)}, FileFormatError, "the core has shape"),
+        ({"q.core": f32(3, 2, 2)}, FileFormatError, "the core has shape"),
+        ({"q.core": f32(2, 0, 0), "q.rows": i32(), "q.cols": i32()}, FileFormatError, "r of at least 1"),
+        ({"q.core": f32()}, FileFormatError, "the core has shape"),
+        ({"q.rows": i32(0)}, FileFormatError, r"expected int32 \[2\]"),
+        ({"q.cols": i32(0, 1, 2)}, FileFormatError, r"expected int32 \[2\]"),
+        ({"q.cols": i32(0, 1).reshape(1, 2)}, FileFormatError, r"expected int32 \[2\]"),
+        ({"q.core": np.full((2, 2, 2), np.nan, np.float32)}, BadInputError, "core holds NaN"),
+        ({"q.core": np.full((2, 2, 2), -np.inf, np.float32)}, BadInputError, "core holds NaN"),
+        ({"head": np.array([1, np.inf], np.float32)}, BadInputError, "holds NaN or infinity"),
+        ({"q.rows": i32(-1, 3)}, BadInputError, "rows must be strictly increasing indices from 0 to 3"),
+        ({"q.rows": i32(1, 1)}, BadInputError, "rows must be strictly increasing"),
+        ({"q.rows": i32(3, 0)}, BadInputError, "rows must be strictly increasing"),
+        ({"q.rows": i32(0, 4)}, BadInputError, "from 0 to 3"),
+        ({"q.rows": i32(-(2**31), 2**31 - 1)}, BadInputError, "from 0 to 3"),
+        ({"q.cols": i32(0, 5)}, BadInputError, "from 0 to 4"),
+        ({"q.cols": i32(2**31 - 1, -(2**31))}, BadInputError, "from 0 to 4"),
+    ],
+)
+def test_wrong_tensors_are_refused_with_the_reason(tensors, error, message):
+    with pytest.raises(error, match=message):
+        parse_adapter(forge(tensors=tensors))
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "", "x\0y", "x\n", "x\x1b[2J"])
+def test_tensor_names_that_could_do_harm_are_refused(name):
+    with pytest.raises(FileFormatError, match="not allowed"):
+        parse_adapter(forge(tensors={name: f32(1)}))
+
+
+@pytest.mark.parametrize(
+    "shape", ["[4611686018427387904,0]", "[-1]", "[18446744073709551616]", "[1.5]", '"x"']
+)
+def test_an_absurd_shape_is_refused(shape):
+    document = '"__metadata__":{"edge_tcur":"{\\"format_version\\":1}"}'
+    header = f'{{{document},"x":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}'
+    with pytest.raises(FileFormatError):
+        parse_adapter(with_header(header))
+
+
+@pytest.mark.parametrize("offsets", ["[0,4]", "[4,8]", "[8,4]", "[0,16]", "[-4,4]", "[0]", "[]", "null"])
+def test_tensors_that_overlap_or_leave_the_file_are_refused(offsets):
+    document = '"__metadata__":{"edge_tcur":"{\\"format_version\\":1}"}'
+    header = f'{{{document},"x":{{"dtype":"F32","shape":[2],"data_offsets":{offsets}}}}}'
+    with pytest.raises(FileFormatError):
+        parse_adapter(with_header(header, b"\0" * 8))
+
+
+# --- what cannot be read is not written ------------------------------------------------------------
+
+
+def with_factors(**parts):
+    adapter = small_adapter()
+    return Adapter(adapter.header, {"q": replace(adapter.factors["q"], **parts)}, adapter.extras)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (with_factors(core=np.full((2, 2, 2), np.nan, np.float32)), "NaN"),
+        (with_factors(core=np.zeros((2, 2, 2))), "float64"),
+        (with_factors(rows=np.array([3, 0], np.int32)), "strictly increasing"),
+        (with_factors(cols=np.array([0, 1])), "int64"),
+        (Adapter(small_adapter().header, {}, {}), "do not name the same groups"),
+        (Adapter(replace(small_adapter().header, groups={}), {}, {}), "are empty"),
+        (replace(small_adapter(), extras={"head": np.array([np.inf], np.float32)}), "NaN or infinity"),
+        (replace(small_adapter(), extras={"head": np.array([1.0])}), "float64"),
+        (replace(small_adapter(), extras={"q.core": f32(2, 2, 2)}), "'q.core'"),
+        (replace(small_adapter(), extras={"v.rows": f32(2)}), "'v.rows'"),
+        (replace(small_adapter(), extras={"a/b": f32(2)}), "not allowed"),
+        (replace(small_adapter(), extras={"__metadata__": f32(2)}), "not allowed"),
+        (small_adapter(labels=("\ud800",)), "not Unicode text"),
+        (small_adapter(frame="skew"), "expected one of raw, orthonormal"),
+    ],
+)
+def test_an_adapter_that_could_not_be_read_is_not_written(adapter, message):
+    with pytest.raises(BadInputError, match=message):
+        serialize_adapter(adapter)
+
+
+# --- reading files ---------------------------------------------------------------------------------
+
+
+def test_what_is_no_regular_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path, tmp_path / "fifo"):
+        with pytest.raises(BadInputError, match="not a regular file"):
+            read_adapter(path)
+
+
+@pytest.mark.parametrize("name", ["missing", "file/below", "x" * 300])
+def test_what_is_not_there_is_refused_with_its_path(tmp_path, name):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(BadInputError, match="cannot read") as caught:
+        read_adapter(tmp_path / name)
+    assert caught.value.where == str(tmp_path / name)
+
+
+def test_reading_is_bounded(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(b"12345")
+    assert read_bounded(path, 5) == b"12345"
+    with pytest.raises(FileFormatError, match="5 bytes; the limit is 4"):
+        read_bounded(path, 4)
+
+
+def test_a_sparse_file_of_a_gigabyte_is_not_read(tmp_path):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(2**30)
+    with pytest.raises(FileFormatError, match="the limit is"):
+        read_adapter(path)
