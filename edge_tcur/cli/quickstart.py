@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from edge_tcur.cli.progress import stage_bar
+from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.cli.framework import DIRECTORY, SIZE, output_options
 from edge_tcur_runtime.errors import OutputExistsError
 from edge_tcur_runtime.output import Sink
 
 if TYPE_CHECKING:
     from edge_tcur.quickstart import QuickstartResult
+
+_MARK = ".edge-tcur-quickstart"
 
 EPILOG = """\b
 Examples:
@@ -57,18 +60,23 @@ def quickstart(out: Path, budget: int, seed: int, force: bool, sink: Sink) -> No
 
 
 def _prepare(out: Path, force: bool) -> None:
-    """Makes room: an earlier quickstart is replaced only when asked, anything else never."""
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not (force and (out / "bundle").is_dir() and (out / "run").is_dir()):
-        raise OutputExistsError(
-            "the output directory is not empty",
-            where=str(out),
-            hint="choose another --out, or say --force to replace an earlier quickstart",
-        )
-    import shutil
+    """Makes room: what an earlier quickstart left is replaced only when asked, anything else never."""
+    mark = out / _MARK
+    if out.exists() and any(out.iterdir()):
+        if not (force and mark.is_file()):
+            raise OutputExistsError(
+                "the output directory is not empty",
+                where=str(out),
+                hint="choose another --out, or say --force to replace an earlier quickstart",
+            )
+        import shutil
 
-    shutil.rmtree(out)
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text("written by edge-tcur quickstart; --force may remove this folder\n", encoding="utf-8")
+    except OSError as error:
+        raise disk_error(error, out) from error
 
 
 def _text(result: QuickstartResult) -> str:

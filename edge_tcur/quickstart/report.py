@@ -44,9 +44,9 @@ def build_table(result: QuickstartResult) -> Table:
     for name in ("accuracy", "trained", "shipped"):
         table.add_column(name, justify="right")
     numbers, size = result.training.run.metrics["trained_numbers"], result.export.adapter_bytes
-    full, local, low_rank = result.full, result.full_local, result.lora
-    rows = [
-        ("base, on scans as it knows them", result.plain_accuracy, "-", "-"),
+    full, local, low_rank = result.rivals.full, result.rivals.full_local, result.rivals.lora
+    rows: list[tuple[str, float, int | str, int | str]] = [
+        ("base, on scans as it knows them", result.rivals.plain_accuracy, "-", "-"),
         ("base, on the user's scans", result.swap("base")["accuracy"], "-", "-"),
         ("tCURLoRA r8, trained on the workstation", result.swap("bundle")["accuracy"], numbers, size),
         ("LoRA r8 (peft), same sample", low_rank.accuracy, low_rank.trained_numbers, low_rank.shipped_bytes),
@@ -99,8 +99,8 @@ def draw_plot(result: QuickstartResult, path: Path) -> None:
     left.legend()
     lines = [
         ("base", result.swap("base")["accuracy"], "tab:gray", ":"),
-        ("LoRA r8", result.lora.accuracy, "tab:green", "--"),
-        ("full fine-tuning", result.full.accuracy, "tab:red", "-."),
+        ("LoRA r8", result.rivals.lora.accuracy, "tab:green", "--"),
+        ("full fine-tuning", result.rivals.full.accuracy, "tab:red", "-."),
         ("personal adapter", result.swap("personal")["accuracy"], "tab:orange", "-"),
     ]
     epochs = range(1, len(workstation["accuracies"]) + 1)

@@ -8,23 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edge_tcur.data import PreparedData, prepare
-from edge_tcur.models import load_base
-from edge_tcur.quickstart.baselines import Baseline, full_fine_tuning, lora
+from edge_tcur.quickstart.baselines import RivalProcess, Rivals
 from edge_tcur.quickstart.device import run_device, torch_is_absent
 from edge_tcur.quickstart.digits import BASE_EPOCHS, TASK, Digits, train_base, write_digits
-from edge_tcur.tasks import find_task
 from edge_tcur.training.config import TrainConfig
-from edge_tcur.training.loop import LoopSettings, accuracy
 from edge_tcur.training.train import TrainResult, set_threads, train
 from edge_tcur_export.bundle import ExportReport, export_run
-from edge_tcur_runtime.data import label_names, load_dataset
 
-EPOCHS = 100
+EPOCHS = 100  # of the adapter and of its rivals
 DEVICE_EPOCHS = 60
-RIVAL_EPOCHS = 40  # with 100 they overfit: see docs/quickstart.md
 RATE = 0.05
 WEIGHT_DECAY = 0.1
+THREADS = 1  # the model is tiny: a second thread only waits, and the rivals train on the other core
 DEFAULT_BUDGET = 256 * 2**20  # bytes, of the device's personalisation
 _STAGES = 100  # the bar's length; each step below says how far it brings the bar
 
@@ -34,21 +29,15 @@ class QuickstartResult:
     """Everything the quickstart measured; accuracies 0 to 1 on the user's test scans.
 
     Attributes:
-        plain_accuracy: the base on scans as it knows them.
-        base_accuracy: the base on the user's scans.
-        adapter: the workstation's adapter; full, lora: its rivals on the same sample.
-        full_local: full fine-tuning on the user's local set, which would have to leave the device.
+        training: the workstation's adapter.
+        rivals: the base alone, full fine-tuning and LoRA.
         export: the bundle; personal: the device's personalisation; swaps: the live process.
     """
 
     out: Path
     seconds: float
-    plain_accuracy: float
-    base_accuracy: float
     training: TrainResult
-    full: Baseline
-    full_local: Baseline
-    lora: Baseline
+    rivals: Rivals
     export: ExportReport
     personal: dict[str, Any]
     swaps: dict[str, Any]
@@ -66,15 +55,15 @@ class QuickstartResult:
             "base_accuracy": self.swap("base")["accuracy"],
             "adapter_accuracy": self.swap("bundle")["accuracy"],
             "personal_accuracy": self.swap("personal")["accuracy"],
-            "full_accuracy": self.full.accuracy,
-            "full_local_accuracy": self.full_local.accuracy,
-            "lora_accuracy": self.lora.accuracy,
-            "plain_accuracy": self.plain_accuracy,
+            "full_accuracy": self.rivals.full.accuracy,
+            "full_local_accuracy": self.rivals.full_local.accuracy,
+            "lora_accuracy": self.rivals.lora.accuracy,
+            "plain_accuracy": self.rivals.plain_accuracy,
             "trained_numbers": adapter["trained_numbers"],
-            "lora_trained_numbers": self.lora.trained_numbers,
-            "full_trained_numbers": self.full.trained_numbers,
+            "lora_trained_numbers": self.rivals.lora.trained_numbers,
+            "full_trained_numbers": self.rivals.full.trained_numbers,
             "adapter_bytes": self.export.adapter_bytes,
-            "lora_adapter_bytes": self.lora.shipped_bytes,
+            "lora_adapter_bytes": self.rivals.lora.shipped_bytes,
             "base_bytes": self.export.base_bytes,
             "budget_bytes": self.personal["budget_bytes"],
             "peak_rss_bytes": self.personal["peak_rss_bytes"],
@@ -126,24 +115,22 @@ def quickstart(
     """
     started = time.perf_counter()
     progress = _Progress(on_progress)
-    set_threads(0)
+    set_threads(THREADS)
     progress.begin("training a small Vision Transformer base on plain scans", 12)
     digits = write_digits(out / "data", seed)
     train_base(digits.base, out / "base", seed, lambda epoch, _: progress.part(epoch / BASE_EPOCHS))
-    progress.begin("training the tCURLoRA adapter on the workstation's sample", 22)
-    training = train(
-        _config(out, digits, seed), out / "run", on_epoch=lambda epoch, _: progress.part(epoch / EPOCHS)
-    )
-    rivals = _Rivals(out, digits, seed)
-    progress.begin("full fine-tuning, for comparison", 30)
-    full, full_local = rivals.full(digits.sample), rivals.full(digits.local)
-    progress.begin("LoRA rank 8 (peft), for comparison", 36)
-    low_rank = rivals.lora(digits.sample)
-    progress.begin("exporting base and factors", 84)
-    export = export_run(
-        training.run, out / "bundle", on_stage=lambda stage: progress.part(_EXPORT[stage], f": {stage}")
-    )
-    progress.begin("on the device, without torch: personalising", 94)
+    with RivalProcess(out, seed, EPOCHS) as rivals:
+        progress.begin("training the tCURLoRA adapter on the workstation's sample", 36)
+        training = train(
+            _config(out, digits, seed), out / "run", on_epoch=lambda epoch, _: progress.part(epoch / EPOCHS)
+        )
+        progress.begin("exporting base and factors", 84)
+        export = export_run(
+            training.run, out / "bundle", on_stage=lambda stage: progress.part(_EXPORT[stage], f": {stage}")
+        )
+        progress.begin("full fine-tuning and LoRA (peft), for comparison", 86)
+        rival = rivals.result()
+    progress.begin("on the device, without torch: personalising", 95)
     store = out / "store"
     personal = _personalize(export.root, store, digits, budget, seed)
     progress.begin("on the device, without torch: swapping adapters in one live process", 100)
@@ -154,12 +141,8 @@ def quickstart(
     return QuickstartResult(
         out=out,
         seconds=time.perf_counter() - started,
-        plain_accuracy=rivals.base_accuracy(digits.plain_test),
-        base_accuracy=rivals.base_accuracy(digits.test),
         training=training,
-        full=full,
-        full_local=full_local,
-        lora=low_rank,
+        rivals=rival,
         export=export,
         personal=personal,
         swaps=swaps,
@@ -190,6 +173,7 @@ def _config(out: Path, digits: Digits, seed: int) -> TrainConfig:
         learning_rate=RATE,
         weight_decay=WEIGHT_DECAY,
         seed=seed,
+        threads=THREADS,
     )
 
 
@@ -201,33 +185,6 @@ def _personalize(bundle: Path, store: Path, digits: Digits, budget: int, seed: i
         "personalize", bundle, "--data", digits.local, "--store", store, "--budget", str(budget),
         "--engine", "ort-training", "--epochs", str(DEVICE_EPOCHS), "--learning-rate", str(RATE),
         "--weight-decay", str(WEIGHT_DECAY),
-        "--holdout", "0.1",
+        "--holdout", "0",
         "--seed", str(seed),
     )  # fmt: skip
-
-
-class _Rivals:
-    """The base alone and other ways to train it, on the same sample and scored on the same scans."""
-
-    def __init__(self, out: Path, digits: Digits, seed: int) -> None:
-        self._task = find_task(TASK)
-        self._labels = label_names(load_dataset(digits.base, "image"))
-        self._base = load_base(str(out / "base"), self._task, self._labels, {})
-        self._test = self._prepare(digits.test)
-        self._settings = LoopSettings(RIVAL_EPOCHS, batch_size=16, seed=seed)
-
-    def _prepare(self, path: Path) -> PreparedData:
-        dataset = load_dataset(path, "image")
-        return prepare(dataset, self._labels, self._base.preprocessing, path.parent)
-
-    def base_accuracy(self, data: Path) -> float:
-        """The base without any training."""
-        return accuracy(self._base.model, self._prepare(data), self._task)
-
-    def full(self, data: Path) -> Baseline:
-        """Every parameter trained on `data`."""
-        return full_fine_tuning(self._base, self._prepare(data), self._test, self._task, self._settings)
-
-    def lora(self, data: Path) -> Baseline:
-        """LoRA of rank 8 trained on `data`."""
-        return lora(self._base, self._prepare(data), self._test, self._task, self._settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from edge_tcur import __version__
 from edge_tcur.errors import ExportError
@@ -24,7 +24,7 @@ from edge_tcur.training.train import set_threads
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
-from edge_tcur_export.ort_training import write_artifacts
+from edge_tcur_export.ort_training import check_gradients, write_artifacts
 from edge_tcur_export.parity import Case, verify_bundle
 from edge_tcur_export.trace import (
     Example,
@@ -198,6 +198,8 @@ class _Writer:
         self.cases = [_case(model, test) for test in self._tests]
         stages.begin("writing the inference graph")
         converted = graphs.to_graph(forward)
+        if "ort-training" in targets:
+            check_gradients(converted, example.trained())
         base_file = BaseFile(self._work)
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
@@ -250,7 +252,8 @@ class _Writer:
                 value.copy_(head[name])
         content = {f"input.{name}": value for name, value in inputs.items()}
         content |= {"output.base": base_outputs, "output.adapter": adapter_outputs}
-        save_file(content, self._work / CANARY)
+        # Written by Python: safetensors' own writer hides why a write failed.
+        (self._work / CANARY).write_bytes(save(content))
 
     def _manifest(self, roles: dict[str, str], base_file: BaseFile, device: str | None) -> Manifest:
         files = {

@@ -6,10 +6,8 @@ in which `bundle.build` calls them. Each has its test in tests/export/test_graph
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import onnx
@@ -18,25 +16,15 @@ import torch
 from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
-from edge_tcur_export.trace import TARGETS, Traced
+from edge_tcur.errors import ExportError
+from edge_tcur_export.operators import remember_modules
+from edge_tcur_export.trace import PREFIX, TARGETS, Traced, quiet_torch
 
 OPSET = 20
-_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)  # dropped
+_MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
+# The exporter drops these, so they need no ONNX form.
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
 IR_VERSION = 10  # ONNX Runtime Training 1.19.2 reads IR 10 and older; onnx writes newer ones
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """The exporter warns of torchvision and of its own internals; neither concerns the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def to_graph(traced: Traced) -> ir.Model:
@@ -44,19 +32,13 @@ def to_graph(traced: Traced) -> ir.Model:
 
     The exporter's own optimiser is left out: its pattern rewriter takes longer than everything else
     together on a graph with a backward pass, and ONNX Runtime applies the same rewrites at load.
+
+    Raises:
+        ExportError: an operator of torch has no ONNX form.
     """
     from onnxscript.optimizer import fold_constants
 
-    with _quiet_exporter():
-        program = torch.onnx.export(
-            _without_idle_decomposition(traced.program),
-            dynamo=True,
-            opset_version=OPSET,
-            verbose=False,
-            optimize=False,
-        )
-    assert program is not None
-    model = program.model
+    model = _convert(traced.program)
     # Larger limits would fold the transpose of a weight into a second copy of it.
     fold_constants(model, onnx_shape_inference=False, input_size_limit=256, output_size_limit=256)
     for clean in (
@@ -64,13 +46,36 @@ def to_graph(traced: Traced) -> ir.Model:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
-        common.ClearMetadataAndDocStringPass(),
     ):
         clean(model)
+    remember_modules(model, PREFIX)
+    clear_metadata(model)
     _name(model.graph.inputs, traced.signature.inputs)
     _name(model.graph.outputs, traced.signature.outputs)
     model.ir_version = IR_VERSION
     return read_sizes_from_inputs(model, TARGETS)
+
+
+def _convert(program: ExportedProgram) -> ir.Model:
+    try:
+        with quiet_torch():
+            converted = torch.onnx.export(
+                _without_idle_decomposition(program),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        missing = _MISSING.search(str(error))
+        raise ExportError(
+            f"torch's operator {missing[1]} has no ONNX form"
+            if missing
+            else "torch.onnx cannot convert the model",
+            hint="replace it in the model by operators that have one; --debug shows torch's own report",
+        ) from error
+    assert converted is not None
+    return converted.model
 
 
 def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
@@ -89,7 +94,7 @@ def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
     if any(isinstance(target, torch._ops.OperatorBase) and target not in known for target in targets):
         return program
     copy = program._update(*_copy_graph_module_and_signature(program))  # the exporter edits its graph
-    copy.run_decompositions = lambda decomp_table=None: copy  # type: ignore[method-assign]
+    copy.run_decompositions = lambda *_: copy
     return copy
 
 
@@ -98,6 +103,18 @@ def _name(values: Sequence[ir.Value], names: tuple[str, ...]) -> None:
         raise AssertionError(f"the graph has {len(values)} values for {len(names)} names")
     for value, name in zip(values, names, strict=True):
         value.name = name
+
+
+def clear_metadata(model: ir.Model) -> ir.Model:
+    """Removes what the exporter notes of each node and value: source paths of this machine among it."""
+    common.ClearMetadataAndDocStringPass()(model)  # leaves the values alone
+    model.metadata_props.clear()
+    graph = model.graph
+    values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
+    for value in (*values, *(output for node in graph for output in node.outputs)):
+        value.metadata_props.clear()
+        value.doc_string = None
+    return model
 
 
 def read_sizes_from_inputs(model: ir.Model, targets: str) -> ir.Model:

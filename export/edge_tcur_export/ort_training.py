@@ -6,6 +6,9 @@ The base is in neither list of parameters: it stays outside as constants of the 
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Collection
@@ -18,6 +21,7 @@ import onnx_ir as ir
 from edge_tcur.errors import ExportError
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.graph import IR_VERSION, declare_layer_norm_outputs, to_proto
+from edge_tcur_export.operators import find_undifferentiable
 
 FILES = {
     "train": ("training_model.onnx", "train.onnx"),
@@ -26,6 +30,27 @@ FILES = {
 }
 CHECKPOINT = "checkpoint"
 _FORWARD = "forward.onnx"
+_SHOWN = 4  # operators in one message
+_HINT = (
+    "use --target onnx --target step: the step graph has no such limit and trains on any ONNX Runtime, "
+    "this one too"
+)
+_NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\S+) for node (\S*)")
+
+
+def check_gradients(model: ir.Model, trained: Collection[str]) -> None:
+    """Refuses a forward graph that ONNX Runtime Training cannot differentiate, before it is built.
+
+    Raises:
+        ExportError: operators without a gradient, with their nodes and modules.
+    """
+    found = find_undifferentiable(model, trained)
+    if found:
+        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+        raise ExportError(
+            "ONNX Runtime Training has no gradient for " + ", ".join(map(str, found[:_SHOWN])) + more,
+            hint=_HINT,
+        )
 
 
 def write_artifacts(
@@ -43,7 +68,8 @@ def write_artifacts(
         role -> file name for the manifest.
 
     Raises:
-        ExportError: an operator has no gradient in ONNX Runtime Training.
+        ExportError: ONNX Runtime Training cannot build the gradient.
+        OSError: no space for the temporary files.
     """
     declare_layer_norm_outputs(model)
     with TemporaryDirectory() as work:
@@ -67,12 +93,23 @@ def _generate(proto: onnx.ModelProto, trained: Collection[str], directory: Path)
     command = [sys.executable, "-m", __name__, str(directory), *sorted(trained)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no reason given"
-        raise ExportError(
-            f"ONNX Runtime Training cannot build the gradient graph: {reason}",
-            hint="export without --target ort-training; the step graph trains this model on any ONNX Runtime",
-        )
+        raise _failure(done.stderr)
+
+
+def _failure(stderr: str) -> Exception:
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if os.strerror(code) in stderr:
+            return OSError(code, os.strerror(code))
+    known = _NO_GRADIENT.search(stderr)
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    reason = (
+        f"no gradient for {known[1]} (node {known[2]})"
+        if known
+        else lines[-1]
+        if lines
+        else "no reason given"
+    )
+    return ExportError(f"ONNX Runtime Training cannot build the gradient graph: {reason}", hint=_HINT)
 
 
 def _work(directory: Path, trained: list[str]) -> None:

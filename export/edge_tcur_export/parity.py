@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 if TYPE_CHECKING:
     from edge_tcur_runtime.engines import TrainingEngine
@@ -57,7 +57,7 @@ def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
 
     with TemporaryDirectory() as work:
         reference = Path(work) / "reference.safetensors"
-        save_file(_pack(cases), reference)
+        reference.write_bytes(save(_pack(cases)))
         command = [sys.executable, "-m", __name__, str(root), str(reference)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

@@ -7,10 +7,15 @@ core and rank stay free in the exported graphs.
 
 from __future__ import annotations
 
+import logging
+import sys
+import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +23,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree
 
+import edge_tcur
 from edge_tcur.errors import ExportError
 from edge_tcur.method.targets import Group
 from edge_tcur.method.tproduct import apply_update, coupling_index, coupling_matrix
@@ -26,9 +32,18 @@ from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
 
 GroupFactors = tuple[Tensor, Tensor, Tensor]  # core [n3, r, r], rows [r], cols [r] (int32)
-_PREFIX = "model."
+PREFIX = "model."  # what `FactorModel` puts before the names of the base
 PARTS = ("core", "rows", "cols")
 TARGETS = "labels"  # name of the targets in every graph
+_TORCH_LOGGERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx")
+_FORWARD_HINT = (
+    "control flow that depends on tensor values, and fused attention, cannot be traced: "
+    "write attention out (attn_implementation='eager') and use tensor operations"
+)
+_BACKWARD_HINT = (
+    "an operator has no backward, or one that cannot be decomposed; replace it, "
+    "or export for inference alone with --target onnx"
+)
 
 
 class _Update:
@@ -232,7 +247,7 @@ def trace_forward(
         ExportError: torch.export cannot trace the model; the module and line are named.
     """
     shapes = _dynamic_shapes(base, groups, task, example)
-    program = _trace(lambda: _export(model, example, shapes))
+    program = _trace(lambda: _export(model, example, shapes), "the model", _FORWARD_HINT)
     return Traced(program, Signature(tuple(example.named()), ("loss", "logits")))
 
 
@@ -256,7 +271,9 @@ def trace_step(forward: Traced, example: Example) -> Traced:
     """
     from torch.export.experimental import _export_forward_backward
 
-    program = _trace(lambda: _export_forward_backward(forward.program))
+    program = _trace(
+        lambda: _export_forward_backward(forward.program), "the backward pass of the model", _BACKWARD_HINT
+    )
     order = _gradient_order(program, forward.signature)
     if set(order) != set(example.trained()):
         raise ExportError(f"gradients came out for {order}; expected {list(example.trained())}")
@@ -278,18 +295,49 @@ def _gradient_order(program: ExportedProgram, signature: Signature) -> list[str]
     return [names[str(spec.target)] for spec in program.graph_signature.output_specs if spec.kind in kinds]
 
 
-def _trace(action: Callable[[], ExportedProgram]) -> ExportedProgram:
+def _trace(action: Callable[[], ExportedProgram], what: str, hint: str) -> ExportedProgram:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch about its own internals
+        with quiet_torch():
             return action()
     except Exception as error:
         raise ExportError(
-            f"torch.export cannot trace the model: {_summary(error)}",
-            where=_place(error),
-            hint="control flow that depends on tensor values, and fused attention, cannot be traced: "
-            "write attention out (attn_implementation='eager') and use tensor operations",
+            f"torch.export cannot trace {what}: {_summary(error)}", where=_place(error), hint=hint
         ) from error
+
+
+class _WithoutGraphs:
+    """stderr without the graph that torch prints beside an error. Everything else passes: a progress
+    bar may be drawn there at the same time."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._dropped = False
+
+    def write(self, text: str) -> int:
+        """See `io.TextIOBase.write`; the line end of a dropped graph is dropped too."""
+        drop = "def forward(self" in text or (self._dropped and text == "\n")
+        self._dropped = drop and text != "\n"
+        return len(text) if drop else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """torch warns of its own internals and of torchvision, and prints a graph beside each failure; what
+    matters of that to the user is in the exceptions."""
+    loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(cast("TextIO", _WithoutGraphs(sys.stderr))):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _summary(error: Exception) -> str:
@@ -298,17 +346,25 @@ def _summary(error: Exception) -> str:
 
 
 def _place(error: Exception) -> str | None:
-    """File and line of the last frame that is not torch's own."""
+    """File and line of the last frame that is neither torch's, nor ours, nor Python's own."""
     place, trace = None, error.__traceback__
     while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and "edge_tcur" not in name:
-            place = f"{name}:{trace.tb_lineno}"
+        path = Path(trace.tb_frame.f_code.co_filename)
+        if path.is_file() and not _is_machinery(path):
+            place = f"{path}:{trace.tb_lineno}"
         trace = trace.tb_next
     return place
+
+
+def _is_machinery(path: Path) -> bool:
+    own = (Path(torch.__file__).parent, Path(edge_tcur.__file__).parent, Path(__file__).parent)
+    python = Path(sysconfig.get_path("stdlib"))
+    return any(path.is_relative_to(root) for root in own) or (
+        path.is_relative_to(python) and "site-packages" not in path.relative_to(python).parts
+    )
 
 
 def stored_weight(parameter: str) -> tuple[str, str]:
     """The graph's names of a parameter of the base: stored transposed, and stored as it is."""
     module = parameter.removesuffix(".weight")
-    return f"{_PREFIX}{module}.weight_t", f"{_PREFIX}{parameter}"
+    return f"{PREFIX}{module}.weight_t", f"{PREFIX}{parameter}"

@@ -34,17 +34,19 @@ class Memory:
 
 
 def read_memory(status: Path = _STATUS) -> Memory:
-    """Memory of this process; zeros where the system has no ``/proc``."""
+    """Memory of this process; zeros where the system does not say (no ``/proc``)."""
     try:
         lines = status.read_text("ascii", errors="replace").splitlines()
     except OSError:
         return Memory()
-    values = {}
-    for line in lines:
-        key, _, rest = line.partition(":")
-        if key in _KEYS:
-            values[_KEYS[key]] = int(rest.split()[0]) * 1024
-    return Memory(**values)
+    fields = ((key, rest.split()) for key, _, rest in (line.partition(":") for line in lines))
+    return Memory(
+        **{
+            _KEYS[key]: int(words[0]) * 1024
+            for key, words in fields
+            if key in _KEYS and words and words[0].isdecimal()
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,14 @@ class Budget:
         """Compares the peak so far with the limit.
 
         Raises:
-            BudgetError: the limit was crossed.
+            BudgetError: the limit was crossed, or this system does not tell how much memory is used.
         """
         memory = read_memory()
+        if self.limit is not None and memory.peak == 0:
+            raise BudgetError(
+                "the budget cannot be kept: the memory of this process cannot be measured on this system",
+                hint=f"leave --budget out; it needs VmHWM in {_STATUS}",
+            )
         if self.limit is not None and memory.peak > self.limit:
             raise BudgetError(
                 f"the budget of {format_size(self.limit)} was exceeded {what}: the peak is "

@@ -33,11 +33,15 @@ class Coordinates:
         return values | {name: value.astype(np.float64) for name, value in self.start.extras.items()}
 
     def raw(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Graph feeds f32 of trained values: cores in raw coordinates, extras."""
-        return {
-            name: (self._frame(name).to_raw(value) if self.is_core(name) else value).astype(np.float32)
-            for name, value in values.items()
-        }
+        """Graph feeds f32 of trained values: cores in raw coordinates, extras.
+
+        What float32 cannot hold comes out as infinity or NaN, without a warning.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return {
+                name: (self._frame(name).to_raw(value) if self.is_core(name) else value).astype(np.float32)
+                for name, value in values.items()
+            }
 
     def pull_back(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Gradients float64 of the trained values from gradients in raw coordinates."""

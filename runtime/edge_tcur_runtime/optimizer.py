@@ -56,7 +56,8 @@ class AdamW:
             FloatingPointError: a gradient is not finite; nothing was updated.
         """
         settings = self.settings
-        norm = float(np.sqrt(sum(float(np.square(gradient).sum()) for gradient in gradients.values())))
+        with np.errstate(over="ignore"):  # what is too large to square is not finite below
+            norm = float(np.sqrt(sum(float(np.square(gradient).sum()) for gradient in gradients.values())))
         if not np.isfinite(norm):
             raise FloatingPointError("a gradient is not finite")
         limit = settings.max_gradient_norm

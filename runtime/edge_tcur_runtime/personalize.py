@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edge_tcur_runtime import __version__
-from edge_tcur_runtime.budget import Budget, choose_micro_batch, read_memory
+from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_labels, split
 from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
-from edge_tcur_runtime.errors import ConfigError, IncompatibleError
+from edge_tcur_runtime.errors import ConfigError, IncompatibleError, IntegrityError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
@@ -116,22 +116,59 @@ class Trainer:
             if name.endswith((".rows", ".cols")) and name not in coordinates.start.extras
         }
         self._optimizer = AdamW(settings.optimizer)
-        self.values = coordinates.initial()
+        self._move(coordinates.initial())
         self.micro_batch = settings.batch_size
         self.step_seconds: list[float] = []
 
     def calibrate(self) -> None:
-        """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits."""
-        longest = self._data.longest_first()
-        peaks = []
-        for count in (1, 2):
-            self._run(longest[:count])
-            peaks.append(self._budget.check("by a step of one or two samples").peak)
-        self.micro_batch = choose_micro_batch(self._settings.batch_size, self._budget.limit, *peaks)
+        """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits.
 
-    def _run(self, indices: np.ndarray, data: _Batch | None = None) -> StepResult:
-        inputs, targets = (data or self._data).take(indices)
-        return self._engine.step(inputs, targets, {**self._frozen, **self._coordinates.raw(self.values)})
+        Raises:
+            BudgetError: not even two samples fit.
+        """
+        if self._budget.limit is None:
+            return
+        longest = self._data.longest_first()
+        one, two = (self._measure(longest[:count]) for count in (1, 2))
+        # Loading may have left a peak above what a step needs; what is resident then shows the growth.
+        growth = max(two.peak - one.peak, two.resident - one.resident)
+        self.micro_batch = choose_micro_batch(
+            self._settings.batch_size, self._budget.limit, two.peak - growth, two.peak
+        )
+
+    def _measure(self, indices: np.ndarray) -> Memory:
+        self._run(indices, self._data, "by a step of one or two samples")
+        return read_memory()
+
+    def _move(self, values: dict[str, np.ndarray]) -> None:
+        """Takes these values (float64) as the trained ones.
+
+        Raises:
+            FloatingPointError: one of them is beyond float32; the old ones stay.
+        """
+        raw = self._coordinates.raw(values)
+        if not all(np.isfinite(value).all() for value in raw.values()):
+            raise FloatingPointError("a factor is too large for float32")
+        self.values, self._feeds = values, {**self._frozen, **raw}
+
+    def _run(self, indices: np.ndarray, data: _Batch, what: str) -> StepResult:
+        inputs, targets = data.take(indices)
+        result = self._engine.step(inputs, targets, self._feeds)
+        self._budget.check(what)
+        return result
+
+    def _accumulate(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+        """Mean loss and its gradients over all samples, micro-batch by micro-batch."""
+        loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
+        for start in range(0, len(indices), self.micro_batch):
+            chosen = indices[start : start + self.micro_batch]
+            result = self._run(chosen, self._data, "by a training step")
+            weight = len(chosen) / len(indices)
+            loss += result.loss * weight
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused in `step`
+                for name, gradient in self._coordinates.pull_back(result.gradients).items():
+                    total[name] += gradient * weight
+        return loss, total
 
     def step(self, indices: np.ndarray, progress: float) -> float:
         """One update over the samples at `indices`; returns their mean loss.
@@ -144,15 +181,7 @@ class Trainer:
             ConfigError: the loss or a gradient is not finite.
         """
         started = time.perf_counter()
-        loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
-        for start in range(0, len(indices), self.micro_batch):
-            chosen = indices[start : start + self.micro_batch]
-            result = self._run(chosen)
-            self._budget.check("by a training step")
-            weight = len(chosen) / len(indices)
-            loss += result.loss * weight
-            for name, gradient in self._coordinates.pull_back(result.gradients).items():
-                total[name] += gradient * weight
+        loss, total = self._accumulate(indices)
         settings = self._settings.optimizer
         rates = {
             name: progress
@@ -162,7 +191,7 @@ class Trainer:
         try:
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
-            self.values = self._optimizer.step(self.values, total, rates)
+            self._move(self._optimizer.step(self.values, total, rates))
         except FloatingPointError as error:
             raise ConfigError(
                 f"training diverged: {error}",
@@ -180,7 +209,7 @@ class Trainer:
         correct, loss = 0, 0.0
         for start in range(0, len(data.targets), self.micro_batch):
             indices = np.arange(start, min(start + self.micro_batch, len(data.targets)))
-            result = self._run(indices, data)
+            result = self._run(indices, data, "by scoring held-out samples")
             correct += int((result.outputs.argmax(axis=-1) == data.targets[indices]).sum())
             loss += result.loss * len(indices)
         return correct / len(data.targets), loss / len(data.targets)
@@ -206,6 +235,7 @@ def personalize(
     Raises:
         DataError: no samples, one class only, or a label that the bundle does not have.
         BudgetError: the budget cannot be met, or was crossed.
+        IntegrityError: ``base.bin`` changed meanwhile.
         BaseMismatchError, IncompatibleError, MissingEngineError, ConfigError: see the parts.
     """
     started = time.perf_counter()
@@ -213,11 +243,14 @@ def personalize(
     check_trainable(dataset)
     encode_labels(dataset, bundle.manifest.labels)  # an unknown label ends here, before anything is loaded
     base_size = bundle.manifest.files[BASE_FILE].size
-    budget.require(read_memory().resident + base_size + _LIBRARIES_BYTES, "the base and the libraries")
+    memory = read_memory()
+    budget.require(
+        max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"
+    )
     before = digest_file(bundle.path(BASE_FILE))
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
-    name, reason = choose_engine(settings.engine, bundle, find_onnxruntime())
+    name, reason = choose_engine(settings.engine, bundle, find_onnxruntime(), start)
     coordinates = read_coordinates(bundle, start)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
@@ -230,6 +263,13 @@ def personalize(
     outcome = _train(trainer, kept, held_out, settings, on_step)
     provenance = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
     memory = budget.check("at the end")
+    after = digest_file(bundle.path(BASE_FILE))
+    if after != before:
+        raise IntegrityError(
+            f"the base changed during the run: its digest was {before} and is {after}",
+            where=str(bundle.path(BASE_FILE)),
+            hint="nothing was installed; copy or download the bundle again",
+        )
     return PersonalizeResult(
         adapter=coordinates.adapter(outcome.values, provenance),
         better=outcome.better,
@@ -247,7 +287,7 @@ def personalize(
         samples=len(kept.targets),
         holdout_samples=len(held_out.targets),
         base_digest_before=before,
-        base_digest_after=digest_file(bundle.path(BASE_FILE)),
+        base_digest_after=after,
     )
 
 

@@ -55,16 +55,22 @@ def test_the_wheel_alone_predicts_and_personalises(wheel, tmp_path, version, ext
     bin_dir = tmp_path / "venv" / "bin"
     run(bin_dir / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]")
     installed = run(bin_dir / "python", "-m", "pip", "list", "--format=freeze").lower()
-    assert not [line for line in installed.splitlines() if line.startswith(("torch=", "transformers=", "onnx="))]
+    assert not [
+        line for line in installed.splitlines() if line.startswith(("torch=", "transformers=", "onnx="))
+    ]
     environment = {"PATH": str(bin_dir), "HOME": str(tmp_path), "EDGE_TCUR_STORE": str(tmp_path / "store")}
     device = bin_dir / "edge-tcur-device"
     options = {"env": environment, "cwd": tmp_path}
     doctor = json.loads(run(device, "doctor", "--bundle", BUNDLE, "--json", **options))
     assert doctor["torch_importable"] is False
     assert doctor["bundle"]["ok"] is True
-    answer = json.loads(run(device, "predict", BUNDLE, "--data", USER, "--adapter", "bundle", "--json", **options))
+    answer = json.loads(
+        run(device, "predict", BUNDLE, "--data", USER, "--adapter", "bundle", "--json", **options)
+    )
     assert len(answer["predictions"]) > 0
-    result = json.loads(run(device, "personalize", BUNDLE, "--data", USER, "--budget", "256MiB", "--json", **options))
+    result = json.loads(
+        run(device, "personalize", BUNDLE, "--data", USER, "--budget", "256MiB", "--json", **options)
+    )
     assert result["engine"] == {"ort": "ort-step", "ort-training": "ort-training"}[extra]
     assert result["base_digest_before"] == result["base_digest_after"]
     assert result["peak_rss_bytes"] < 256 * 2**20

@@ -257,7 +257,7 @@ def test_an_absurd_header_length_is_refused(length):
 
 
 def test_an_over_long_header_is_refused_before_it_is_parsed(monkeypatch):
-    monkeypatch.setattr(module, "parse_json", lambda *_: pytest.fail("parsed"))
+    monkeypatch.setattr(module, "parse_document", lambda *_: pytest.fail("parsed"))
     with pytest.raises(FileFormatError, match=f"limit is {MAX_HEADER_BYTES}"):
         parse_adapter(with_header("{}" + " " * MAX_HEADER_BYTES))
 
@@ -273,8 +273,9 @@ def test_an_over_large_file_is_refused_before_it_is_read():
 
 
 @pytest.mark.parametrize(
-    "header", [b"\xff\xfe{}", b'{"a":', b"[]", b"3", b'{"__metadata__":NaN}', b"[" * 30000, b"{" + b'"a":{' * 9000]
-)  # fmt: skip
+    "header",
+    [b"\xff\xfe{}", b'{"a":', b"[]", b"3", b'{"__metadata__":NaN}', b"[" * 30000, b"{" + b'"a":{' * 9000],
+)
 def test_a_header_that_is_no_utf8_json_object_is_refused(header):
     with pytest.raises(FileFormatError):
         parse_adapter(with_header(header))
@@ -313,6 +314,13 @@ def test_another_safetensors_file_is_named_as_such(metadata):
 def test_a_document_that_is_no_plain_json_is_refused(text, message):
     with pytest.raises(FileFormatError, match=message):
         parse_adapter(with_metadata(text))
+
+
+@pytest.mark.parametrize("escape", ["", "\\u00e9"])
+def test_nesting_of_any_depth_is_refused(escape):
+    for depth in (10, 100, *range(800, 1020), 5000):
+        nested = '{"format_version":1,"sha256":"' + escape + '","x":' + "[" * depth + "]" * depth + "}"
+        assert refused(with_metadata(nested)), depth
 
 
 def test_half_a_character_in_the_metadata_or_in_a_tensor_name_is_refused():

@@ -78,10 +78,7 @@ def personalize(
     The new adapter goes to the store and is put in use only if it is better than the one it
     started from on a part of the data that was kept apart.
     """
-    from edge_tcur_runtime.budget import Budget
-
     keep_active = bool(training.pop("keep_active"))
-    Budget(budget).check("before the work began")
     settings = _settings(training, budget)
     result = _run(bundle, data, columns, start, store, settings, sink)
     digest = _install(result, store, name, keep_active) if result.better else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError, UsageError
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle
 from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
 
@@ -55,30 +57,31 @@ class TrainingEngine(Protocol):
         ...
 
 
-def choose_engine(name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None) -> tuple[str, str]:
+def choose_engine(
+    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None = None
+) -> tuple[str, str]:
     """The engine to use and the reason.
 
     Args:
         name: ``auto``, or the engine that must be used.
         installed: the ONNX Runtime of this environment.
+        adapter: what is to be trained; None leaves its rank out of the choice.
 
     Raises:
         MissingEngineError: the library is not installed; says how to get it.
-        IncompatibleError: the bundle was exported without the engine's graphs.
+        IncompatibleError: the bundle was exported without the engine's graphs, or for another rank.
         UsageError: no such engine.
     """
     if name != "auto":
         if name not in ENGINES:
-            raise UsageError(
-                f"the engine {name!r} is not known; expected auto or one of {', '.join(ENGINES)}"
-            )
-        problem = _problem(name, bundle, installed)
+            raise _unknown(name)
+        problem = _problem(name, bundle, installed, adapter)
         if problem is not None:
             raise problem
         return name, "asked for"
     problems: list[str] = []
     for candidate in ENGINES:
-        problem = _problem(candidate, bundle, installed)
+        problem = _problem(candidate, bundle, installed, adapter)
         if problem is None:
             reasons = "; ".join(problems) or "the default where it is installed"
             return candidate, reasons
@@ -91,23 +94,68 @@ def choose_engine(name: str, bundle: Bundle, installed: OnnxRuntimeInstall | Non
     )
 
 
+def _unknown(name: str) -> UsageError:
+    return UsageError(f"the engine {name!r} is not known; expected auto or one of {', '.join(ENGINES)}")
+
+
 def _problem(
-    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None
+    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None
 ) -> MissingEngineError | IncompatibleError | None:
     if installed is None:
         return MissingEngineError("ONNX Runtime is not installed", hint=_INSTALL[name])
     if name == "ort-training" and not installed.training:
-        return MissingEngineError(
-            f"{installed.distribution} {installed.version} has no training interface", hint=_INSTALL[name]
-        )
+        return no_training_interface(installed)
     missing = [role for role in ENGINES[name] if bundle.graph(role) is None]
     if missing:
-        return IncompatibleError(
-            f"the bundle has no {', '.join(missing)} graph",
-            where=str(bundle.root),
-            hint=f"export it again with --target {'step' if name == 'ort-step' else name}",
-        )
+        return _no_graph(bundle, ", ".join(missing), name)
+    if name == "ort-training" and adapter is not None:
+        return _other_rank(bundle, adapter)
     return None
+
+
+def no_training_interface(installed: OnnxRuntimeInstall) -> MissingEngineError:
+    """The error of an ONNX Runtime that cannot train."""
+    return MissingEngineError(
+        f"{installed.distribution} {installed.version} has no training interface",
+        hint=_INSTALL["ort-training"],
+    )
+
+
+def _no_graph(bundle: Bundle, roles: str, engine: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"the bundle has no {roles} graph",
+        where=str(bundle.root),
+        hint=f"export it again with --target {'step' if engine == 'ort-step' else engine}",
+    )
+
+
+def _other_rank(bundle: Bundle, adapter: Adapter) -> IncompatibleError | None:
+    """The shapes of ONNX Runtime Training's parameters are fixed when the bundle is exported."""
+    for group, factors in adapter.factors.items():
+        expected = bundle.manifest.groups[group].rank
+        if factors.rank != expected:
+            return IncompatibleError(
+                f"the adapter has rank {factors.rank}; the bundle's training graph is for rank {expected}",
+                hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
+            )
+    return None
+
+
+def require_graph(bundle: Bundle, role: str, engine: str) -> Path:
+    """Path of a graph that `engine` needs.
+
+    Raises:
+        IncompatibleError: the bundle was exported without it.
+    """
+    path = bundle.graph(role)
+    if path is None:
+        raise _no_graph(bundle, role, engine)
+    return path
+
+
+def trained_names(bundle: Bundle) -> list[str]:
+    """Names of what an engine gives gradients for: every core and every extra of the bundle."""
+    return [f"{group}.core" for group in bundle.manifest.groups] + list(bundle.manifest.extras)
 
 
 def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngine:
@@ -117,8 +165,12 @@ def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngin
         threads: CPU threads; 0 takes all that this process may use.
 
     Raises:
-        IncompatibleError: the installed library cannot load the graph.
+        UsageError: no such engine.
+        MissingEngineError: the library is not installed.
+        IncompatibleError: the bundle lacks the graph, or the installed library cannot load it.
     """
+    if name not in ENGINES:
+        raise _unknown(name)
     if name == "ort-training":
         from edge_tcur_runtime.engines.ort_training import OrtTrainingEngine
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_tcur_runtime.engines.engine import StepResult
-from edge_tcur_runtime.engines.session import open_session
+from edge_tcur_runtime.engines.engine import StepResult, require_graph, trained_names
+from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.formats.bundle import Bundle
 
 TARGETS = "labels"
@@ -20,11 +20,14 @@ class OrtStepEngine:
     name = "ort-step"
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
-        graph = bundle.graph("step")
-        assert graph is not None
+        graph = require_graph(bundle, "step", self.name)
         self._session = open_session(graph, threads=threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
+        trained = trained_names(bundle)
+        gradients = [name + _SUFFIX for name in trained]
+        require_names(graph, "output", ("loss", "logits", *gradients), self._outputs)
+        require_names(graph, "input", (*bundle.manifest.inputs, TARGETS, *trained), self._inputs)
 
     def step(
         self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]

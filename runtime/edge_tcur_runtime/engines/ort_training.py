@@ -11,8 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from edge_tcur_runtime.engines.engine import StepResult
-from edge_tcur_runtime.engines.session import import_onnxruntime, session_options
+from edge_tcur_runtime.engines.engine import (
+    StepResult,
+    no_training_interface,
+    require_graph,
+    require_onnxruntime,
+    trained_names,
+)
+from edge_tcur_runtime.engines.session import (
+    cannot_load,
+    import_onnxruntime,
+    require_names,
+    session_options,
+)
 from edge_tcur_runtime.errors import IncompatibleError
 from edge_tcur_runtime.formats.bundle import Bundle
 
@@ -20,7 +31,14 @@ TARGETS = "labels"
 
 
 def import_training_api() -> Any:
-    """`onnxruntime.training.api`, without torch (see `import_onnxruntime`)."""
+    """`onnxruntime.training.api`, without torch (see `import_onnxruntime`).
+
+    Raises:
+        MissingEngineError: the installed ONNX Runtime has no training interface.
+    """
+    installed = require_onnxruntime()
+    if not installed.training:
+        raise no_training_interface(installed)
     import_onnxruntime()
     from onnxruntime.training import api
 
@@ -33,21 +51,20 @@ class OrtTrainingEngine:
     name = "ort-training"
 
     def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
-        api = import_training_api()
-        train, checkpoint = bundle.graph("train"), bundle.graph("checkpoint")
-        assert train is not None
-        assert checkpoint is not None
+        train, checkpoint = (require_graph(bundle, role, self.name) for role in ("train", "checkpoint"))
+        api, options = import_training_api(), session_options(threads)
+        reading = checkpoint
         try:
             self._state = api.CheckpointState.load_checkpoint(str(checkpoint))
-            self._module = api.Module(str(train), self._state, session_options=session_options(threads))
-        except RuntimeError as error:
-            raise IncompatibleError(
-                f"ONNX Runtime Training cannot load the graph: {str(error).splitlines()[0]}",
-                where=str(train),
-                hint="export the bundle again with this version's exporter",
-            ) from error
+            reading = train
+            self._module = api.Module(str(train), self._state, session_options=options)
+        except Exception as error:
+            raise cannot_load(error, reading) from error
         self._inputs = self._module.input_names()
         self._parameters = [name for name, _ in self._state.parameters]
+        require_names(train, "output", ("loss", "logits"), self._module.output_names())
+        require_names(train, "input", (*bundle.manifest.inputs, TARGETS), self._inputs)
+        require_names(checkpoint, "parameter", trained_names(bundle), self._parameters)
 
     def step(
         self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]

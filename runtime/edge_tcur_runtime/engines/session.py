@@ -1,19 +1,24 @@
-"""Sessions of ONNX Runtime with the settings that a phone needs."""
+"""ONNX Runtime: importing it without torch, and sessions with the settings that a phone needs."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import types
+from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from edge_tcur_runtime.engines.engine import require_onnxruntime
-from edge_tcur_runtime.errors import IncompatibleError
+from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
 
+_NOTHING = 4  # ONNX Runtime's log severity: its errors are raised, and shown once
 _TRAINING = "onnxruntime.training"
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_LONGEST_REASON = 240  # characters of ONNX Runtime's message that are shown
+_STATUS = re.compile(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", re.DOTALL)
+_SOURCE = re.compile(r"\S*/?\w+\.cc:\d+ ")  # where in ONNX Runtime's sources the error came up
 
 
 def usable_cores() -> int:
@@ -31,9 +36,13 @@ def import_onnxruntime() -> Any:
     resident memory). A bare package with the same path in the place of the first lets the submodules
     that are used be imported directly; None in the place of the second makes its import fail, as it
     does where there is no torch.
+
+    Raises:
+        MissingEngineError: not installed, or it cannot be imported on this machine.
     """
+    installed = require_onnxruntime()
     module = f"{_TRAINING}.ortmodule"
-    if "onnxruntime" not in sys.modules and _TRAINING not in sys.modules:
+    if _TRAINING not in sys.modules:
         spec = PathFinder.find_spec("onnxruntime")
         folder = None if spec is None or spec.origin is None else Path(spec.origin).parent / "training"
         if folder is not None and folder.is_dir():
@@ -43,11 +52,15 @@ def import_onnxruntime() -> Any:
             sys.modules[module] = None  # type: ignore[assignment]
     try:
         import onnxruntime
+    except ImportError as error:
+        raise MissingEngineError(
+            f"{installed.distribution} {installed.version} cannot be imported: {error_line(error)}",
+            hint="install it again; 'edge-tcur-device doctor' shows what is there",
+        ) from error
     finally:
         if sys.modules.get(module, ...) is None:
             del sys.modules[module]
-
-    onnxruntime.set_default_logger_severity(_ERRORS_ONLY)
+    onnxruntime.set_default_logger_severity(_NOTHING)
     return onnxruntime
 
 
@@ -57,14 +70,18 @@ def session_options(threads: int) -> Any:
     The arena keeps every freed block and memory patterns allocate the whole step at once; prepacking
     copies each weight into memory of its own, so mapped weights would be held twice; constant folding
     would keep a transposed copy of each weight that the backward pass reads.
+
+    Raises:
+        ConfigError: a negative number of threads.
     """
-    onnxruntime = import_onnxruntime()
-    options = onnxruntime.SessionOptions()
+    if threads < 0:
+        raise ConfigError(f"{threads}; expected 0 or more", where="threads")
+    options = import_onnxruntime().SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
-    options.log_severity_level = _ERRORS_ONLY
+    options.log_severity_level = _NOTHING
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     return options
@@ -77,20 +94,46 @@ def open_session(path: Path, *, threads: int) -> Any:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: this ONNX Runtime cannot load the graph.
     """
-    installed = require_onnxruntime()
-    onnxruntime = import_onnxruntime()
+    onnxruntime, options = import_onnxruntime(), session_options(threads)
     try:
-        return onnxruntime.InferenceSession(
-            str(path), session_options(threads), providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise _cannot_load(error, path, installed.distribution, installed.version) from error
+        raise cannot_load(error, path) from error
 
 
-def _cannot_load(error: Exception, path: Path, distribution: str, version: str) -> IncompatibleError:
-    """ONNX Runtime raises classes of its own that share no base but Exception."""
+def cannot_load(error: Exception, path: Path) -> IncompatibleError:
+    """The error of a graph that the installed library refuses.
+
+    ONNX Runtime raises classes of its own that share no base but Exception.
+    """
+    installed = require_onnxruntime()
     return IncompatibleError(
-        f"{distribution} {version} cannot load the graph: {str(error).splitlines()[0]}",
+        f"{installed.distribution} {installed.version} cannot load the graph: {error_line(error)}",
         where=str(path),
         hint="update ONNX Runtime, or export the bundle again",
     )
+
+
+def error_line(error: Exception) -> str:
+    """One line of ONNX Runtime's message: the reason, without the sources' paths and signatures."""
+    text = _SOURCE.sub("", _STATUS.sub("", str(error)))
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= _LONGEST_REASON else f"...{line[-_LONGEST_REASON:]}"
+
+
+def require_names(path: Path, kind: str, expected: Iterable[str], found: Iterable[str]) -> None:
+    """Refuses a graph that lacks one of the `expected` names.
+
+    Args:
+        path: the graph.
+        kind: what the names are, ``"input"`` or ``"output"``.
+
+    Raises:
+        IncompatibleError: it is another graph than its role in the bundle says.
+    """
+    there = set(found)
+    for name in expected:
+        if name not in there:
+            raise IncompatibleError(
+                f"the graph has no {kind} {name!r}", where=str(path), hint="export the bundle again"
+            )

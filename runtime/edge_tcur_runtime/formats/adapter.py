@@ -34,7 +34,7 @@ from edge_tcur_runtime.errors import (
     IntegrityError,
 )
 from edge_tcur_runtime.formats.digest import digest_bytes, digest_tensors
-from edge_tcur_runtime.formats.schema import Fields, parse_json
+from edge_tcur_runtime.formats.schema import Fields, parse_document
 
 FORMAT_VERSION = 1
 METHOD = "tcurlora"
@@ -233,7 +233,7 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
             where=where,
         )
     text, place = str(metadata[_METADATA]), f"{where}: {_METADATA}"
-    document = parse_json(text.encode(), place)
+    document = parse_document(text.encode(), place)
     check_version(Fields(document, place), FORMAT_VERSION)  # a newer one may hold anything else
     tensors = _parse_tensors(raw, table, where)
     rest = {key: value for key, value in document.items() if key != _DIGEST}
@@ -272,7 +272,7 @@ def _parse_table(raw: bytes, where: str) -> dict[str, Any]:
             f"the header claims {length} bytes; the file has {len(raw)} and the limit is {MAX_HEADER_BYTES}",
             where=where,
         )
-    return parse_json(raw[8 : 8 + length], f"{where}: header")
+    return parse_document(raw[8 : 8 + length], f"{where}: header")
 
 
 def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:

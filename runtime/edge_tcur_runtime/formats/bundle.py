@@ -25,7 +25,7 @@ from edge_tcur_runtime.formats.adapter import (
     read_bounded,
 )
 from edge_tcur_runtime.formats.digest import digest_file
-from edge_tcur_runtime.formats.schema import Fields, parse_json
+from edge_tcur_runtime.formats.schema import Fields, parse_document
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -148,7 +148,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         FileFormatError: bad JSON, unknown or missing fields, a file name that leaves the directory.
         FormatVersionError: written by a newer version.
     """
-    fields = Fields(parse_json(raw, where), where)
+    fields = Fields(parse_document(raw, where), where)
     check_version(fields, FORMAT_VERSION)
     fields.only("format_version", "kind", *Manifest.__dataclass_fields__)
     fields.choice("kind", ("edge-tcur-bundle",))
@@ -232,8 +232,8 @@ def _parse_group(fields: Fields) -> BundleGroup:
 
 def _labels(fields: Fields) -> tuple[str, ...]:
     labels = fields.texts("labels")
-    if not labels or len(set(labels)) != len(labels):
-        raise FileFormatError("'labels' must name at least one class, each once", where=fields.where)
+    if len(set(labels)) != len(labels):
+        raise FileFormatError("'labels' must name each class once", where=fields.where)
     return labels
 
 

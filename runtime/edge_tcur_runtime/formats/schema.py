@@ -42,31 +42,40 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
-def _refuse_half_characters(document: object) -> None:
-    """An escape such as ``\\ud800`` gives a string that no file name, digest or terminal can take."""
-    try:
-        json.dumps(document, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"it holds a string that is not Unicode text ({error.reason})") from error
-
-
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes.
+    """A JSON object from UTF-8 bytes; for a user's data, which may hold any number and string.
 
     Raises:
-        FileFormatError: bad UTF-8, bad JSON, a duplicate key, NaN, infinity or a number beyond 64
-            bits, half of a surrogate pair, too deep a nesting, or not an object.
+        FileFormatError: bad UTF-8, bad JSON, a duplicate key, NaN or infinity, too deep a nesting,
+            or not an object.
     """
+    return _load(raw, where, {})
+
+
+def parse_document(raw: bytes, where: str) -> dict[str, Any]:
+    """A JSON object of one of our formats: as `parse_json`, and it can be computed with and printed.
+
+    Raises:
+        FileFormatError: as `parse_json`; a number beyond 64 bits; half of a surrogate pair.
+    """
+    document = _load(raw, where, {"parse_float": _finite_float, "parse_int": _bounded_int})
+    try:
+        # An escape such as \ud800 gives a string that no file name, digest or terminal can take.
+        if b"\\u" in raw:
+            json.dumps(document, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise FileFormatError(f"holds a string that is not Unicode text: {error}", where=where) from error
+    return document
+
+
+def _load(raw: bytes, where: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     try:
         document = json.loads(
             raw.decode("utf-8"),
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            parse_int=_bounded_int,
+            **numbers,
         )
-        if b"\\u" in raw:
-            _refuse_half_characters(document)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"not a valid JSON document: {error}", where=where) from error
     if not isinstance(document, dict):
