@@ -39,8 +39,14 @@ def to_graph(traced: Traced) -> ir.Model:
     from onnxscript.optimizer import fold_constants
 
     model = _convert(traced.program)
-    # Larger limits would fold the transpose of a weight into a second copy of it.
-    fold_constants(model, onnx_shape_inference=False, input_size_limit=256, output_size_limit=256)
+    # The transpose of a weight would become a second copy of it; limits count elements, not bytes.
+    fold_constants(
+        model,
+        onnx_shape_inference=False,
+        input_size_limit=256,
+        output_size_limit=256,
+        should_fold=lambda node: False if node.op_type == "Transpose" else None,
+    )
     for clean in (
         common.IdentityEliminationPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),

@@ -48,10 +48,20 @@ def check_fit(manifest: Manifest, adapter: Adapter) -> None:
     }
     for what, (actual, expected) in facts.items():
         if actual != expected:
+            first, second = _apart(actual, expected)
             raise IncompatibleError(
-                f"the adapter's {what} differ from the bundle's: {_short(actual)} and {_short(expected)}",
+                f"the adapter's {what} differ from the bundle's: {_short(first)} and {_short(second)}",
                 hint="export a bundle from the run that made this adapter",
             )
+
+
+def _apart(actual: object, expected: object) -> tuple[object, object]:
+    """The two values, of mappings only the entries that differ."""
+    if not isinstance(actual, dict) or not isinstance(expected, dict):
+        return actual, expected
+    shared = {key for key in actual.keys() & expected.keys() if actual[key] == expected[key]}
+    first, second = ({k: v for k, v in part.items() if k not in shared} for part in (actual, expected))
+    return first, second
 
 
 def _short(value: object) -> str:

@@ -27,6 +27,7 @@ from edge_tcur_runtime.optimizer import AdamW, schedule
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
 from edge_tcur_runtime.settings import PersonalizeSettings
 
+_PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
 _LIBRARIES_BYTES = 24 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 
 
@@ -240,13 +241,7 @@ def personalize(
     """
     started = time.perf_counter()
     budget = Budget(settings.budget)
-    check_trainable(dataset)
-    encode_labels(dataset, bundle.manifest.labels)  # an unknown label ends here, before anything is loaded
-    base_size = bundle.manifest.files[BASE_FILE].size
-    memory = read_memory()
-    budget.require(
-        max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"
-    )
+    _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
@@ -261,17 +256,9 @@ def personalize(
     trainer = Trainer(engine, coordinates, kept, settings, budget)
     trainer.calibrate()
     outcome = _train(trainer, kept, held_out, settings, on_step)
-    provenance = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
     memory = budget.check("at the end")
-    after = digest_file(bundle.path(BASE_FILE))
-    if after != before:
-        raise IntegrityError(
-            f"the base changed during the run: its digest was {before} and is {after}",
-            where=str(bundle.path(BASE_FILE)),
-            hint="nothing was installed; copy or download the bundle again",
-        )
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, provenance),
+        adapter=coordinates.adapter(outcome.values, _PROVENANCE),
         better=outcome.better,
         accuracy_before=outcome.before[0] if outcome.before else None,
         accuracy_after=outcome.after[0] if outcome.after else None,
@@ -287,8 +274,30 @@ def personalize(
         samples=len(kept.targets),
         holdout_samples=len(held_out.targets),
         base_digest_before=before,
-        base_digest_after=after,
+        base_digest_after=_digest_again(bundle, before),
     )
+
+
+def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
+    """What can be known before anything is loaded: data without use, unknown labels, too small a budget."""
+    check_trainable(dataset)
+    encode_labels(dataset, bundle.manifest.labels)
+    memory, base_size = read_memory(), bundle.manifest.files[BASE_FILE].size
+    budget.require(
+        max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"
+    )
+
+
+def _digest_again(bundle: Bundle, before: str) -> str:
+    path = bundle.path(BASE_FILE)
+    after = digest_file(path)
+    if after != before:
+        raise IntegrityError(
+            f"the base changed during the run: its digest was {before} and is {after}",
+            where=str(path),
+            hint="nothing was installed; copy or download the bundle again",
+        )
+    return after
 
 
 @dataclass
@@ -303,10 +312,10 @@ class _Outcome:
 
     @property
     def better(self) -> bool:
-        """More correct answers than before, or as many at a lower loss."""
+        """More correct answers than before, or as many at a lower loss, which must be a number."""
         if self.before is None or self.after is None:
             return True
-        return _rank(self.after) > _rank(self.before)
+        return bool(np.isfinite(self.after[1])) and _rank(self.after) > _rank(self.before)
 
 
 def _rank(score: tuple[float, float]) -> tuple[float, float]:

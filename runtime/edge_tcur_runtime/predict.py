@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_tcur_runtime.data import Dataset, encode_labels
-from edge_tcur_runtime.engines.session import open_session
-from edge_tcur_runtime.errors import IncompatibleError
+from edge_tcur_runtime.engines.session import open_session, require_names
+from edge_tcur_runtime.errors import DataError, IncompatibleError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle
@@ -55,6 +55,12 @@ class Model:
         self.bundle = bundle
         self.labels = bundle.manifest.labels
         self._session = open_session(graph, threads=threads)
+        names = [value.name for value in self._session.get_inputs()]
+        require_names(graph, "input", bundle.manifest.inputs, names)
+        require_names(graph, "default for", names, bundle.manifest.inputs)
+        require_names(graph, "output", ("logits",), [value.name for value in self._session.get_outputs()])
+        optional = [value.name for value in self._session.get_overridable_initializers()]
+        require_names(graph, "input", bundle.manifest.factor_names(), [*names, *optional])
         self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
         self._feeds: Mapping[str, np.ndarray] = {}
 
@@ -67,8 +73,18 @@ class Model:
         self._feeds = {} if adapter is None else build_feeds(self.bundle.manifest, adapter)
 
     def outputs(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Raw outputs f32 [samples, classes] of model inputs."""
+        """Raw outputs f32 [samples, classes] of model inputs.
+
+        Raises:
+            IncompatibleError: the graph has another number of classes than the bundle has labels.
+        """
         result: np.ndarray = self._session.run(["logits"], {**inputs, **self._feeds})[0]
+        if result.shape[-1] != len(self.labels):
+            raise IncompatibleError(
+                f"the graph gives {result.shape[-1]} outputs and the bundle has {len(self.labels)} labels",
+                where=str(self.bundle.root),
+                hint="export the bundle again",
+            )
         return result
 
     def predict(self, samples: Sequence[str] | np.ndarray, *, batch_size: int = 16) -> list[Prediction]:
@@ -88,10 +104,20 @@ class Model:
         """Part of a labelled data set that is answered correctly, 0 to 1.
 
         Raises:
-            DataError: a label that the bundle does not have.
+            DataError: see `accuracy_of`.
         """
-        targets = encode_labels(dataset, self.labels)
-        answers = [
-            self.labels.index(item.label) for item in self.predict(dataset.samples, batch_size=batch_size)
-        ]
-        return float(np.mean(np.asarray(answers) == targets))
+        encode_labels(dataset, self.labels)  # an unknown label ends here, before the work
+        return accuracy_of(self.predict(dataset.samples, batch_size=batch_size), dataset, self.labels)
+
+
+def accuracy_of(predictions: Sequence[Prediction], dataset: Dataset, labels: Sequence[str]) -> float:
+    """Part of a labelled data set that these predictions answer correctly, 0 to 1.
+
+    Raises:
+        DataError: no samples, no labels, or a label that is not in `labels`.
+    """
+    targets = encode_labels(dataset, labels)
+    if not len(targets):
+        raise DataError("the data set is empty", where=dataset.source, hint="add labelled samples")
+    answers = [labels.index(item.label) for item in predictions]
+    return float(np.mean(np.asarray(answers) == targets))

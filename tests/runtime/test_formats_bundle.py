@@ -31,6 +31,7 @@ V1 = Path(__file__).parents[1] / "data" / "bundle-v1"
 RAW = (V1 / MANIFEST).read_bytes()
 FILES = sorted(path.name for path in V1.iterdir() if path.name != MANIFEST)
 GROUP = "mlp.fc1"
+SIZE = json.loads(RAW)["files"][BASE_FILE]["size"]
 WEIGHT = json.loads(RAW)["groups"][GROUP]["parameters"][0]
 
 
@@ -268,8 +269,8 @@ def test_a_file_name_that_leaves_the_directory_is_refused(name):
         (put("tensors", WEIGHT, "shape", [16, True]), "must hold sizes"),
         (put("tensors", WEIGHT, "dtype", "int8"), "expected one of float32"),
         (put("tensors", WEIGHT, "offset", -4), "'offset' is -4"),
-        (put("tensors", WEIGHT, "offset", 22848), "ends behind 'base.bin'"),
-        (put("tensors", WEIGHT, "offset", 22848 - 2047), "ends behind 'base.bin'"),
+        (put("tensors", WEIGHT, "offset", SIZE), "ends behind 'base.bin'"),
+        (put("tensors", WEIGHT, "offset", SIZE - 2047), "ends behind 'base.bin'"),
         (put("extras", {"head": [-1]}), "must hold sizes"),
         (put("labels", ["a", 1]), "strings only"),
         (put("labels", ["a", "a"]), "'labels'"),

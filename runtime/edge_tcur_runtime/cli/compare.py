@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +13,10 @@ from edge_tcur_runtime.cli.framework import EXISTING_DIRECTORY, data_options, ou
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
+if TYPE_CHECKING:
+    from edge_tcur_runtime.predict import Model
+
+_SWAPS = 5
 EPILOG = """\b
 Example:
   edge-tcur-device adapters compare bundle/ --data test.csv --adapter base --adapter bundle --adapter personal
@@ -30,11 +36,10 @@ def compare(
     """Swap through adapters without reloading the base; show accuracy and swap time of each.
 
     A swap is timed from the adapter's file to the point where the next prediction uses it: reading,
-    verifying and attaching.
+    verifying and attaching; the median of five.
     """
     from edge_tcur_runtime.budget import read_memory
     from edge_tcur_runtime.cli.inputs import load_for
-    from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
     from edge_tcur_runtime.predict import Model
 
@@ -43,11 +48,21 @@ def compare(
     model = Model(opened)
     results = []
     for ref in refs:
-        started = time.perf_counter()
-        model.attach(load_reference(ref, opened, store))
-        swapped = time.perf_counter() - started
-        results.append({"adapter": ref, "accuracy": model.accuracy(dataset), "swap_ms": 1000 * swapped})
+        swap_ms = _swap(model, ref, store)
+        results.append({"adapter": ref, "accuracy": model.accuracy(dataset), "swap_ms": swap_ms})
     rows = [(str(r["adapter"]), f"{r['accuracy']:.1%}", f"{r['swap_ms']:.2f}") for r in results]
     peak = read_memory().peak
     human = table(("adapter", "accuracy", "swap ms"), rows) + f"\npeak memory {format_size(peak)}"
     sink.result({"samples": len(dataset), "adapters": results, "peak_rss_bytes": peak}, human)
+
+
+def _swap(model: Model, ref: str, store: Path) -> float:
+    """Attaches the adapter `_SWAPS` times; the median in milliseconds."""
+    from edge_tcur_runtime.cli.references import load_reference
+
+    seconds = []
+    for _ in range(_SWAPS):
+        started = time.perf_counter()
+        model.attach(load_reference(ref, model.bundle, store))
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds)

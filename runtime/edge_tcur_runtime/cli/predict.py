@@ -65,10 +65,14 @@ def _answer(model: Model, texts: list[str], sink: Sink) -> None:
 
 def _answer_data(model: Model, data: Path, columns: dict[str, str], sink: Sink) -> None:
     from edge_tcur_runtime.cli.inputs import load_for
+    from edge_tcur_runtime.data import encode_labels
+    from edge_tcur_runtime.predict import accuracy_of
 
     dataset: Dataset = load_for(model.bundle, data, columns, require_labels=False)
+    if dataset.labels is not None:
+        encode_labels(dataset, model.labels)  # an unknown label ends here, before the work
     found = model.predict(dataset.samples)
-    accuracy = model.accuracy(dataset) if dataset.labels is not None else None
+    accuracy = None if dataset.labels is None else accuracy_of(found, dataset, model.labels)
     rows = [
         (place, item.label, f"{max(item.scores):.3f}")
         for place, item in list(zip(dataset.places, found, strict=True))[:20]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
@@ -18,7 +19,8 @@ def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
             of an adapter file, or a name or digest in the store.
 
     Raises:
-        UsageError: nothing of that name. Others: see `read_adapter` and `Store.load`.
+        UsageError: nothing of that name. Others: see `read_adapter` and `Store.load`; what looks like
+            a path (it has a separator, or ends in ``.safetensors``) is read as one.
     """
     if ref == "base":
         return None
@@ -26,8 +28,9 @@ def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
         return bundle_adapter(bundle)
     if ref == "active" and not store.is_dir():
         return None
-    if Path(ref).is_file():
-        return read_adapter(Path(ref))
+    path = Path(ref)
+    if path.suffix == ".safetensors" or path.name != ref or (ref != "active" and os.path.isfile(ref)):
+        return read_adapter(path)
     opened = Store.open(store, create=False)
     digest = opened.resolve(ref)
     return None if digest is None else opened.load(digest)

@@ -24,10 +24,11 @@ class OrtStepEngine:
         self._session = open_session(graph, threads=threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
-        trained = trained_names(bundle)
-        gradients = [name + _SUFFIX for name in trained]
+        gradients = [name + _SUFFIX for name in trained_names(bundle)]
         require_names(graph, "output", ("loss", "logits", *gradients), self._outputs)
-        require_names(graph, "input", (*bundle.manifest.inputs, TARGETS, *trained), self._inputs)
+        fed = [*bundle.manifest.inputs, TARGETS, *bundle.manifest.factor_names()]
+        require_names(graph, "input", fed, self._inputs)
+        require_names(graph, "default for", self._inputs, fed)
 
     def step(
         self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]

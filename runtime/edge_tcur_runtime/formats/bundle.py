@@ -117,6 +117,11 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
 
+    def factor_names(self) -> list[str]:
+        """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
+        parts = ("core", "rows", "cols")
+        return [f"{group}.{part}" for group in self.groups for part in parts] + list(self.extras)
+
 
 @dataclass(frozen=True)
 class Bundle:
