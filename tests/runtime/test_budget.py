@@ -73,7 +73,7 @@ def test_this_process_has_a_peak_of_at_least_what_is_resident():
 
 
 def at(monkeypatch, peak):
-    monkeypatch.setattr(module, "read_memory", lambda: Memory(peak=peak, resident=peak))
+    monkeypatch.setattr(module, "read_memory", lambda: Memory(peak=peak, resident=peak // 2))
 
 
 def test_work_that_does_not_fit_is_refused_before_it_starts_and_the_smallest_budget_is_named():
