@@ -74,6 +74,8 @@ def train(
             bar.advance(detail=f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
 
         result = train_adapter(config, out, force=force, on_epoch=on_epoch)
+    for note in result.notes:
+        sink.note(f"note: {note}")
     adapter = result.run.adapter()
     sink.result(_payload(result, adapter), _describe(result, adapter))
 
@@ -113,6 +115,7 @@ def _payload(result: TrainResult, adapter: Adapter) -> dict[str, object]:
         "losses": run.metrics["losses"],
         "accuracies": run.metrics["accuracies"],
         "skipped": result.skipped,
+        "notes": list(result.notes),
         "config": run.config.to_dict(),
     }
 

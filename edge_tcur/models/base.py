@@ -35,6 +35,7 @@ class Base:
         head: names of modules that are trained in all rows; empty where the base brings its own head.
         tokenizer: content of ``tokenizer.json``, or None.
         labels: class names in the order of the outputs.
+        note: something that the user should know about how it was loaded, or empty.
         digest: canonical digest of the base's tensors, the head left out.
     """
 
@@ -45,6 +46,7 @@ class Base:
     head: tuple[str, ...] = ()
     tokenizer: str | None = None
     labels: tuple[str, ...] = ()
+    note: str = ""
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:

@@ -30,6 +30,9 @@ TEXT_INPUTS = ("input_ids", "attention_mask")
 _Parts = tuple[dict[str, Any], dict[str, InputSpec], str | None]
 
 
+_HEADS = {"text": "ForSequenceClassification", "image": "ForImageClassification"}
+
+
 class PooledClassifier(nn.Module):
     """An encoder without a head of its own, the mean of its tokens, and a linear head.
 
@@ -80,7 +83,19 @@ def load_huggingface(reference: str, task: Task, labels: tuple[str, ...], option
     preprocessing, inputs, tokenizer = parts
     check_outputs(model, inputs, labels, reference, sequence=preprocessing.get("max_length", 0))
     head = ("head",) if order is None else ()
-    return Base(model, reference, inputs, preprocessing, head, tokenizer, order or labels)
+    note = _left_out_head(config, task.kind, len(labels)) if order is None else ""
+    return Base(model, reference, inputs, preprocessing, head, tokenizer, order or labels, note)
+
+
+def _left_out_head(config: Any, kind: str, classes: int) -> str:
+    """What to tell a user whose labels are not those of the checkpoint's own head; empty without one."""
+    if not any(_HEADS[kind] in name for name in config.architectures or ()):
+        return ""
+    return (
+        f"the base's own head of {config.num_labels} classes is left out, because the {classes} labels of "
+        "the data are not its own; a new head is trained, and the adapter fits no bundle of the base with "
+        "its own head"
+    )
 
 
 @contextmanager
@@ -127,7 +142,7 @@ def _own_order(config: Any, kind: str, labels: tuple[str, ...]) -> tuple[str, ..
     A head that names its outputs must name these labels; one that does not (``LABEL_0``) must have
     as many.
     """
-    suffix = {"text": "ForSequenceClassification", "image": "ForImageClassification"}[kind]
+    suffix = _HEADS[kind]
     if not any(name.endswith(suffix) for name in config.architectures or ()):
         return None
     names = tuple(config.id2label[index] for index in range(config.num_labels))

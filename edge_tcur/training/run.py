@@ -22,11 +22,13 @@ from edge_tcur.settings import TrainConfig, config_from_dict
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import ConfigError, FileFormatError, FormatVersionError, OutputExistsError
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter, read_bounded
+from edge_tcur_runtime.formats.bundle import MANIFEST
 from edge_tcur_runtime.formats.schema import Fields, parse_json
 
 FORMAT_VERSION = 1
 RUN_FILE = "run.json"
 ADAPTER_FILE = "adapter.safetensors"
+_OURS = (RUN_FILE, MANIFEST)  # a directory that --force may replace holds one of them
 _MAX_RUN_BYTES = 16 * 2**20
 _WRITE_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
@@ -151,7 +153,14 @@ def _check_target(target: Path, force: bool) -> None:
             where=str(target),
             hint="name a new directory inside it",
         )
-    if target.exists() and not force and (not target.is_dir() or any(target.iterdir())):
+    empty = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not empty and force and not any((target / name).is_file() for name in _OURS):
+        raise OutputExistsError(
+            "--force replaces a run or a bundle; this is neither",
+            where=str(target),
+            hint="choose another --out, or remove it yourself",
+        )
+    if not empty and not force:
         raise OutputExistsError(
             "the output directory is not empty",
             where=str(target),

@@ -25,10 +25,11 @@ from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, GroupSpec,
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run with the reasons why weights were left alone."""
+    """A finished run, the reasons why weights were left alone, and what the user should know."""
 
     run: Run
     skipped: dict[str, str]
+    notes: tuple[str, ...] = ()
 
 
 def read_data(path: str, task: Task, config: TrainConfig, *, base: Base | None = None) -> Dataset:
@@ -69,7 +70,7 @@ def set_threads(count: int) -> None:
     """Sets torch's CPU threads; 0 takes all cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)  # Linux only
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    torch.set_num_threads(count or cores)
+    torch.set_num_threads(min(count or cores, cores))
 
 
 def group_specs(targets: Targets) -> dict[str, GroupSpec]:
@@ -120,7 +121,7 @@ def train(
     _protect_inputs(config, out)
     with new_directory(out, force=force) as work:
         result = _train_into(config, work, on_epoch)
-    return TrainResult(replace(result.run, root=out), result.skipped)
+    return replace(result, run=replace(result.run, root=out))
 
 
 def _protect_inputs(config: TrainConfig, out: Path) -> None:
@@ -178,7 +179,7 @@ def _train_into(
     metrics = _metrics(adapter, history, material, (work / ADAPTER_FILE).stat().st_size)
     run = Run(work, config, base.labels, base.digest, base.preprocessing, metrics)
     write_run(work, run)
-    return TrainResult(run, injection.targets.skipped)
+    return TrainResult(run, injection.targets.skipped, (base.note,) if base.note else ())
 
 
 def _fit(

@@ -186,7 +186,7 @@ class Trainer:
         settings = self._settings.optimizer
         rates = {
             name: progress
-            * (settings.learning_rate if self._coordinates.is_core(name) else settings.extra_learning_rate)
+            * (settings.learning_rate if self._coordinates.is_core(name) else settings.head_learning_rate)
             for name in self.values
         }
         try:

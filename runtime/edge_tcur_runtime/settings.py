@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from edge_tcur_runtime.errors import ConfigError
@@ -13,13 +14,13 @@ class AdamWSettings:
 
     Attributes:
         learning_rate: peak learning rate of the cores, in their frame's coordinates.
-        extra_learning_rate: peak learning rate of trained extras (a head).
+        head_learning_rate: peak learning rate of trained extras (a head).
         weight_decay: decoupled weight decay.
         max_gradient_norm: gradients are scaled down to this global norm; 0 switches clipping off.
     """
 
     learning_rate: float = 0.02
-    extra_learning_rate: float = 0.005
+    head_learning_rate: float = 0.005
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -27,9 +28,11 @@ class AdamWSettings:
     max_gradient_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "extra_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
-                raise ConfigError(f"{getattr(self, name)}; expected a positive number", where=name)
+                raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class PersonalizeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{getattr(self, name)}; expected at least 1", where=name)
+        for name, low in (("epochs", 1), ("batch_size", 1), ("threads", 0), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")

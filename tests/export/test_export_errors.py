@@ -132,6 +132,8 @@ def test_an_output_that_is_there(run_of, tmp_path):
     (out / "precious.txt").write_text("mine")
     error = refused(run, out, OutputExistsError, "not empty", targets=("onnx",))
     assert "--force" in error.hint
+    refused(run, out, OutputExistsError, "this is neither", targets=("onnx",), force=True)
+    (out / "manifest.json").write_text("an earlier bundle")
     report = export_run(run, out, targets=("onnx",), force=True, verify=False)
     assert report.parity == {}
     assert open_bundle(out).manifest.graphs == {"infer": "infer.onnx"}
@@ -142,6 +144,7 @@ def test_an_output_that_is_there(run_of, tmp_path):
 def test_force_keeps_the_old_bundle_when_the_export_fails(run_of, tmp_path):
     out = tmp_path / "bundle"
     out.mkdir()
+    (out / "manifest.json").write_text("an earlier bundle")
     (out / "precious.txt").write_text("mine")
     refused(run_of("branch"), out, ExportError, "cannot trace", force=True)
     assert (out / "precious.txt").read_text() == "mine"

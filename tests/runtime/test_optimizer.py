@@ -143,8 +143,8 @@ def test_one_step_has_the_peak_rate():
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, 100.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["learning_rate", "extra_learning_rate"])
+@pytest.mark.parametrize("name", ["learning_rate", "head_learning_rate"])
 def test_a_rate_that_makes_no_sense_is_refused_and_named(name, rate):
-    with pytest.raises(ConfigError, match="expected a positive number") as caught:
+    with pytest.raises(ConfigError, match="expected above 0 and below 100") as caught:
         AdamWSettings(**{name: rate})
     assert caught.value.where == name

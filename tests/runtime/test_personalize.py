@@ -263,7 +263,7 @@ def test_accumulation_is_exact_but_for_the_engines_rounding(micro):
 
 
 def test_cores_and_a_head_have_learning_rates_of_their_own():
-    optimizer = {"learning_rate": 0.5, "extra_learning_rate": 0.125}
+    optimizer = {"learning_rate": 0.5, "head_learning_rate": 0.125}
     trainer = quadratic_trainer(Quadratic(), quick(optimizer=optimizer))
     trainer.step(np.arange(7), 0.5)  # Adam's first step is as long as the rate
     np.testing.assert_allclose(3 - trainer.values["q.core"], 0.25, rtol=1e-5)

@@ -129,7 +129,7 @@ def test_train_as_json(cli, vit_dir, digits_npz, tmp_path):
     assert set(payload) == {
         "schema_version", "run", "adapter", "base_digest", "task", "labels", "rank", "groups", "accuracy",
         "trained_numbers", "head_numbers", "adapter_bytes", "samples", "held_out_samples", "seconds",
-        "step_seconds", "steps", "losses", "accuracies", "skipped", "config",
+        "step_seconds", "steps", "losses", "accuracies", "skipped", "notes", "config",
     }  # fmt: skip
     assert payload["adapter_bytes"] == (out / "adapter.safetensors").stat().st_size
     assert payload["trained_numbers"] == sum(group["trained_numbers"] for group in payload["groups"]) == 48

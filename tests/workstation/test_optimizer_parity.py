@@ -18,7 +18,7 @@ def test_the_devices_adamw_takes_torchs_steps(decay, limit):
     settings = AdamWSettings(weight_decay=decay, max_gradient_norm=limit)
     generator = np.random.default_rng(0)
     values = {"core": generator.normal(size=(2, 3, 3)), "head": generator.normal(size=(4,))}
-    rates = {"core": settings.learning_rate, "head": settings.extra_learning_rate}
+    rates = {"core": settings.learning_rate, "head": settings.head_learning_rate}
     tensors = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
     theirs = torch.optim.AdamW(
         [{"params": [tensor], "peak": rates[name]} for name, tensor in tensors.items()],

@@ -306,7 +306,10 @@ def test_an_output_directory_that_is_not_empty(vit_dir, digits_npz, tmp_path):
     (out / "mine.txt").write_text("keep")
     config = image_config(vit_dir, digits_npz, epochs=1)
     refused(config, out, OutputExistsError, "not empty")
+    with pytest.raises(OutputExistsError, match="this is neither"):
+        train(config, out, force=True)
     assert (out / "mine.txt").read_text() == "keep"
+    (out / "run.json").write_text("an earlier run")
     train(config, out, force=True)
     assert sorted(path.name for path in out.iterdir()) == ["adapter.safetensors", "run.json"]
     assert list(tmp_path.iterdir()) == [out]
@@ -315,10 +318,26 @@ def test_an_output_directory_that_is_not_empty(vit_dir, digits_npz, tmp_path):
 def test_force_keeps_the_old_directory_when_training_fails(vit_dir, digits_npz, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "mine.txt").write_text("keep")
+    (out / "run.json").write_text("keep")
     with pytest.raises(ConfigError):
         train(image_config(vit_dir, digits_npz, rank=99), out, force=True)
-    assert (out / "mine.txt").read_text() == "keep"
+    assert (out / "run.json").read_text() == "keep"
+
+
+def test_a_head_that_is_left_out_is_said(vit_dir, tmp_path):
+    """A stray label must not silently replace the base's trained head."""
+    images = np.random.default_rng(0).random((12, 8, 8)).astype(np.float32)
+    data = tmp_path / "four.npz"
+    np.savez(data, images=images, labels=np.arange(12) % 4)
+    result = train(image_config(vit_dir, data, epochs=1), tmp_path / "run")
+    assert len(result.notes) == 1
+    assert "own head of 3 classes is left out" in result.notes[0]
+
+
+def test_the_end_of_the_force_tests_leaves_one_directory(vit_dir, digits_npz, tmp_path):
+    out = tmp_path / "run"
+    train(image_config(vit_dir, digits_npz, epochs=1), out)
+    assert train(image_config(vit_dir, digits_npz, epochs=1), out, force=True).notes == ()
     assert list(tmp_path.iterdir()) == [out]
 
 

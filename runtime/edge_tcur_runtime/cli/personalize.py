@@ -35,7 +35,7 @@ _OPTIONS = (
     ("--epochs", _DEFAULT.epochs, int, "Passes over the data."),
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),
     ("--learning-rate", _DEFAULT.optimizer.learning_rate, float, "Peak learning rate of the cores."),
-    ("--head-learning-rate", _DEFAULT.optimizer.extra_learning_rate, float, "Peak for a trained head."),
+    ("--head-learning-rate", _DEFAULT.optimizer.head_learning_rate, float, "Peak for a trained head."),
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
@@ -78,6 +78,9 @@ def personalize(
     The new adapter goes to the store and is put in use only if it is better than the one it
     started from on a part of the data that was kept apart.
     """
+    from edge_tcur_runtime.store import check_name
+
+    check_name(name)
     keep_active = bool(training.pop("keep_active"))
     settings = _settings(training, budget)
     result = _run(bundle, data, columns, start, store, settings, sink)
@@ -88,7 +91,7 @@ def personalize(
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
     optimizer = AdamWSettings(
         learning_rate=training.pop("learning_rate"),
-        extra_learning_rate=training.pop("head_learning_rate"),
+        head_learning_rate=training.pop("head_learning_rate"),
         weight_decay=training.pop("weight_decay"),
     )
     return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)

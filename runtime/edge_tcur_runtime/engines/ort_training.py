@@ -40,8 +40,10 @@ def import_training_api() -> Any:
     if not installed.training:
         raise no_training_interface(installed)
     import_onnxruntime()
-    from onnxruntime.training import api
-
+    try:
+        from onnxruntime.training import api
+    except ImportError as error:
+        raise no_training_interface(installed) from error
     return api
 
 

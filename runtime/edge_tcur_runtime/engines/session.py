@@ -77,7 +77,8 @@ def session_options(threads: int) -> Any:
     if threads < 0:
         raise ConfigError(f"{threads}; expected 0 or more", where="threads")
     options = import_onnxruntime().SessionOptions()
-    options.intra_op_num_threads = threads or usable_cores()
+    cores = usable_cores()  # more threads than cores only wait for each other
+    options.intra_op_num_threads = min(threads or cores, cores)
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
