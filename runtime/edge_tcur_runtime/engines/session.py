@@ -32,7 +32,7 @@ def import_onnxruntime() -> Any:
     """`onnxruntime`, without torch even where torch is installed.
 
     The training build imports two of its packages on its own, `onnxruntime.training` and its
-    `ortmodule`, and both import torch, undeclared, for parts that are not used here (235 MiB of
+    `ortmodule`, and both import torch, undeclared, for parts that are not used here (230 MiB of
     resident memory). A bare package with the same path in the place of the first lets the submodules
     that are used be imported directly; None in the place of the second makes its import fail, as it
     does where there is no torch.
