@@ -13,12 +13,13 @@ from typing import Any
 
 import tomllib
 
-from edge_tcur.method.config import GROUPINGS, TCurConfig
-from edge_tcur.method.selection import SELECTIONS
+from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig
+from edge_tcur.method.selection import GRADIENT, SELECTIONS
 from edge_tcur.tasks import TASKS, find_task
 from edge_tcur_runtime.errors import ConfigError
-from edge_tcur_runtime.formats.adapter import FRAMES
+from edge_tcur_runtime.formats.factors import COUPLINGS, FRAMES
 from edge_tcur_runtime.formats.schema import nearest
+from edge_tcur_runtime.transform import TRANSFORMS
 
 
 def setting(default: Any, description: str, *, choices: tuple[str, ...] | None = None) -> Any:
@@ -38,14 +39,29 @@ class TrainConfig:
     eval_data: str = setting("", "Held-out data; by default a part of the training data.")
     eval_fraction: float = setting(0.2, "Part of the training data held out when there is no eval data.")
     rank: int = setting(8, "Rows and columns per group; the core holds layers x rank x rank numbers.")
-    grouping: str = setting("projection", "Which weights share one tensor.", choices=GROUPINGS)
-    selection: str = setting("norm", "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
-    frame: str = setting("orthonormal", "Coordinates of training.", choices=FRAMES)
+    grouping: str = setting(
+        "projection",
+        f"Which weights share a tensor: {', '.join(GROUPINGS)}, or comma-separated name patterns.",
+    )
+    coupling: str = setting("none", "How far the t-product reaches.", choices=COUPLINGS)
+    transform: str = setting(
+        AUTO, "Along the coupled weights; auto: dft, identity without coupling.", choices=(AUTO, *TRANSFORMS)
+    )
+    selection: str = setting(GRADIENT, "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
+    frame: str = setting(
+        "orthonormal", "Coordinates of training; sketch stores gradient sketches.", choices=FRAMES
+    )
     targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
+    alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
+    rank_pattern: str = setting("", "Other ranks by module: comma-separated pattern=rank.")
+    layers_to_transform: str = setting("", "Numbers of the layers to adapt, comma-separated; all by default.")
+    modules_to_save: str = setting("", "Patterns of modules trained in full and saved with the adapter.")
     epochs: int = setting(20, "Passes over the training data.")
     batch_size: int = setting(16, "Samples per step.")
     learning_rate: float = setting(0.02, "Peak learning rate of the cores.")
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
+    head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
+    gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")
@@ -54,7 +70,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         find_task(self.task)
         self.method()
-        for name, low in (("epochs", 1), ("batch_size", 1), ("max_length", 0), ("seed", 0), ("threads", 0)):
+        for name, low in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("head_epochs", 0),
+            ("gradient_batches", 1),
+            ("max_length", 0),
+            ("seed", 0),
+            ("threads", 0),
+        ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         for name in ("learning_rate", "head_learning_rate"):
@@ -67,11 +91,47 @@ class TrainConfig:
 
     def method(self) -> TCurConfig:
         """The adapter's part of the settings."""
-        return TCurConfig(self.rank, self.grouping, self.selection, self.frame, self.targets)
+        return TCurConfig(
+            rank=self.rank,
+            grouping=self.grouping,
+            coupling=self.coupling,
+            transform=self.transform,
+            selection=self.selection,
+            frame=self.frame,
+            targets=self.targets,
+            alpha=self.alpha,
+            rank_pattern=_parse_ranks(self.rank_pattern),
+            layers_to_transform=_parse_layers(self.layers_to_transform),
+            modules_to_save=_split(self.modules_to_save),
+            seed=self.seed,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved settings, as saved with the run."""
         return asdict(self)
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parse_ranks(text: str) -> dict[str, int]:
+    """``query=4,*dense=16`` as a mapping."""
+    result = {}
+    for part in _split(text):
+        pattern, _, rank = part.rpartition("=")
+        if not pattern or not rank.isdecimal():
+            raise ConfigError(f"{part!r}; expected pattern=rank", where="rank_pattern")
+        result[pattern] = int(rank)
+    return result
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    parts = _split(text)
+    for part in parts:
+        if not part.isdecimal():
+            raise ConfigError(f"{part!r}; expected numbers of layers", where="layers_to_transform")
+    return tuple(map(int, parts))
 
 
 def read_config(path: Path) -> dict[str, Any]:

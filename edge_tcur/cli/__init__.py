@@ -35,6 +35,31 @@ COMMANDS = {
         "inspect",
         "Show what is in an adapter file, a run or a bundle.",
     ),
+    "combine": (
+        "edge_tcur.cli.combine",
+        "combine",
+        "Add, scale or average adapters of one base.",
+    ),
+    "merge": (
+        "edge_tcur.cli.rework",
+        "merge",
+        "Write a base with an adapter in its weights, or undo that.",
+    ),
+    "migrate": (
+        "edge_tcur.cli.rework",
+        "migrate",
+        "Bring an adapter to a new version of its base.",
+    ),
+    "reduce": (
+        "edge_tcur.cli.rework",
+        "reduce",
+        "Give an adapter a lower rank.",
+    ),
+    "compare": (
+        "edge_tcur.cli.compare",
+        "compare",
+        "Measure methods against each other: table, plot and records.",
+    ),
     "devices": (
         "edge_tcur.cli.devices",
         "devices",

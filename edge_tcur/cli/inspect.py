@@ -14,6 +14,7 @@ from edge_tcur_runtime.errors import BadInputError, ExitCode, IntegrityError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.factors import AnyFactors, Factors
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
@@ -66,8 +67,8 @@ def describe_groups(adapter: Adapter) -> list[dict[str, Any]]:
             "rank": adapter.factors[name].rank,
             "trained_numbers": int(adapter.factors[name].core.size),
             "core_norm": float(np.linalg.norm(adapter.factors[name].core.astype(np.float64))),
-            "rows": adapter.factors[name].rows.tolist(),
-            "cols": adapter.factors[name].cols.tolist(),
+            "blocks": adapter.factors[name].blocks,
+            **_indices(adapter.factors[name]),
             "parameters": list(spec.parameters),
         }
         for name, spec in adapter.header.groups.items()
@@ -84,8 +85,8 @@ def group_rows(adapter: Adapter) -> str:
             str(group["rank"]),
             f"{group['trained_numbers']:,}",
             f"{group['core_norm']:.3g}",
-            _short(group["rows"]),
-            _short(group["cols"]),
+            _short(group.get("rows")),
+            _short(group.get("cols")),
         )
         for group in describe_groups(adapter)
     ]
@@ -225,7 +226,22 @@ def _facts(facts: Mapping[str, str]) -> str:
     return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items())
 
 
-def _short(indices: Sequence[int]) -> str:
+def _indices(factors: AnyFactors) -> dict[str, list[list[int]]]:
+    """Rows and columns of every block; a sketch has none."""
+    if not isinstance(factors, Factors):
+        return {}
+    return {"rows": factors.rows.tolist(), "cols": factors.cols.tolist()}
+
+
+def _short(blocks: Sequence[Sequence[int]] | None) -> str:
+    """The indices of the first block, and how many blocks there are besides."""
+    if blocks is None:
+        return "sketch"
+    more = f" (+{len(blocks) - 1})" if len(blocks) > 1 else ""
+    return _shortened(blocks[0]) + more
+
+
+def _shortened(indices: Sequence[int]) -> str:
     if len(indices) <= _SHOWN:
         return " ".join(map(str, indices))
     return f"{' '.join(map(str, indices[: _SHOWN - 1]))} .. {indices[-1]}"

@@ -14,7 +14,7 @@ from edge_tcur_runtime.errors import OutputExistsError
 from edge_tcur_runtime.output import Sink
 
 if TYPE_CHECKING:
-    from edge_tcur.quickstart import QuickstartResult
+    from edge_tcur.quickstart.run import QuickstartResult
 
 _MARK = ".edge-tcur-quickstart"
 
@@ -43,8 +43,8 @@ def quickstart(out: Path, budget: int, seed: int, force: bool, sink: Sink) -> No
     """
     _prepare(out, force)
     with stage_bar(sink, "starting", total=1.0) as bar:
-        from edge_tcur.quickstart import quickstart as run
         from edge_tcur.quickstart.report import write_report
+        from edge_tcur.quickstart.run import quickstart as run
 
         shown = 0.0
 

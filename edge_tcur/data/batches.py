@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from edge_tcur_runtime.data import Dataset, encode_labels
-from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
+
+
+class Samples(Protocol):
+    """Model inputs and targets by sample number, as the training loop reads them."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs and targets of the samples at `indices`, in that order."""
+        ...
+
+
+def in_batches(data: Samples, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Batches of at most `size` samples, in the data's order."""
+    for start in range(0, len(data), size):
+        yield data.take(np.arange(start, min(start + size, len(data))))
 
 
 @dataclass(frozen=True)
@@ -34,19 +51,15 @@ class PreparedData:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def batches(
-        self, size: int, *, order: np.ndarray | None = None
-    ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """Batches of at most `size` samples in `order` (the data's own by default)."""
-        preprocess = build_preprocessor(self.spec, self.root)
-        indices = np.arange(len(self)) if order is None else order
-        for start in range(0, len(indices), size):
-            chosen = indices[start : start + size]
-            inputs = preprocess(self.dataset.select(chosen).samples)
-            yield (
-                {name: torch.from_numpy(value) for name, value in inputs.items()},
-                torch.from_numpy(self.targets[chosen]),
-            )
+    def take(self, indices: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+        """Model inputs and targets of the samples at `indices`, in that order."""
+        inputs = self._preprocess(self.dataset.select(indices).samples)
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        return tensors, torch.from_numpy(self.targets[indices])
+
+    @cached_property
+    def _preprocess(self) -> Preprocessor:
+        return build_preprocessor(self.spec, self.root)
 
 
 def prepare(dataset: Dataset, labels: tuple[str, ...], spec: Mapping[str, Any], root: Path) -> PreparedData:

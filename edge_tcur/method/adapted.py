@@ -1,157 +1,390 @@
-"""Adapted layers: a frozen linear layer plus the update that its group's core makes."""
+"""Adapted layers: a frozen layer plus the update that its group's core makes, and their injection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from edge_tcur.method.config import TCurConfig
-from edge_tcur.method.selection import SELECTIONS
-from edge_tcur.method.targets import Group, Targets, find_targets
-from edge_tcur.method.tproduct import (
-    apply_update,
-    coupling_index,
-    coupling_matrix,
-    flatten_columns,
-    flatten_rows,
-)
-from edge_tcur_runtime.errors import BaseMismatchError
-from edge_tcur_runtime.formats.adapter import Factors
-from edge_tcur_runtime.frame import Frame, build_frame
+from edge_tcur.method.cost import Sizes, cheapest_form
+from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.group import CoreGroup, Member, choose_factors
+from edge_tcur.method.quantized import Int8Linear
+from edge_tcur.method.targets import Targets, find_targets, saved_parameters
+from edge_tcur.method.tproduct import dense_update
+from edge_tcur.method.views import View, find_view, weight_of
+from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, UsageError
+from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
+
+DEFAULT = "default"
 
 
-class CoreGroup(nn.Module):
-    """The factors of one group: a trained core between frozen columns and rows.
+@dataclass(frozen=True)
+class Slot:
+    """Where a layer finds its update: slice `position` of a group."""
+
+    group: CoreGroup
+    position: int
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer plus slice `position` of the active adapter's update.
 
     Attributes:
-        core: Parameter f32 [n3, r, r] in the frame's coordinates, zero at the start, so that the
-            adapted model begins as the base (no ``U0 = pinv(...)`` and its rounding).
-        rows, cols: int64 [r], indices into the base's weights.
-        columns_t: f32 [n3 * r, n1], rows_t: f32 [n2, n3 * r]: the frozen factors in the frame.
+        base: the layer that it replaces.
+        view: how its weight is a matrix.
+        form: name of the form to compute with, or None: the cheapest by `edge_tcur.method.cost`.
     """
 
-    rows: Tensor
-    cols: Tensor
-    columns_t: Tensor
-    rows_t: Tensor
-    index: Tensor
-
-    def __init__(self, weights: list[Tensor], rows: Tensor, cols: Tensor, frame: str) -> None:
-        super().__init__()
-        stack = torch.stack([weight.detach() for weight in weights]).double()
-        columns, lines = stack[:, :, cols], stack[:, rows, :]
-        self.frame: Frame = build_frame(frame, columns.cpu().numpy(), lines.cpu().numpy())
-        identity = np.zeros((len(stack), len(rows), len(rows)))
-        identity[0] = np.eye(len(rows))
-        left = torch.from_numpy(identity if self.frame.left is None else self.frame.left)
-        right = torch.from_numpy(identity if self.frame.right is None else self.frame.right)
-        device = weights[0].device
-        self.core = nn.Parameter(torch.zeros(len(stack), len(rows), len(rows), device=device))
-        for name, value in (
-            ("rows", rows),
-            ("cols", cols),
-            ("columns_t", flatten_columns(_t_product(columns, left.to(device))).float().contiguous()),
-            ("rows_t", flatten_rows(_t_product(right.to(device), lines)).float().contiguous()),
-            ("index", coupling_index(len(stack)).to(device)),
-        ):
-            self.register_buffer(name, value, persistent=False)
-
-    def update(self, x: Tensor, position: int) -> Tensor:
-        """What slice `position` adds to the layer's output, in x's dtype: [..., n1]."""
-        matrix_t = coupling_matrix(self.core, self.index[position])
-        return apply_update(x.to(self.core.dtype), self.rows_t, matrix_t, self.columns_t).to(x.dtype)
-
-    def factors(self) -> Factors:
-        """The group's factors as the adapter file holds them (raw core)."""
-        raw = self.frame.to_raw(self.core.detach().double().cpu().numpy())
-        return Factors(
-            raw.astype(np.float32),
-            self.rows.cpu().numpy().astype(np.int32),
-            self.cols.cpu().numpy().astype(np.int32),
-        )
-
-    def load(self, factors: Factors) -> None:
-        """Sets the core from an adapter file's raw core over the same rows and columns."""
-        value = torch.from_numpy(self.frame.from_raw(factors.core.astype(np.float64)))
-        with torch.no_grad():
-            self.core.copy_(value)
-
-
-def _t_product(a: Tensor, b: Tensor) -> Tensor:
-    product = torch.fft.fft(a, dim=0) @ torch.fft.fft(b, dim=0)
-    result: Tensor = torch.fft.ifft(product, dim=0).real
-    return result
-
-
-class AdaptedLinear(nn.Module):
-    """A frozen `nn.Linear` plus slice `position` of its group's update.
-
-    The group is held outside the module tree (in a tuple), so that its core is one parameter of
-    the model however many layers share it.
-    """
-
-    def __init__(self, base: nn.Linear, group: CoreGroup, position: int) -> None:
+    def __init__(self, base: nn.Module, view: View) -> None:
         super().__init__()
         self.base = base
-        self.position = position
-        self.enabled = True
-        self._group = (group,)
+        self.view = view
+        self.form: str | None = None
+        # In a plain attribute, not in the module tree: a core is one parameter of its adapter,
+        # however many layers share it.
+        self._slot: tuple[Slot, ...] = ()
+
+    def use(self, slot: Slot | None) -> None:
+        """Takes its update from `slot` from now on; None is the base."""
+        self._slot = () if slot is None else (slot,)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen layer's weight; some models read it."""
+        return weight_of(self.base)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen layer's bias."""
+        return cast("Tensor | None", self.base.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output plus the update: [..., n2] -> [..., n1]."""
-        output = cast("Tensor", self.base(x))
-        return output + self._group[0].update(x, self.position) if self.enabled else output
+        """The frozen layer's output plus the update."""
+        if not self._slot:
+            return cast("Tensor", self.base(x))
+        slot = self._slot[0]
+        return FORMS[self.form or self._cheapest(x, slot)](
+            self.base, self.view, x, slot.group.slice(slot.position)
+        )
+
+    def _cheapest(self, x: Tensor, slot: Slot) -> str:
+        spec = slot.group.spec
+        forms = possible_forms(self.view, has_rows=slot.group.has_rows)
+        inner, rank = slot.group.columns_t.shape[1], slot.group.core.shape[-1]
+        return cheapest_form(forms, Sizes(max(1, x.numel() // spec.n2), spec.n1, spec.n2, inner, rank))
 
 
-class Injection:
-    """A model whose targets were replaced by adapted layers; undone by `remove`.
+@dataclass
+class InjectedAdapter:
+    """One adapter of an `Injection`.
 
     Attributes:
+        config: its settings.
+        targets: what it adapts and what it leaves alone.
         groups: group name -> `CoreGroup`.
-        targets: what was adapted and what was left alone.
+        saved: parameter name -> its own copy of a parameter of `modules_to_save`.
     """
 
-    def __init__(self, model: nn.Module, targets: Targets, groups: dict[str, CoreGroup]) -> None:
-        self.model = model
-        self.targets = targets
-        self.groups = groups
-        self._layers: dict[str, AdaptedLinear] = {}
-        for spec in targets.groups:
-            for position, name in enumerate(spec.modules):
-                linear = cast("nn.Linear", model.get_submodule(name))
-                self._layers[name] = AdaptedLinear(linear, groups[spec.name], position)
-                _replace(model, name, self._layers[name])
+    config: TCurConfig
+    targets: Targets
+    groups: dict[str, CoreGroup]
+    saved: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trained cores."""
-        return [group.core for group in self.groups.values()]
+        """The trained cores, and what `modules_to_save` names."""
+        return [group.core for group in self.groups.values()] + list(self.saved.values())
 
-    def factors(self) -> dict[str, Factors]:
+    def factors(self) -> dict[str, AnyFactors]:
         """Every group's factors as the adapter file holds them."""
         return {name: group.factors() for name, group in self.groups.items()}
 
-    def enable(self, on: bool) -> None:
-        """Switches the update on, or off (the model is then exactly the base)."""
-        for layer in self._layers.values():
-            layer.enabled = on
 
-    def remove(self) -> None:
-        """Puts the base's own layers back."""
+class Injection:
+    """A model whose targets were replaced by adapted layers, under one or several named adapters.
+
+    Attributes:
+        model: the model.
+        adapters: name -> adapter.
+        active: name of the adapter in use, or None for the base.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.adapters: dict[str, InjectedAdapter] = {}
+        self.active: str | None = None
+        self._layers: dict[str, AdaptedLayer] = {}
+        self._merged: dict[str, nn.Parameter] = {}
+        self._originals: dict[str, nn.Parameter] = {}
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+
+    def add(
+        self,
+        name: str,
+        config: TCurConfig,
+        *,
+        keep: tuple[str, ...] = (),
+        factors: Mapping[str, AnyFactors] | None = None,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> InjectedAdapter:
+        """Adds an adapter and activates it; see `inject`."""
+        if name in self.adapters:
+            raise UsageError(
+                f"there is an adapter {name!r} already", hint="delete it first, or choose a name"
+            )
+        self._refuse_while_merged()
+        with self.disabled():
+            adapter = self._build(config, keep, factors, gradients)
+        self.adapters[name] = adapter
+        self.activate(name)
+        return adapter
+
+    def _build(
+        self,
+        config: TCurConfig,
+        keep: tuple[str, ...],
+        factors: Mapping[str, AnyFactors] | None,
+        gradients: Mapping[str, Tensor] | None,
+    ) -> InjectedAdapter:
+        with self._plain():
+            targets = find_targets(self.model, config, keep=keep)
+            saved = {
+                key: nn.Parameter(value.detach().clone())
+                for key, value in saved_parameters(self.model, config.modules_to_save).items()
+            }
+            if factors is not None:
+                check_fit(factors, targets, config)
+            elif config.needs_gradients:
+                _check_gradients(gradients, targets)
+            groups = {}
+            for spec in targets.groups:
+                members = [_member(self.model, module) for module in spec.modules]
+                own = (
+                    choose_factors(spec, members, config, dict(gradients) if gradients else None)
+                    if factors is None
+                    else factors[spec.name]
+                )
+                groups[spec.name] = CoreGroup(spec, members, own, config)
+            for spec in targets.groups:
+                for module in spec.modules:
+                    if module not in self._layers:
+                        member = _member(self.model, module)
+                        self._layers[module] = AdaptedLayer(member.module, member.view)
+        return InjectedAdapter(config, targets, groups, saved)
+
+    @contextmanager
+    def _plain(self) -> Iterator[None]:
+        """The model with its own layers, for looking at it; the adapted ones return, new ones included."""
         for name, layer in self._layers.items():
             _replace(self.model, name, layer.base)
+        try:
+            yield
+        finally:
+            for name, layer in self._layers.items():
+                _replace(self.model, name, layer)
+
+    def activate(self, name: str | None) -> None:
+        """Uses the adapter of that name; None switches every update off: the model is exactly the base.
+
+        Raises:
+            UsageError: no such adapter, or one is merged.
+        """
+        if name is not None:
+            self._known(name)
+        self._refuse_while_merged()
+        for layer in self._layers.values():
+            layer.use(None)
+        for parameter, value in self._originals.items():
+            _set_parameter(self.model, parameter, value)
+        self._originals = {}
+        self.active = name
+        if name is None:
+            return
+        adapter = self.adapters[name]
+        for group in adapter.groups.values():
+            for position, module in enumerate(group.spec.modules):
+                self._layers[module].use(Slot(group, position))
+        for parameter, value in adapter.saved.items():
+            self._originals[parameter] = _set_parameter(self.model, parameter, value)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base inside the block; then the adapter that was active again."""
+        name = self.active
+        self.activate(None)
+        try:
+            yield
+        finally:
+            self.activate(name)
+
+    def delete(self, name: str) -> None:
+        """Forgets an adapter; where it was active, the base is."""
+        self._known(name)
+        if self.active == name:
+            self.activate(None)
+        del self.adapters[name]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained: the parameters of the active adapter."""
+        return self.adapters[self._current()].parameters()
+
+    def trained(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The active adapter's cores, and its copies of what `modules_to_save` names."""
+        adapter = self.adapters[self._current()]
+        return [group.core for group in adapter.groups.values()], list(adapter.saved.values())
+
+    def factors(self) -> dict[str, AnyFactors]:
+        """The active adapter's factors as the adapter file holds them."""
+        return self.adapters[self._current()].factors()
+
+    @property
+    def groups(self) -> dict[str, CoreGroup]:
+        """The active adapter's groups."""
+        return self.adapters[self._current()].groups
+
+    @property
+    def targets(self) -> Targets:
+        """What the active adapter adapts and leaves alone."""
+        return self.adapters[self._current()].targets
+
+    def layers(self) -> Mapping[str, AdaptedLayer]:
+        """The adapted layers by module name."""
+        return self._layers
+
+    def merge(self, *, dequantize: bool = False) -> None:
+        """Adds the active adapter's update to the weights; `unmerge` brings back every bit.
+
+        Args:
+            dequantize: allow int8 layers to become float ones, which alone can hold the sum.
+
+        Raises:
+            UsageError: no adapter is active, or one is merged already.
+            ConfigError: an int8 base, and `dequantize` was not said.
+        """
+        name = self._current()
+        self._refuse_while_merged()
+        with torch.no_grad():
+            sums = {module: self._sum(module, dequantize) for module in _modules(self.adapters[name])}
+        for module, (linear, value) in sums.items():
+            layer = self._layers[module]
+            layer.use(None)
+            if linear is not None:
+                _replace(self.model, module, linear)
+                continue
+            # A parameter of its own: another module may be tied to the base's weight.
+            weight = nn.Parameter(value, requires_grad=False)
+            self._merged[module] = _set_parameter(layer.base, "weight", weight)
+        self._merged.setdefault("", nn.Parameter(torch.empty(0)))
+
+    def _sum(self, module: str, dequantize: bool) -> tuple[nn.Module | None, Tensor]:
+        layer = self._layers[module]
+        (slot,) = layer._slot
+        part = slot.group.slice(slot.position)
+        update = dense_update(part.rows_t(), part.matrix_t, part.columns_t)
+        matrix = layer.view.matrix(layer.base)
+        total = (matrix + update).to(matrix.dtype)  # added in the wider of the two dtypes
+        if not isinstance(layer.base, Int8Linear):
+            return None, layer.view.restore(layer.base, total)
+        if not dequantize:
+            raise ConfigError(
+                "the sum of an int8 weight and an update is no int8 weight",
+                where=module,
+                hint="say dequantize to make these layers float, or keep the adapter apart",
+            )
+        linear = nn.Linear(layer.base.in_features, layer.base.out_features, layer.base.bias is not None)
+        linear.weight.data = total
+        if layer.base.bias is not None:
+            linear.bias.data = layer.base.bias.clone()
+        return linear.requires_grad_(False), total
+
+    def unmerge(self) -> None:
+        """Puts the base's own weights back, bit by bit, and uses the adapter again.
+
+        Raises:
+            UsageError: nothing is merged.
+        """
+        if not self._merged:
+            raise UsageError("no adapter is merged")
+        for module in _modules(self.adapters[self._current()]):
+            layer = self._layers[module]
+            _replace(self.model, module, layer)
+            if module in self._merged:
+                _set_parameter(layer.base, "weight", self._merged[module])
+        self._merged = {}
+        self.activate(self.active)
+
+    def remove(self) -> None:
+        """Puts the base's own layers back (merged ones stay merged); the adapters are forgotten."""
+        if not self._merged:
+            self.activate(None)
+        for name, layer in self._layers.items():
+            if self.model.get_submodule(name) is layer:
+                _replace(self.model, name, layer.base)
+        self.adapters, self.active, self._layers, self._merged, self._originals = {}, None, {}, {}, {}
+
+    def _known(self, name: str) -> None:
+        if name not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UsageError(f"there is no adapter {name!r}; loaded: {known}")
+
+    def _current(self) -> str:
+        if self.active is None:
+            raise UsageError("no adapter is active", hint="activate one first")
+        return self.active
+
+    def _refuse_while_merged(self) -> None:
+        if self._merged:
+            raise UsageError(f"the adapter {self.active!r} is merged", hint="unmerge it first")
+
+
+def _modules(adapter: InjectedAdapter) -> list[str]:
+    return [module for group in adapter.groups.values() for module in group.spec.modules]
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    owner = model.get_submodule(parent)
+    owner.add_module(leaf, module)
 
 
-def _weights(model: nn.Module, group: Group) -> list[Tensor]:
-    return [cast("nn.Linear", model.get_submodule(name)).weight for name in group.modules]
+def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> nn.Parameter:
+    """Puts a parameter in the place of the one of that name, which it returns."""
+    parent, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(owner, AdaptedLayer):  # another adapter's target
+        owner = owner.base
+    old = owner.get_parameter(leaf)
+    owner.register_parameter(leaf, value)
+    return old
+
+
+def _member(model: nn.Module, name: str) -> Member:
+    module = model.get_submodule(name)
+    view = find_view(module)
+    assert isinstance(view, View)
+    return Member(module, view)
+
+
+def _check_gradients(gradients: Mapping[str, Tensor] | None, targets: Targets) -> None:
+    missing = [
+        module
+        for group in targets.groups
+        for module in group.modules
+        if gradients is None or module not in gradients
+    ]
+    if missing:
+        raise ConfigError(
+            f"no gradient was given for {missing[0]}"
+            + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
+            where="selection",
+            hint="compute them with edge_tcur.method.gradients.mean_gradients, or choose another selection",
+        )
 
 
 def inject(
@@ -159,7 +392,9 @@ def inject(
     config: TCurConfig,
     *,
     keep: tuple[str, ...] = (),
-    factors: Mapping[str, Factors] | None = None,
+    factors: Mapping[str, AnyFactors] | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+    name: str = DEFAULT,
 ) -> Injection:
     """Freezes `model` and replaces its targets by adapted layers.
 
@@ -167,42 +402,49 @@ def inject(
         model: the base; changed in place, its parameters no longer require gradients.
         config: see `TCurConfig`.
         keep: modules that are not adapted (a head).
-        factors: start from these (an adapter's) instead of from new rows, columns and a zero core.
+        factors: start from these (an adapter's) instead of from new frozen factors and a zero core.
+        gradients: module name -> mean gradient [n1, n2] of the task's loss, for selections that need it
+            (`edge_tcur.method.gradients`).
+        name: of the adapter.
 
     Raises:
         BadInputError, ConfigError: see `find_targets`.
         BaseMismatchError: `factors` do not fit the model's groups; the model is unchanged.
     """
-    targets = find_targets(model, config, keep=keep)
-    if factors is not None:
-        _check_fit(factors, targets)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    groups: dict[str, CoreGroup] = {}
-    for spec in targets.groups:
-        weights = _weights(model, spec)
-        if factors is None:
-            rows, cols = SELECTIONS[config.selection](torch.stack(weights), config.rank)
-        else:
-            rows, cols = (torch.from_numpy(i.astype(np.int64)) for i in _indices(factors[spec.name]))
-        groups[spec.name] = CoreGroup(weights, rows, cols, config.frame)
-        if factors is not None:
-            groups[spec.name].load(factors[spec.name])
-    return Injection(model, targets, groups)
+    states = {key: value.requires_grad for key, value in model.named_parameters()}
+    injection = Injection(model)
+    try:
+        injection.add(name, config, keep=keep, factors=factors, gradients=gradients)
+    except Exception:
+        for key, value in model.named_parameters():
+            value.requires_grad_(states[key])
+        raise
+    return injection
 
 
-def _check_fit(factors: Mapping[str, Factors], targets: Targets) -> None:
+def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurConfig) -> None:
+    """Refuses factors that are not of these groups.
+
+    Raises:
+        BaseMismatchError: other groups, other sizes, or sketches in the place of indices.
+    """
     names = [group.name for group in targets.groups]
     if set(factors) != set(names):
         raise BaseMismatchError(f"the adapter has the groups {sorted(factors)}, the model {sorted(names)}")
     for group in targets.groups:
         own = factors[group.name]
-        if len(own.core) != len(group.modules) or own.rows.max() >= group.n1 or own.cols.max() >= group.n2:
+        if isinstance(own, Factors) == (config.frame == SKETCH):
             raise BaseMismatchError(
-                f"the adapter's factors do not fit {len(group.modules)} weights [{group.n1}, {group.n2}]",
+                f"the adapter's factors are not of the frame {config.frame}", where=group.name
+            )
+        fits = len(own.core) == len(group.modules) and own.blocks == group.blocks
+        if isinstance(own, Factors):
+            fits = fits and own.rows.max() < group.n1 and own.cols.max() < group.n2
+        else:
+            fits = fits and own.left.shape[1] == group.n1 and own.right.shape[2] == group.n2
+        if not fits:
+            raise BaseMismatchError(
+                f"the adapter's factors do not fit {len(group.modules)} weights [{group.n1}, {group.n2}] "
+                f"in {group.blocks} blocks",
                 where=group.name,
             )
-
-
-def _indices(factors: Factors) -> tuple[np.ndarray, np.ndarray]:
-    return factors.rows, factors.cols

@@ -1,16 +1,24 @@
-"""What is adapted and how: one frozen dataclass, checked when it is made."""
+"""What is adapted and how: one frozen dataclass of named choices, checked when it is made.
+
+Imports no torch: the names are options of `edge-tcur train`, whose help must be cheap.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from edge_tcur.method.selection import SELECTIONS
+from edge_tcur.method.selection import GRADIENT, SELECTIONS
 from edge_tcur_runtime.errors import ConfigError
-from edge_tcur_runtime.formats.adapter import FRAMES
+from edge_tcur_runtime.formats.adapter import MAX_ALPHA
+from edge_tcur_runtime.formats.factors import COUPLINGS, FRAMES, SKETCH
 from edge_tcur_runtime.formats.schema import nearest
+from edge_tcur_runtime.transform import TRANSFORMS
 
-GROUPINGS = ("projection", "shape")
+GROUPINGS = ("projection", "shape", "layer")
 ALL_LINEAR = "all-linear"
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -19,31 +27,144 @@ class TCurConfig:
 
     Attributes:
         rank: r, rows and columns per group; the core holds n3 * r * r numbers.
-        grouping: ``projection`` (one tensor per projection, stacked over the layers) or ``shape``
-            (the paper's: every weight of one shape in one tensor).
+        grouping: which weights share a tensor: ``projection`` (one projection, stacked over the
+            layers), ``shape`` (the paper's: every weight of one shape), ``layer`` (the weights of one
+            shape in one layer), or comma-separated name patterns, one tensor each.
+        coupling: how far the t-product reaches: ``none`` (each weight alone, with rows and columns of
+            its own), ``layer`` (the weights of a group in one layer) or ``all`` (the whole group).
+        transform: along the coupled weights: ``dft`` (the paper's), ``dct``, ``identity`` (shared
+            rows and columns, nothing else); ``auto`` is ``dft``, and ``identity`` without coupling.
         selection: rule that picks rows and columns, see `edge_tcur.method.selection`.
-        frame: coordinates of training, ``orthonormal`` or ``raw`` (`edge_tcur_runtime.frame`).
-        targets: ``all-linear`` or comma-separated name patterns (``*`` and ``?``) of linear modules.
+        frame: coordinates of training, ``orthonormal`` or ``raw`` (`edge_tcur_runtime.frame`), or
+            ``sketch``: stored ternary gradient sketches in the place of rows and columns.
+        targets: ``all-linear`` or comma-separated name patterns (``*`` and ``?``) of modules.
+        alpha: scale of the update (and so of the effective learning rate).
+        rank_pattern: name pattern of a module -> rank of its group; the first that matches counts.
+        layers_to_transform: numbers of the layers that are adapted; empty for all.
+        modules_to_save: name patterns of modules that are trained in full and saved with the adapter.
+        seed: of selections that draw at random.
+
+    Raises:
+        ConfigError: a value that is not known, or a combination that means nothing.
     """
 
     rank: int = 8
     grouping: str = "projection"
-    selection: str = "norm"
+    coupling: str = "none"
+    transform: str = AUTO
+    selection: str = GRADIENT
     frame: str = "orthonormal"
     targets: str = ALL_LINEAR
+    alpha: float = 1.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    layers_to_transform: tuple[int, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"the rank is {self.rank}; expected at least 1", where="rank")
-        for field, value, known in (
-            ("grouping", self.grouping, GROUPINGS),
-            ("selection", self.selection, tuple(SELECTIONS)),
-            ("frame", self.frame, FRAMES),
-        ):
-            if value not in known:
-                guess = nearest(value, known)
-                raise ConfigError(
-                    f"{value!r} is not known; expected one of {', '.join(known)}",
-                    where=field,
-                    hint=f"did you mean {guess!r}?" if guess else None,
-                )
+        for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
+            if rank < 1:
+                raise ConfigError(f"the rank is {rank}; expected at least 1", where=name)
+        if not 0 < self.alpha < MAX_ALPHA:
+            raise ConfigError(f"{self.alpha}; expected above 0 and below {MAX_ALPHA:g}", where="alpha")
+        if not any(mark in self.grouping for mark in "*?,"):
+            _known("grouping", self.grouping, GROUPINGS)
+        _known("coupling", self.coupling, COUPLINGS)
+        _known("transform", self.transform, (AUTO, *TRANSFORMS))
+        _known("selection", self.selection, SELECTIONS)
+        _known("frame", self.frame, FRAMES)
+        self._refuse_combinations()
+
+    def _refuse_combinations(self) -> None:
+        if self.coupling == "none" and self.transform not in (AUTO, "identity"):
+            raise ConfigError(
+                f"coupling none leaves nothing to transform; {self.transform!r} would be passed over",
+                where="transform",
+                hint="say coupling all or layer, or leave the transform out",
+            )
+        if self.coupling == "layer" and self.grouping == "projection":
+            raise ConfigError(
+                "grouping by projection has one weight of each layer in a group: coupling layer is none",
+                where="coupling",
+                hint="say coupling none, or grouping shape",
+            )
+        if self.frame == SKETCH and (self.coupling != "none" or self.selection != GRADIENT):
+            raise ConfigError(
+                "the sketch frame stores gradient sketches of each weight alone",
+                where="frame",
+                hint=f"say coupling none and selection {GRADIENT} with it",
+            )
+
+    @property
+    def domain(self) -> str:
+        """The transform, ``auto`` resolved."""
+        if self.transform != AUTO:
+            return self.transform
+        return "identity" if self.coupling == "none" else "dft"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether rows and columns (or sketches) are chosen from gradients on labelled batches."""
+        return self.selection == GRADIENT
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "grouping": "shape",
+        "coupling": "all",
+        "transform": "dft",
+        "selection": "norm",
+        "frame": "raw",
+    },
+    "curlora": {
+        "grouping": "projection",
+        "coupling": "none",
+        "transform": "identity",
+        "selection": "inverse-norm",
+        "frame": "raw",
+    },
+    "gradient": {
+        "grouping": "projection",
+        "coupling": "none",
+        "transform": "identity",
+        "selection": GRADIENT,
+        "frame": "orthonormal",
+    },
+    "sketch": {
+        "grouping": "projection",
+        "coupling": "none",
+        "transform": "identity",
+        "selection": GRADIENT,
+        "frame": SKETCH,
+    },
+}
+"""Named choices of the axes.
+
+``paper``: He et al., arXiv 2501.02227, section 2: attention q, k, v and output of all layers in one
+tensor, the two feed-forward matrices in one each (grouping by shape gives these three on BERT and ViT),
+DFT t-product, columns then rows by norm, the core itself trained (raw), one rank.
+``curlora``: Fawi, *CURLoRA*, arXiv 2408.14572: each weight alone, rows and columns drawn with
+probabilities inverse to their squared norms.
+``gradient``, ``sketch``: ours, see docs/method.md.
+"""
+
+
+def preset(name: str, **changes: Any) -> TCurConfig:
+    """The configuration of that preset, with `changes`.
+
+    Raises:
+        ConfigError: no such preset; the nearest is suggested.
+    """
+    _known("preset", name, PRESETS)
+    return replace(TCurConfig(**PRESETS[name]), **changes)
+
+
+def _known(field_name: str, value: str, known: Iterable[str]) -> None:
+    options = tuple(known)
+    if value not in options:
+        guess = nearest(value, options)
+        raise ConfigError(
+            f"{value!r} is not known; expected one of {', '.join(options)}",
+            where=field_name,
+            hint=f"did you mean {guess!r}?" if guess else None,
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_tcur.errors import BaseModelError
+from edge_tcur.method.targets import saved_parameters
 from edge_tcur.tasks import Task
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.formats.bundle import InputSpec
@@ -32,7 +33,7 @@ class Base:
         reference: what it was loaded from; loads the same base again.
         inputs: input name -> dtype and shape with named dynamic axes, in order.
         preprocessing: the manifest's ``preprocessing`` object for these inputs.
-        head: names of modules that are trained in all rows; empty where the base brings its own head.
+        head: names of new modules that are trained in all rows; empty where the base brings its own head.
         tokenizer: content of ``tokenizer.json``, or None.
         labels: class names in the order of the outputs.
         note: something that the user should know about how it was loaded, or empty.
@@ -54,8 +55,16 @@ class Base:
         self.digest = base_digest(self.model, self.head)
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the trained head by name."""
+        """The parameters of the new head by name."""
         return {name: value for name, value in self.model.named_parameters() if _below(name, self.head)}
+
+    def extra_parameters(self, modules_to_save: tuple[str, ...]) -> dict[str, nn.Parameter]:
+        """What an adapter carries besides its cores: the new head, and modules trained in full.
+
+        Args:
+            modules_to_save: name patterns (`TCurConfig.modules_to_save`).
+        """
+        return saved_parameters(self.model, modules_to_save) | self.head_parameters()
 
 
 def _below(name: str, modules: tuple[str, ...]) -> bool:

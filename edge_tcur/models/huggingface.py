@@ -72,7 +72,7 @@ def load_huggingface(reference: str, task: Task, labels: tuple[str, ...], option
         NetworkError: a hub id, and the hub cannot be reached.
     """
     location = _locate(reference)
-    with _quiet_transformers():
+    with quiet_transformers():
         config = _load_config(location, reference)
         order = _own_order(config, task.kind, labels)
         if task.kind == "text":
@@ -99,7 +99,7 @@ def _left_out_head(config: Any, kind: str, classes: int) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Neither bars nor reports on stderr: what matters of them is raised as an error here."""
     from transformers.utils import logging
 

@@ -9,13 +9,15 @@ import torch
 
 from edge_tcur.data import prepare
 from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.method.targets import group_specs
 from edge_tcur.models import Base, load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training.loop import accuracy
 from edge_tcur.training.run import Run
-from edge_tcur.training.train import group_specs, read_data, set_threads
+from edge_tcur.training.train import read_data, set_threads
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.factors import factor_parts
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def apply_adapter(base: Base, run: Run, adapter: Adapter) -> Injection:
 
     Raises:
         BaseMismatchError: it was made for another base, other groups or another head.
-        IncompatibleError: it answers with other labels than the run.
+        IncompatibleError: it answers with other labels than the run, or has other axes.
     """
     header = adapter.header
     if header.base_digest != base.digest:
@@ -62,19 +64,28 @@ def apply_adapter(base: Base, run: Run, adapter: Adapter) -> Injection:
         raise IncompatibleError(
             f"the adapter's labels are {_listed(header.labels)}; the run's are {_listed(run.labels)}"
         )
-    head = base.head_parameters()
-    shapes = {name: tuple(parameter.shape) for name, parameter in head.items()}
+    method = run.config.method()
+    own = (method.coupling, method.domain, factor_parts(method.frame))
+    if (theirs := (header.coupling, header.transform, factor_parts(header.frame))) != own:
+        raise IncompatibleError(
+            f"the adapter's coupling, transform and factors are {_axes(theirs)}; the run's are {_axes(own)}"
+        )
+    shapes = {n: tuple(value.shape) for n, value in base.extra_parameters(method.modules_to_save).items()}
     found = {name: value.shape for name, value in adapter.extras.items()}
     if found != shapes:
         raise BaseMismatchError(f"the adapter's head is {found}; the base takes {shapes}")
-    injection = inject(base.model, run.config.method(), keep=base.head, factors=adapter.factors)
+    injection = inject(base.model, method, keep=base.head, factors=adapter.factors)
     if header.groups != group_specs(injection.targets):
         injection.remove()
         raise BaseMismatchError("the adapter's groups name other weights than the run's settings give")
     with torch.no_grad():
-        for name, parameter in head.items():
+        for name, parameter in base.extra_parameters(method.modules_to_save).items():
             parameter.copy_(torch.from_numpy(adapter.extras[name].copy()))
     return injection
+
+
+def _axes(values: tuple[str, str, tuple[str, ...]]) -> str:
+    return ", ".join((*values[:2], "/".join(values[2])))
 
 
 def _listed(labels: tuple[str, ...]) -> str:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from edge_tcur.data import PreparedData
+from edge_tcur.data import Samples, in_batches
 from edge_tcur.tasks import Task
 from edge_tcur_runtime.optimizer import schedule
 
@@ -48,17 +48,63 @@ class History:
         return self.seconds / max(1, len(self.losses))
 
 
+def optimize(
+    parameters: list[tuple[list[nn.Parameter], float]],
+    loss_of: Callable[[np.ndarray], Tensor],
+    count: int,
+    settings: LoopSettings,
+    *,
+    on_epoch: Callable[[int, list[float]], None] | None = None,
+) -> list[float]:
+    """Moves `parameters` with AdamW, linear warm-up and linear decay; returns the loss of every step.
+
+    Args:
+        parameters: groups of parameters with their peak learning rates.
+        loss_of: mean loss of the samples at these indices.
+        count: number of samples.
+        on_epoch: called after each epoch with its number (from 1) and its losses.
+
+    Raises:
+        FloatingPointError: the loss or a gradient is not finite (the learning rate is too high).
+    """
+    groups = [{"params": values, "lr": rate, "peak": rate} for values, rate in parameters if values]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=settings.weight_decay)
+    trained = [value for values, _ in parameters for value in values]
+    total = settings.epochs * -(-count // settings.batch_size)
+    generator = np.random.Generator(np.random.PCG64(settings.seed))
+    losses: list[float] = []
+    for epoch in range(1, settings.epochs + 1):
+        first, order = len(losses), generator.permutation(count)
+        for start in range(0, count, settings.batch_size):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(len(losses), total)
+            optimizer.zero_grad(set_to_none=True)
+            loss = loss_of(order[start : start + settings.batch_size])
+            loss.backward()  # type: ignore[no-untyped-call]
+            norm = nn.utils.clip_grad_norm_(trained, settings.max_gradient_norm or math.inf)
+            if not (torch.isfinite(loss) and torch.isfinite(norm)):
+                raise FloatingPointError(
+                    f"the loss is {loss.item()} and its gradient's norm {norm.item()} "
+                    f"at step {len(losses) + 1}"
+                )
+            optimizer.step()
+            losses.append(loss.item())
+        if on_epoch is not None:
+            on_epoch(epoch, losses[first:])
+    return losses
+
+
 def fit(
     model: nn.Module,
     parameters: list[tuple[list[nn.Parameter], float]],
-    data: PreparedData,
+    data: Samples,
     task: Task,
     settings: LoopSettings,
     *,
-    held_out: PreparedData | None = None,
+    held_out: Samples | None = None,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> History:
-    """Trains `parameters` of `model` with AdamW, linear warm-up and linear decay.
+    """Trains `parameters` of `model` on `data`; see `optimize`.
 
     Args:
         model: any module with ``forward(**inputs) -> outputs``; dropout stays off, as on the device.
@@ -70,42 +116,33 @@ def fit(
     Raises:
         FloatingPointError: the loss or a gradient is not finite (the learning rate is too high).
     """
-    groups = [{"params": values, "lr": rate, "peak": rate} for values, rate in parameters if values]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, weight_decay=settings.weight_decay)
-    trained = [value for values, _ in parameters for value in values]
-    total = settings.epochs * -(-len(data) // settings.batch_size)
-    generator = np.random.Generator(np.random.PCG64(settings.seed))
     history = History()
     model.eval()
-    for epoch in range(1, settings.epochs + 1):
-        started, first = time.perf_counter(), len(history.losses)
-        for inputs, targets in data.batches(settings.batch_size, order=generator.permutation(len(data))):
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * schedule(len(history.losses), total)
-            optimizer.zero_grad(set_to_none=True)
-            loss = task.loss(model(**inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(trained, settings.max_gradient_norm or math.inf)
-            if not (torch.isfinite(loss) and torch.isfinite(norm)):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} and its gradient's norm {norm.item()} "
-                    f"at step {len(history.losses) + 1}"
-                )
-            optimizer.step()
-            history.losses.append(loss.item())
-        history.seconds += time.perf_counter() - started
+    since = time.perf_counter()
+
+    def losses(indices: np.ndarray) -> Tensor:
+        inputs, targets = data.take(indices)
+        return task.loss(model(**inputs), targets)
+
+    def after(epoch: int, found: list[float]) -> None:
+        nonlocal since
+        history.seconds += time.perf_counter() - since
         if held_out is not None:
             history.accuracies.append(accuracy(model, held_out, task))
         if on_epoch is not None:
-            on_epoch(epoch, float(np.mean(history.losses[first:])))
+            on_epoch(epoch, float(np.mean(found)))
+        since = time.perf_counter()
+
+    history.losses = optimize(parameters, losses, len(data), settings, on_epoch=after)
     return history
 
 
-def accuracy(model: nn.Module, data: PreparedData, task: Task, *, batch_size: int = 64) -> float:
-    """Part of `data` that `model` answers correctly, 0 to 1."""
+def accuracy(model: nn.Module, data: Samples, task: Task, *, batch_size: int = 64) -> float:
+    """Part of the targets of `data` that `model` answers correctly, 0 to 1."""
     model.eval()
-    correct = 0
+    correct = total = 0
     with torch.no_grad():
-        for inputs, targets in data.batches(batch_size):
+        for inputs, targets in in_batches(data, batch_size):
             correct += int(task.correct(model(**inputs), targets))
-    return correct / max(1, len(data))
+            total += targets.numel()
+    return correct / max(1, total)

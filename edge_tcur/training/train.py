@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from edge_tcur import __version__
 from edge_tcur.data import PreparedData, prepare
 from edge_tcur.method.adapted import Injection, inject
-from edge_tcur.method.targets import Targets
+from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models import Base, base_digest, load_base
 from edge_tcur.settings import TrainConfig
 from edge_tcur.tasks import Task, find_task
+from edge_tcur.training.gradients import task_gradients
+from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import History, LoopSettings, fit
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
 from edge_tcur_runtime.data import Dataset, check_trainable, label_names, load_dataset, split
 from edge_tcur_runtime.errors import ConfigError, OutputExistsError
-from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, GroupSpec, write_adapter
+from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, write_adapter
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,6 @@ def set_threads(count: int) -> None:
     torch.set_num_threads(min(count or cores, cores))
 
 
-def group_specs(targets: Targets) -> dict[str, GroupSpec]:
-    """The groups as an adapter's header names them."""
-    return {
-        group.name: GroupSpec(tuple(f"{name}.weight" for name in group.modules), group.n1, group.n2)
-        for group in targets.groups
-    }
-
-
 def build_adapter(base: Base, injection: Injection, config: TrainConfig, labels: tuple[str, ...]) -> Adapter:
     """The adapter file's content from a trained injection."""
     header = AdapterHeader(
@@ -88,11 +84,20 @@ def build_adapter(base: Base, injection: Injection, config: TrainConfig, labels:
         groups=group_specs(injection.targets),
         task=config.task,
         labels=labels,
+        coupling=config.coupling,
+        transform=config.method().domain,
         frame=config.frame,
+        alpha=config.alpha,
         provenance={"tool": f"edge-tcur {__version__}", "selection": config.selection},
     )
-    extras = {name: value.detach().cpu().numpy() for name, value in base.head_parameters().items()}
-    return Adapter(header, injection.factors(), extras)
+    extras = base.extra_parameters(config.method().modules_to_save)
+    return Adapter(header, injection.factors(), {name: value_of(value) for name, value in extras.items()})
+
+
+def value_of(parameter: torch.Tensor) -> np.ndarray:
+    """A parameter as the adapter file holds it."""
+    value: np.ndarray = parameter.detach().float().cpu().numpy()
+    return value
 
 
 def train(
@@ -169,9 +174,10 @@ def _train_into(
     set_threads(config.threads)
     material = _load(config, work)
     base = material.base
-    injection = inject(base.model, config.method(), keep=base.head)
+    gradients = _prepare(config, material)
+    injection = inject(base.model, config.method(), keep=base.head, gradients=gradients)
     history = _fit(config, material, injection, on_epoch)
-    adapter = build_adapter(base, injection, config, base.labels)
+    adapter, skipped = build_adapter(base, injection, config, base.labels), injection.targets.skipped
     injection.remove()
     if base_digest(base.model, base.head) != base.digest:
         raise AssertionError("training changed the frozen base")
@@ -179,7 +185,35 @@ def _train_into(
     metrics = _metrics(adapter, history, material, (work / ADAPTER_FILE).stat().st_size)
     run = Run(work, config, base.labels, base.digest, base.preprocessing, metrics)
     write_run(work, run)
-    return TrainResult(run, injection.targets.skipped, (base.note,) if base.note else ())
+    return TrainResult(run, skipped, (base.note,) if base.note else ())
+
+
+def _prepare(config: TrainConfig, material: _Material) -> dict[str, torch.Tensor] | None:
+    """Warms up a new head; the gradients of the adapted weights, where the selection needs them."""
+    base, data, task = material.base, material.data, material.task
+    targets = find_targets(base.model, config.method(), keep=base.head)
+    settings = LoopSettings(config.head_epochs, config.batch_size, seed=config.seed)
+    with _divergence(config, base):
+        warm_head(base, data, task, settings, config.head_learning_rate)
+        if not config.method().needs_gradients:
+            return None
+        return task_gradients(
+            base.model, targets, data, task, batch_size=config.batch_size, batches=config.gradient_batches,
+            seed=config.seed,
+        )  # fmt: skip
+
+
+@contextmanager
+def _divergence(config: TrainConfig, base: Base) -> Iterator[None]:
+    try:
+        yield
+    except FloatingPointError as error:
+        rates = f"{config.learning_rate:g}" + (f" (head {config.head_learning_rate:g})" if base.head else "")
+        raise ConfigError(
+            f"training diverged at the learning rate {rates}: {error}",
+            where="learning_rate",
+            hint="lower it, for example by a factor of 10, or use the orthonormal frame",
+        ) from error
 
 
 def _fit(
@@ -191,23 +225,18 @@ def _fit(
     head = list(material.base.head_parameters().values())
     for parameter in head:
         parameter.requires_grad_(True)
-    try:
+    cores, saved = injection.trained()
+    extras = list(dict.fromkeys(head + saved))  # modules_to_save may name the new head too
+    with _divergence(config, material.base):
         return fit(
             material.base.model,
-            [(injection.parameters(), config.learning_rate), (head, config.head_learning_rate)],
+            [(cores, config.learning_rate), (extras, config.head_learning_rate)],
             material.data,
             material.task,
             LoopSettings(config.epochs, config.batch_size, config.weight_decay, seed=config.seed),
             held_out=material.held_out if len(material.held_out) else None,
             on_epoch=on_epoch,
         )
-    except FloatingPointError as error:
-        rates = f"{config.learning_rate:g}" + (f" (head {config.head_learning_rate:g})" if head else "")
-        raise ConfigError(
-            f"training diverged at the learning rate {rates}: {error}",
-            where="learning_rate",
-            hint="lower it, for example by a factor of 10, or use the orthonormal frame",
-        ) from error
 
 
 def _metrics(adapter: Adapter, history: History, material: _Material, size: int) -> dict[str, object]:

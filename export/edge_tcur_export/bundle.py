@@ -15,12 +15,12 @@ from safetensors.numpy import save
 
 from edge_tcur import __version__
 from edge_tcur.errors import ExportError
-from edge_tcur.method.targets import Group, find_targets
+from edge_tcur.method.targets import Group, find_targets, saved_parameters
 from edge_tcur.models import Base
 from edge_tcur.tasks import find_task
 from edge_tcur.training.evaluate import apply_adapter, load_run_base
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory
-from edge_tcur.training.train import set_threads
+from edge_tcur.training.train import set_threads, value_of
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
@@ -47,11 +47,13 @@ from edge_tcur_runtime.formats.bundle import (
     serialize_manifest,
 )
 from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.installed import version_of
 from edge_tcur_runtime.preprocess import build_preprocessor
 
 TARGETS = ("onnx", "step", "ort-training")
 CANARY = "canary.safetensors"
+EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu")
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
@@ -180,19 +182,32 @@ class _Writer:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
         self._write_canary()
-        rank = max(factors.rank for factors in adapter.factors.values())
+        self._config = run.config.method()
+
+        def rank(group: Group) -> int:
+            return adapter.factors[group.name].rank
+
+        def make(rank_of: Callable[[Group], int], batch: int, seed: int) -> Example:
+            return make_example(base, self._groups, rank_of, batch=batch, seed=seed, config=self._config)
+
         # Sizes of 1 are taken as constants by the tracer, so it is shown larger ones.
-        self._example = make_example(base, self._groups, max(2, rank), batch=3, seed=0)
-        sizes = ((rank, 3), (max(1, rank // 2), 5), (rank, 1))
-        self._tests = [make_example(base, self._groups, r, batch=b, seed=s) for s, (r, b) in enumerate(sizes)]
-        self._extras = {name: tuple(value.shape) for name, value in base.head_parameters().items()}
+        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), 3, 0)
+        self._tests = [
+            make(rank, 3, 0),
+            make(lambda group: max(1, rank(group) // 2), 5, 1),
+            make(rank, 1, 2),
+        ]
+        saved = saved_parameters(base.model, self._config.modules_to_save)
+        self._saved = {name: value_of(value) for name, value in saved.items()}
+        extras = base.extra_parameters(self._config.modules_to_save)
+        self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
 
     def write(self, targets: tuple[str, ...], device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages = self._stages
         stages.begin("tracing the forward pass")
-        model = FactorModel(self._base, self._groups, self._task)
+        model = FactorModel(self._base, self._groups, self._task, self._config)
         example = self._example
         forward = trace_forward(model, self._base, self._groups, self._task, example)
         self.cases = [_case(model, test) for test in self._tests]
@@ -211,16 +226,24 @@ class _Writer:
             training = graphs.inputs_to_initializers(converted, values)
             roles |= write_artifacts(training, values, base_file, self._work)
         stages.begin("writing the manifest")
+        if self._saved:
+            (self._work / EXTRAS).write_bytes(save(self._saved))
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
-        defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()}
+        # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.
+        defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()} | self._saved
         for group in self._groups:
             defaults[f"{group.name}.core"] = np.zeros((len(group.modules), 1, 1), np.float32)
-            defaults |= {f"{group.name}.{part}": np.zeros(1, np.int32) for part in ("rows", "cols")}
+            if self._adapter.header.frame == SKETCH:
+                defaults[f"{group.name}.left"] = np.zeros((len(group.modules), group.n1, 1), np.float32)
+                defaults[f"{group.name}.right"] = np.zeros((len(group.modules), 1, group.n2), np.float32)
+            else:
+                unused = np.zeros((group.blocks, 1), np.int32)
+                defaults |= {f"{group.name}.{part}": unused for part in INDEX_PARTS}
         graphs.add_defaults(model, defaults)
         base_file.externalize(model, keep=frozenset(defaults))
         ir.save(model, self._work / "infer.onnx")
@@ -273,15 +296,21 @@ class _Writer:
             preprocessing=self._base.preprocessing,
             opset=graphs.OPSET,
             ir_version=graphs.IR_VERSION,
+            coupling=self._adapter.header.coupling,
+            transform=self._adapter.header.transform,
+            parts=factor_parts(self._adapter.header.frame),
             canary=CANARY,
             adapter=ADAPTER_FILE,
+            base_extras=EXTRAS if self._saved else None,
             versions=_versions(),
             device=device,
         )
 
     def _group(self, group: Group) -> BundleGroup:
         parameters = tuple(f"{name}.weight" for name in group.modules)
-        return BundleGroup(parameters, group.n1, group.n2, self._adapter.factors[group.name].rank)
+        return BundleGroup(
+            parameters, group.n1, group.n2, self._adapter.factors[group.name].rank, group.blocks
+        )
 
 
 def _canary_samples(base: Base) -> list[str] | np.ndarray:

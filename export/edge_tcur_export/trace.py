@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,18 @@ from torch.utils import _pytree
 
 import edge_tcur
 from edge_tcur.errors import ExportError
+from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.targets import Group
-from edge_tcur.method.tproduct import apply_update, coupling_index, coupling_matrix
+from edge_tcur.method.tproduct import apply_update, coupling_constants, coupling_matrix
+from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
+from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 
-GroupFactors = tuple[Tensor, Tensor, Tensor]  # core [n3, r, r], rows [r], cols [r] (int32)
+# core [n3, r, r] and the frozen factors: rows, cols int32 [b, r], or left [n3, n1, r], right [n3, r, n2]
+GroupFactors = tuple[Tensor, Tensor, Tensor]
 PREFIX = "model."  # what `FactorModel` puts before the names of the base
-PARTS = ("core", "rows", "cols")
 TARGETS = "labels"  # name of the targets in every graph
 _TORCH_LOGGERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx")
 _FORWARD_HINT = (
@@ -46,19 +49,60 @@ _BACKWARD_HINT = (
 )
 
 
-class _Update:
+class _Update(Protocol):
     """What the layers of one group share during one call of `FactorModel.forward`."""
 
-    def __init__(self, weights_t: list[Tensor], factors: GroupFactors) -> None:
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        """The update [tokens, n1] of one layer from its input [tokens, n2]."""
+        ...
+
+
+class _Coupled:
+    """Slices that a transform couples: the factored form."""
+
+    def __init__(self, group: Group, transform: str, weights_t: list[Tensor], factors: GroupFactors) -> None:
         core, rows, cols = factors
-        self._core = core
-        self._index = coupling_index(len(weights_t))
-        self._rows_t = torch.cat([weight.index_select(1, rows) for weight in weights_t], dim=1)
-        self._columns_t = torch.cat([weight.index_select(0, cols) for weight in weights_t], dim=0)
+        self._size = group.size
+        self._constants = coupling_constants(transform, group.size)
+        self._blocks = []
+        for block in range(group.blocks):
+            part = slice(block * group.size, (block + 1) * group.size)
+            own = weights_t[part]
+            rows_t = torch.cat([weight.index_select(1, rows[block]) for weight in own], dim=1)
+            columns_t = torch.cat([weight.index_select(0, cols[block]) for weight in own], dim=0)
+            self._blocks.append((core if group.blocks == 1 else core[part], rows_t, columns_t))
 
     def __call__(self, x: Tensor, position: int) -> Tensor:
-        matrix_t = coupling_matrix(self._core, self._index[position])
-        return apply_update(x, self._rows_t, matrix_t, self._columns_t)
+        block, place = divmod(position, self._size)
+        core, rows_t, columns_t = self._blocks[block]
+        return apply_update(x, rows_t, coupling_matrix(core, self._constants[place]), columns_t)
+
+
+class _Alone:
+    """Slices alone, in factored form: the gather trick of training (`edge_tcur.method.forms`) would put a
+    scatter into the backward graph, which costs more than the r features and which few providers have."""
+
+    def __init__(self, group: Group, weights_t: list[Tensor], factors: GroupFactors) -> None:
+        self._core, self._rows, self._cols = factors
+        self._size = group.size
+        self._weights_t = weights_t
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        block, weight_t = position // self._size, self._weights_t[position]
+        rows_t = weight_t.index_select(1, self._rows[block])
+        columns_t = weight_t.index_select(0, self._cols[block])
+        return apply_update(x, rows_t, self._core[position].T, columns_t)
+
+
+class _Sketched:
+    """A core between vectors that are fed."""
+
+    def __init__(self, factors: GroupFactors) -> None:
+        self._core, self._left, self._right = factors
+
+    def __call__(self, x: Tensor, position: int) -> Tensor:
+        right_t, left_t = self._right[position].T, self._left[position].T
+        return apply_update(x, right_t, self._core[position].T, left_t)
 
 
 class _Updates:
@@ -75,10 +119,11 @@ class FrozenLinear(nn.Module):
     weight_t: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Module, view: View) -> None:
         super().__init__()
-        self.register_buffer("weight_t", linear.weight.detach().T.contiguous())
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("weight_t", view.matrix(linear).detach().T.contiguous())
+        bias = cast("Tensor | None", linear.bias)
+        self.register_buffer("bias", None if bias is None else bias.detach())
         self._update: tuple[_Updates, str, int] | None = None
 
     def adapt(self, updates: _Updates, group: str, position: int) -> None:
@@ -105,20 +150,24 @@ class FactorModel(nn.Module):
         base: consumed: its linear layers are replaced and its parameters become buffers.
         groups: the adapted groups.
         task: gives the loss.
+        config: says which factors there are and what couples them.
     """
 
-    def __init__(self, base: Base, groups: tuple[Group, ...], task: Task) -> None:
+    def __init__(self, base: Base, groups: tuple[Group, ...], task: Task, config: TCurConfig) -> None:
         super().__init__()
         self.model = base.model
         self._task = task
-        self._extras = tuple(base.head_parameters())
+        self._extras = tuple(base.extra_parameters(config.modules_to_save))
         self._updates = _Updates()
         self._layers: dict[str, list[FrozenLinear]] = {}
+        self._groups = {group.name: group for group in groups}
+        self._config = config
         for name, module in list(self.model.named_modules()):
-            if type(module) is nn.Linear and f"{name}.weight" not in self._extras:
-                _set_module(self.model, name, FrozenLinear(module))
+            view = find_view(module)
+            if isinstance(view, View) and view.is_linear and f"{name}.weight" not in self._extras:
+                _set_module(self.model, name, FrozenLinear(module, view))
         for group in groups:
-            layers = [cast("FrozenLinear", self.model.get_submodule(name)) for name in group.modules]
+            layers = [_frozen_linear(self.model, name) for name in group.modules]
             self._layers[group.name] = layers
             for position, layer in enumerate(layers):
                 layer.adapt(self._updates, group.name, position)
@@ -133,10 +182,30 @@ class FactorModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean loss (scalar) and outputs; the outputs are detached: only the loss has a backward."""
         for group, layers in self._layers.items():
-            self._updates.by_group[group] = _Update([layer.weight_t for layer in layers], factors[group])
+            self._updates.by_group[group] = self._update(
+                self._groups[group], [layer.weight_t for layer in layers], factors[group]
+            )
         outputs = torch.func.functional_call(self.model, extras, kwargs=inputs)
         self._updates.by_group.clear()
         return self._task.loss(outputs, targets), outputs.detach()
+
+    def _update(self, group: Group, weights_t: list[Tensor], factors: GroupFactors) -> _Update:
+        if self._config.frame == SKETCH:
+            return _Sketched(factors)
+        if self._config.domain == "identity" or group.size == 1:
+            return _Alone(group, weights_t, factors)
+        return _Coupled(group, self._config.domain, weights_t, factors)
+
+
+def _frozen_linear(model: nn.Module, name: str) -> FrozenLinear:
+    module = model.get_submodule(name)
+    if not isinstance(module, FrozenLinear):
+        raise ExportError(
+            f"the update of a {type(module).__name__} has no form in the graphs yet; linear layers have one",
+            where=name,
+            hint="train with --targets that name linear layers only",
+        )
+    return module
 
 
 def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -177,6 +246,7 @@ class Example:
     targets: Tensor
     factors: dict[str, GroupFactors]
     extras: dict[str, Tensor]
+    parts: tuple[str, ...]
 
     def arguments(self) -> tuple[Any, ...]:
         """Positional arguments."""
@@ -186,7 +256,8 @@ class Example:
         """Every tensor by its name in the graphs, in signature order."""
         result = {**self.inputs, TARGETS: self.targets}
         for group, parts in self.factors.items():
-            result |= {f"{group}.{part}": value for part, value in zip(PARTS, parts, strict=True)}
+            names = (f"{group}.{part}" for part in self.parts)
+            result |= dict(zip(names, parts, strict=True))
         return result | self.extras
 
     def trained(self) -> dict[str, Tensor]:
@@ -194,29 +265,47 @@ class Example:
         return {f"{group}.core": parts[0] for group, parts in self.factors.items()} | self.extras
 
 
-def make_example(base: Base, groups: tuple[Group, ...], rank: int, *, batch: int, seed: int) -> Example:
-    """Random arguments: valid rows and columns, a small core, head values around zero."""
+def make_example(
+    base: Base,
+    groups: tuple[Group, ...],
+    rank: Callable[[Group], int],
+    *,
+    batch: int,
+    seed: int,
+    config: TCurConfig,
+) -> Example:
+    """Random arguments: valid frozen factors, a small core, head values around zero.
+
+    Args:
+        rank: of each group; no larger than its sizes.
+        config: says which factors and extras there are.
+    """
     generator = torch.Generator().manual_seed(seed)
     inputs = example_inputs(base.inputs, {"batch": batch, "sequence": 16}, seed)
     with torch.no_grad():
         classes = base.model(**inputs).shape[-1]
 
-    def pick(size: int) -> Tensor:
-        return torch.sort(torch.randperm(size, generator=generator)[:rank]).values.to(torch.int32)
+    def pick(group: Group, size: int) -> Tensor:
+        count = rank(group)
+        picks = [torch.randperm(size, generator=generator)[:count] for _ in range(group.blocks)]
+        return torch.stack([torch.sort(part).values for part in picks]).to(torch.int32)
 
-    factors = {
-        group.name: (
-            0.02 * torch.randn(len(group.modules), rank, rank, generator=generator),
-            pick(group.n1),
-            pick(group.n2),
-        )
-        for group in groups
-    }
+    factors = {}
+    for group in groups:
+        count, n3 = rank(group), len(group.modules)
+        core = 0.02 * torch.randn(n3, count, count, generator=generator)
+        if config.frame == SKETCH:
+            left = torch.randn(n3, group.n1, count, generator=generator) / group.n1**0.5
+            right = torch.randn(n3, count, group.n2, generator=generator) / group.n2**0.5
+            factors[group.name] = (core, left, right)
+        else:
+            factors[group.name] = (core, pick(group, group.n1), pick(group, group.n2))
     extras = {
         name: 0.1 * torch.randn(value.shape, generator=generator)
-        for name, value in base.head_parameters().items()
+        for name, value in base.extra_parameters(config.modules_to_save).items()
     }
-    example = Example(inputs, torch.arange(batch) % classes, factors, extras)
+    targets = torch.arange(batch) % classes
+    example = Example(inputs, targets, factors, extras, factor_parts(config.frame))
     for value in example.trained().values():
         value.requires_grad_(True)
     return example
@@ -230,10 +319,11 @@ def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: 
     def dynamic(shape: tuple[int | str, ...]) -> dict[int, Any]:
         return {place: axes[axis] for place, axis in enumerate(shape) if isinstance(axis, str)}
 
-    factors = {}
+    factors: dict[str, tuple[dict[int, Any], ...]] = {}
     for position, group in enumerate(groups):
         rank = Dim(f"rank_{position}", min=1, max=min(group.n1, group.n2))
-        factors[group.name] = ({1: rank, 2: rank}, {0: rank}, {0: rank})
+        indices = example.parts == factor_parts("raw")
+        factors[group.name] = ({1: rank, 2: rank}, {1 if indices else 2: rank}, {1: rank})
     inputs = {name: dynamic(spec.shape) for name, spec in base.inputs.items()}
     return inputs, dynamic(task.target_axes), factors, {name: {} for name in example.extras}
 

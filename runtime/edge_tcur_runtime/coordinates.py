@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edge_tcur_runtime.formats.adapter import Adapter, Factors
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, TensorPlace
+from edge_tcur_runtime.formats.factors import Factors
 from edge_tcur_runtime.frame import Frame, build_frame
 
 
@@ -53,10 +54,7 @@ class Coordinates:
     def adapter(self, values: Mapping[str, np.ndarray], provenance: Mapping[str, str]) -> Adapter:
         """The adapter with these trained values."""
         raw = self.raw(values)
-        factors = {
-            group: Factors(raw[f"{group}.core"], old.rows, old.cols)
-            for group, old in self.start.factors.items()
-        }
+        factors = {group: old.with_core(raw[f"{group}.core"]) for group, old in self.start.factors.items()}
         extras = {name: raw[name] for name in self.start.extras}
         return Adapter(replace(self.start.header, provenance=dict(provenance)), factors, extras)
 
@@ -70,17 +68,33 @@ class Coordinates:
 
 def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:
     """Coordinates in the frame that `start` names, computed from the base's rows and columns."""
-    frames = {}
+    frames, header = {}, start.header
     for group, factors in start.factors.items():
+        if not isinstance(factors, Factors):  # sketches are unit vectors: nothing to even out
+            frames[group] = Frame("identity", factors.blocks, header.alpha)
+            continue
         places = [bundle.manifest.tensors[name] for name in bundle.manifest.groups[group].parameters]
-        parts = [_gather(bundle, place, factors) for place in places]
+        size = len(places) // factors.blocks
+        parts = [
+            _gather(bundle, place, factors.rows[slice_ // size], factors.cols[slice_ // size])
+            for slice_, place in enumerate(places)
+        ]
         columns, rows = (np.stack(part) for part in zip(*parts, strict=True))
-        frames[group] = build_frame(start.header.frame, columns, rows)
+        frames[group] = build_frame(
+            header.frame,
+            columns,
+            rows,
+            transform=header.transform,
+            blocks=factors.blocks,
+            alpha=header.alpha,
+        )
     return Coordinates(start, frames)
 
 
-def _gather(bundle: Bundle, place: TensorPlace, factors: Factors) -> tuple[np.ndarray, np.ndarray]:
+def _gather(
+    bundle: Bundle, place: TensorPlace, rows: np.ndarray, cols: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Columns [n1, r] and rows [r, n2] of one weight; the weight is mapped, not read whole."""
     stored = np.memmap(bundle.path(BASE_FILE), dtype="<f4", mode="r", offset=place.offset, shape=place.shape)
     weight = stored.T if place.transposed else stored
-    return np.array(weight[:, factors.cols]), np.array(weight[factors.rows, :])
+    return np.array(weight[:, cols]), np.array(weight[rows, :])

@@ -7,20 +7,22 @@ import numpy as np
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Manifest
+from edge_tcur_runtime.formats.factors import factor_parts
 
 
 def build_feeds(manifest: Manifest, adapter: Adapter) -> dict[str, np.ndarray]:
     """The factors and extras of `adapter` by their names in the graphs.
 
     Returns:
-        ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` and ``<group>.cols`` i32 [r], extras f32.
+        ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` and ``<group>.cols`` i32 [b, r] or, of a sketch,
+        ``<group>.left`` f32 [n3, n1, r] and ``<group>.right`` f32 [n3, r, n2]; extras f32.
 
     Raises:
         BaseMismatchError: made for another base; both digests are named.
         IncompatibleError: other groups, labels, task or head than the bundle's.
     """
     check_fit(manifest, adapter)
-    return adapter.tensors()
+    return adapter.feeds()
 
 
 def check_fit(manifest: Manifest, adapter: Adapter) -> None:
@@ -37,9 +39,16 @@ def check_fit(manifest: Manifest, adapter: Adapter) -> None:
         "labels": (header.labels, manifest.labels),
         "coupling": (header.coupling, manifest.coupling),
         "transform": (header.transform, manifest.transform),
+        "factors": (factor_parts(header.frame), manifest.parts),
         "groups": (
-            {name: (spec.parameters, spec.n1, spec.n2) for name, spec in header.groups.items()},
-            {name: (spec.parameters, spec.n1, spec.n2) for name, spec in manifest.groups.items()},
+            {
+                name: (spec.parameters, spec.n1, spec.n2, adapter.factors[name].blocks)
+                for name, spec in header.groups.items()
+            },
+            {
+                name: (spec.parameters, spec.n1, spec.n2, spec.blocks)
+                for name, spec in manifest.groups.items()
+            },
         ),
         "head": (
             {name: value.shape for name, value in adapter.extras.items()},

@@ -1,8 +1,8 @@
 """Frames: coordinates in which the core is trained. Pure numpy, shared with the workstation.
 
-In the t-product algebra (DFT along the slices) the update is ``C * U * R``. With the raw frame the
-optimiser moves ``U`` itself and its effective step depends on the lengths and angles of the chosen
-columns and rows. The orthonormal frame moves ``V`` with ``U = S * V * T``, where ``C * S`` and
+In the algebra of the transform (`edge_tcur_runtime.transform`) the update is ``C * U * R``. With the raw
+frame the optimiser moves ``U`` itself and its effective step depends on the lengths and angles of the
+chosen columns and rows. The orthonormal frame moves ``V`` with ``U = S * V * T``, where ``C * S`` and
 ``T * R`` are orthonormal: ``S`` and ``T`` come from r x r Cholesky factors of the Gram matrices, one
 per frequency, so nothing is stored and any machine recomputes them from the base and the indices.
 """
@@ -13,38 +13,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_tcur_runtime.transform import TRANSFORMS, from_domain, to_domain
+
 _RIDGE = 1e-9  # relative to the largest frequency: keeps an empty or deficient Gram matrix invertible
-
-
-def t_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The t-product of real tensors: circular convolution along the slices of matrix products.
-
-    Args:
-        a: [n3, p, q].
-        b: [n3, q, s].
-
-    Returns:
-        float64 [n3, p, s]: ``out[l] = sum over i + j = l (mod n3) of a[i] @ b[j]``
-        (Kilmer and Martin 2011, definition 3.1).
-    """
-    product: np.ndarray = np.fft.irfft(np.fft.rfft(a, axis=0) @ np.fft.rfft(b, axis=0), n=len(a), axis=0)
-    return product
-
-
-def t_transpose(a: np.ndarray) -> np.ndarray:
-    """The t-transpose [n3, q, p] of [n3, p, q]: each slice transposed, slices 1..n3-1 reversed."""
-    return np.roll(a[::-1], 1, axis=0).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Coordinates of one group's core: ``U = left * V * right`` (t-products).
+    """Coordinates of one group's core: ``U = alpha * S * V * T`` in the algebra of `transform`.
 
     Attributes:
-        left, right: float64 [n3, r, r], or None for the raw frame.
-        left_inverse, right_inverse: their t-inverses.
+        transform: ``dft``, ``dct`` or ``identity``.
+        blocks: b; the core's n3 slices are b blocks of n3 / b.
+        alpha: scale of the update, and so of the effective step.
+        left, right: S and T in the transform's domain [b, f, r, r], or None for the raw frame.
+        left_inverse, right_inverse: their inverses, slice by slice.
     """
 
+    transform: str = "dft"
+    blocks: int = 1
+    alpha: float = 1.0
     left: np.ndarray | None = None
     right: np.ndarray | None = None
     left_inverse: np.ndarray | None = None
@@ -52,63 +40,75 @@ class Frame:
 
     def to_raw(self, core: np.ndarray) -> np.ndarray:
         """Raw core U [n3, r, r] (float64) of a core V in this frame."""
-        return _sandwich(self.left, core, self.right)
+        return self.alpha * self._sandwich(self.left, core, self.right)
 
     def from_raw(self, core: np.ndarray) -> np.ndarray:
         """Core V [n3, r, r] (float64) in this frame of a raw core U."""
-        return _sandwich(self.left_inverse, core, self.right_inverse)
+        return self._sandwich(self.left_inverse, core, self.right_inverse) / self.alpha
 
     def pull_back(self, gradient: np.ndarray) -> np.ndarray:
         """Gradient with respect to V [n3, r, r] (float64) from the gradient with respect to U."""
         if self.left is None or self.right is None:
-            return gradient.astype(np.float64)
-        return _sandwich(t_transpose(self.left), gradient, t_transpose(self.right))
+            return self.alpha * gradient.astype(np.float64)
+        left, right = (value.conj().swapaxes(-1, -2) for value in (self.left, self.right))
+        return self.alpha * self._sandwich(left, gradient, right)
 
-
-def _sandwich(left: np.ndarray | None, core: np.ndarray, right: np.ndarray | None) -> np.ndarray:
-    if left is None or right is None:
-        return core.astype(np.float64)
-    return t_product(t_product(left, core), right)
+    def _sandwich(self, left: np.ndarray | None, core: np.ndarray, right: np.ndarray | None) -> np.ndarray:
+        if left is None or right is None:
+            return core.astype(np.float64)
+        blocks = core.reshape(self.blocks, -1, *core.shape[1:])
+        product = left @ to_domain(self.transform, blocks) @ right
+        return from_domain(self.transform, product, blocks.shape[1]).reshape(core.shape)
 
 
 def _whiten(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cholesky factor L [n3 // 2 + 1, r, r] (complex) of each Gram matrix, and its inverse."""
+    """Cholesky factor L [b, f, r, r] of each Gram matrix, and its inverse."""
     rank = gram.shape[-1]
-    scale = np.trace(gram, axis1=1, axis2=2).real / rank
-    ridge = _RIDGE * max(float(scale.max()), float(np.finfo(np.float64).tiny))
-    factor = np.linalg.cholesky(gram + ridge * np.eye(rank))
+    scale = np.trace(gram, axis1=-2, axis2=-1).real.max(axis=1) / rank
+    ridge = _RIDGE * np.maximum(scale, np.finfo(np.float64).tiny)
+    factor = np.linalg.cholesky(gram + ridge[:, None, None, None] * np.eye(rank))
     return factor, np.linalg.inv(factor)
 
 
-def build_frame(kind: str, columns: np.ndarray, rows: np.ndarray) -> Frame:
+def build_frame(
+    kind: str,
+    columns: np.ndarray,
+    rows: np.ndarray,
+    *,
+    transform: str = "dft",
+    blocks: int = 1,
+    alpha: float = 1.0,
+) -> Frame:
     """The frame of a group.
 
     Args:
         kind: ``"raw"`` or ``"orthonormal"``.
         columns: C, [n3, n1, r], the chosen columns of every slice.
         rows: R, [n3, r, n2], the chosen rows of every slice.
+        transform, blocks, alpha: see `Frame`.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind or transform.
     """
+    if transform not in TRANSFORMS:
+        raise ValueError(f"unknown transform {transform!r}")
     if kind == "raw":
-        return Frame()
+        return Frame(transform, blocks, alpha)
     if kind != "orthonormal":
         raise ValueError(f"unknown frame {kind!r}")
-    n3 = len(columns)
-    c_hat = np.fft.rfft(columns.astype(np.float64), axis=0)
-    r_hat = np.fft.rfft(rows.astype(np.float64), axis=0)
-    c_factor, c_inverse = _whiten(c_hat.conj().swapaxes(1, 2) @ c_hat)
-    r_factor, r_inverse = _whiten(r_hat @ r_hat.conj().swapaxes(1, 2))
-
-    def real(value: np.ndarray) -> np.ndarray:
-        result: np.ndarray = np.fft.irfft(value, n=n3, axis=0)
-        return result
-
+    c_hat, r_hat = (
+        to_domain(transform, value.astype(np.float64).reshape(blocks, -1, *value.shape[1:]))
+        for value in (columns, rows)
+    )
+    c_factor, c_inverse = _whiten(c_hat.conj().swapaxes(-1, -2) @ c_hat)
+    r_factor, r_inverse = _whiten(r_hat @ r_hat.conj().swapaxes(-1, -2))
     # c_hat @ inv(L)^H has orthonormal columns, inv(L) @ r_hat orthonormal rows.
     return Frame(
-        left=real(c_inverse.conj().swapaxes(1, 2)),
-        right=real(r_inverse),
-        left_inverse=real(c_factor.conj().swapaxes(1, 2)),
-        right_inverse=real(r_factor),
+        transform,
+        blocks,
+        alpha,
+        left=c_inverse.conj().swapaxes(-1, -2),
+        right=r_inverse,
+        left_inverse=c_factor.conj().swapaxes(-1, -2),
+        right_inverse=r_factor,
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
@@ -22,6 +23,7 @@ from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.optimizer import AdamW, schedule
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
@@ -113,8 +115,8 @@ class Trainer:
         self._budget = budget
         self._frozen = {
             name: value
-            for name, value in coordinates.start.tensors().items()
-            if name.endswith((".rows", ".cols")) and name not in coordinates.start.extras
+            for name, value in coordinates.start.feeds().items()
+            if name.rpartition(".")[2] in FACTOR_PARTS[1:] and name not in coordinates.start.extras
         }
         self._optimizer = AdamW(settings.optimizer)
         self._move(coordinates.initial())
@@ -351,17 +353,17 @@ def _train(
 
 
 def blank_adapter(bundle: Bundle) -> Adapter:
-    """The bundle's own adapter with cores and extras of zero: the base, ready to be trained.
+    """The bundle's own adapter with cores and a head of zero: the base, ready to be trained.
 
     Raises:
         IncompatibleError: the bundle carries no adapter.
     """
     own = bundle_adapter(bundle)
-    zero = {
-        group: type(part)(np.zeros_like(part.core), part.rows, part.cols)
-        for group, part in own.factors.items()
-    }
-    return Adapter(own.header, zero, {name: np.zeros_like(value) for name, value in own.extras.items()})
+    zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in own.factors.items()}
+    extras = {name: np.zeros_like(value) for name, value in own.extras.items()}
+    if bundle.manifest.base_extras is not None:
+        extras |= load_file(bundle.path(bundle.manifest.base_extras))
+    return Adapter(own.header, zero, extras)
 
 
 def bundle_adapter(bundle: Bundle) -> Adapter:

@@ -1,8 +1,13 @@
 """Writes the files of format version 1 that stay in the tests: ``python tests/data/make_bundle.py OUT``.
 
-A Vision Transformer of two layers learns which quarter of a small picture is bright. The workstation
-trains an adapter on pictures of less contrast; those of the user are mirrored as well, which base and
-adapter answer badly.
+A small Vision Transformer learns which quarter of a small picture is bright. The workstation trains an
+adapter on pictures of less contrast; those of the user are mirrored as well, which base and adapter answer
+badly.
+
+``bundle-v1`` has two layers and every graph. Its groups by shape, coupled in each layer, hold what the format
+can: blocks of four slices that the transform couples, blocks of one, and more than one block a group.
+``sketch-v1`` has one layer and the graphs of inference and the step: frame ``sketch``, the classifier
+trained in full.
 What a released version wrote is never written again: a new format version gets files of its own.
 """
 
@@ -11,6 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -59,11 +65,12 @@ def write_pictures(path: Path, images: np.ndarray, labels: np.ndarray) -> Path:
     return path
 
 
-def train_base(folder: Path, data: Path) -> None:
-    """Trains every weight of the base on upright pictures and saves it in the Hugging Face layout."""
+def train_base(folder: Path, data: Path, layers: int) -> Path:
+    """Trains every weight of the base on upright pictures, saves it in the Hugging Face layout, and returns
+    its folder."""
     torch.manual_seed(7)
     config = ViTConfig(
-        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=2,
+        image_size=8, patch_size=4, num_channels=1, hidden_size=16, num_hidden_layers=layers,
         num_attention_heads=2, intermediate_size=32, num_labels=CLASSES,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
@@ -75,10 +82,11 @@ def train_base(folder: Path, data: Path) -> None:
     settings = LoopSettings(epochs=20, batch_size=32, seed=0)
     fit(base.model, [(list(base.model.parameters()), 5e-3)], prepared, find_task(TASK), settings)
     base.model.module.save_pretrained(folder)
+    return folder
 
 
 def main(out: Path) -> None:
-    """Writes ``bundle-v1/``, ``adapter-v1.safetensors`` and ``user.npz`` into `out`."""
+    """Writes ``bundle-v1/``, ``sketch-v1/``, ``adapter-v1.safetensors`` and ``user.npz`` into `out`."""
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     out.mkdir(parents=True, exist_ok=True)
@@ -86,13 +94,30 @@ def main(out: Path) -> None:
         root = Path(work)
         upright, labels = pictures(400, seed=1)
         sample, sample_labels = pictures(160, seed=2)
-        train_base(root / "base", write_pictures(root / "upright.npz", upright, labels))
+        upright_data = write_pictures(root / "upright.npz", upright, labels)
         data = write_pictures(root / "sample.npz", dim(sample), sample_labels)
-        config = TrainConfig(
-            base=str(root / "base"), data=str(data), task=TASK, rank=3, epochs=15, threads=1, seed=0
+        common = TrainConfig(
+            base=str(train_base(root / "two", upright_data, 2)),
+            data=str(data),
+            task=TASK,
+            epochs=15,
+            threads=1,
+            learning_rate=0.005,  # a farther adapter is a hard start for the user's pictures
         )
-        run = train(config, root / "run").run
-        export_run(run, out / "bundle-v1", force=True)
+        config = replace(common, rank=3, grouping="shape", coupling="layer", transform="dft")
+        export_run(train(config, root / "run").run, out / "bundle-v1", force=True)
+        base = train_base(root / "one", upright_data, 1)
+        config = replace(
+            common,
+            base=str(base),
+            rank=2,
+            frame="sketch",
+            grouping="shape",
+            alpha=2.0,
+            modules_to_save="*classifier",
+        )
+        run = train(config, root / "sketch").run
+        export_run(run, out / "sketch-v1", targets=("onnx", "step"), force=True)
     user, user_labels = pictures(80, seed=3)
     write_pictures(out / "user.npz", mirrored(dim(user)), user_labels)
     shutil.copyfile(out / "bundle-v1" / "adapter.safetensors", out / "adapter-v1.safetensors")

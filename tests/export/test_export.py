@@ -6,14 +6,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from onnx.external_data_helper import ExternalDataInfo
@@ -22,72 +19,19 @@ from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
-from edge_tcur.training import TrainConfig, train
 from edge_tcur_export.base_file import read_tensor
-from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES
 from edge_tcur_runtime.feeds import build_feeds
-from edge_tcur_runtime.formats.adapter import Factors
-from edge_tcur_runtime.formats.bundle import BASE_FILE, MANIFEST, open_bundle
+from edge_tcur_runtime.formats.bundle import BASE_FILE, MANIFEST
 from edge_tcur_runtime.formats.digest import digest_file
 
 HEAD = {"head.weight", "head.bias"}
 GRAPHS = ("infer", "step", "train", "eval", "optimizer")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A run, the report of its export and the opened bundle."""
-
-    run: object
-    report: object
-    bundle: object
-
-    def base(self):
-        """The base, loaded again."""
-        config = self.run.config
-        options = {"max_length": config.max_length}
-        return load_base(config.base, find_task(config.task), self.run.labels, options)
-
-    def graph(self, role):
-        """A graph without the base."""
-        return onnx.load(self.bundle.graph(role), load_external_data=False)
-
-    def session(self):
-        """The inference graph, as any ONNX Runtime opens it."""
-        return onnxruntime.InferenceSession(self.bundle.graph("infer"), providers=["CPUExecutionProvider"])
-
-
-def export(config, root):
-    run = train(config, root / "run").run
-    report = export_run(run, root / "bundle")
-    return Exported(run, report, open_bundle(root / "bundle"))
-
-
-@pytest.fixture(scope="session")
-def vit(vit_dir, digits_npz, tmp_path_factory):
-    settings = {"task": "image-classification", "rank": 2, "epochs": 2, "threads": 1}
-    return export(TrainConfig(str(vit_dir), str(digits_npz), **settings), tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="session")
-def bert(bert_dir, texts_csv, tmp_path_factory):
-    config = TrainConfig(str(bert_dir), str(texts_csv), rank=2, epochs=4, batch_size=4, threads=1)
-    return export(config, tmp_path_factory.mktemp("bert"))
-
-
 @pytest.fixture(params=["vit", "bert"])
 def exported(request):
     return request.getfixturevalue(request.param)
-
-
-def without_torch(code, *arguments):
-    """Runs `code` where torch cannot be imported; its last line, as JSON."""
-    code = f"import sys; sys.modules['torch'] = None\n{code}"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_every_graph_agrees_with_torch(exported):
@@ -224,72 +168,47 @@ def test_the_base_digest_says_nothing_of_files(exported, tmp_path):
     assert load_base(str(tmp_path), find_task(config.task), exported.run.labels, {}).digest == digest
 
 
-def inputs_of(exported, samples, length=None):
-    generator = np.random.default_rng(samples)
-    if "pixel_values" in exported.bundle.manifest.inputs:
-        return {"pixel_values": generator.normal(size=(samples, 1, 8, 8)).astype(np.float32)}
-    mask = np.ones((samples, length), np.int64)
-    mask[1:, length // 2 + 1 :] = 0
-    return {"input_ids": generator.integers(2, 17, (samples, length)), "attention_mask": mask}
-
-
-def random_factors(exported, rank, seed):
-    """Factors of another rank, other rows and columns than the run's."""
-    generator = np.random.default_rng(seed)
-    return {
-        name: Factors(
-            (3 * generator.normal(size=(len(group.parameters), rank, rank))).astype(np.float32),
-            np.sort(generator.permutation(group.n1)[:rank]).astype(np.int32),
-            np.sort(generator.permutation(group.n2)[:rank]).astype(np.int32),
-        )
-        for name, group in exported.bundle.manifest.groups.items()
-    }
-
-
-def torch_outputs(base, inputs):
-    with torch.no_grad():
-        return base.model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).numpy()
-
-
 CASES = [(1, 1, 2), (3, 1, 24), (3, 4, 7), (5, 6, 2), (16, 2, 16)]
 
 
 @pytest.mark.parametrize(("rank", "samples", "length"), CASES)
-def test_infer_takes_any_rank_rows_columns_batch_and_length(exported, rank, samples, length):
+def test_infer_takes_any_rank_rows_columns_batch_and_length(exported, kit, rank, samples, length):
     base = exported.base()
-    factors = random_factors(exported, rank, seed=rank)
-    extras = {
-        name: np.random.default_rng(rank).normal(size=value.shape).astype(np.float32)
-        for name, value in base.head_parameters().items()
-    }
-    inputs = inputs_of(exported, samples, length)
+    factors = kit.random_factors(exported, rank, seed=rank)
+    extras = kit.random_extras(exported, seed=rank)
+    inputs = kit.inputs_of(exported, samples, length)
     feeds = {
-        f"{name}.{part}": getattr(value, part)
-        for name, value in factors.items()
-        for part in ("core", "rows", "cols")
+        f"{name}.{part}": array for name, value in factors.items() for part, array in value.feeds().items()
     }
+    assert {part for name in feeds for part in (name.rpartition(".")[2],)} == {"core", "rows", "cols"}
     found = exported.session().run(["logits"], {**inputs, **feeds, **extras})[0]
+    assert set(extras) == set(base.head_parameters())
     for name, parameter in base.head_parameters().items():
         parameter.data.copy_(torch.from_numpy(extras[name]))
-    plain = torch_outputs(base, inputs)
+    plain = kit.torch_outputs(base, inputs)
     inject(base.model, TCurConfig(rank=rank, frame="raw"), keep=base.head, factors=factors)
-    expected = torch_outputs(base, inputs)
+    expected = kit.torch_outputs(base, inputs)
     assert np.abs(expected - plain).max() > 1e-3  # the factors matter
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * max(1, np.abs(expected).max()))
 
 
-def test_nothing_fed_is_the_base_and_the_adapter_fed_is_the_adapter(exported):
-    inputs = inputs_of(exported, 3, 5)
+def test_nothing_fed_is_the_base_and_the_adapter_fed_is_the_adapter(exported, kit):
+    inputs = kit.inputs_of(exported, 3, 5)
     session, base = exported.session(), exported.base()
     found = session.run(["logits"], inputs)[0]
-    np.testing.assert_allclose(found, torch_outputs(base, inputs), atol=1e-5)
+    np.testing.assert_allclose(found, kit.torch_outputs(base, inputs), atol=1e-5)
     adapter = exported.run.adapter()
     found = session.run(["logits"], {**inputs, **build_feeds(exported.bundle.manifest, adapter)})[0]
     for name, parameter in base.head_parameters().items():
         parameter.data.copy_(torch.from_numpy(adapter.extras[name].copy()))
     inject(base.model, exported.run.config.method(), keep=base.head, factors=adapter.factors)
-    np.testing.assert_allclose(found, torch_outputs(base, inputs), atol=1e-5)
+    np.testing.assert_allclose(found, kit.torch_outputs(base, inputs), atol=1e-5)
     assert {value.name for value in session.get_inputs()} == set(inputs)  # the rest has defaults
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_a_device_personalises_with_the_step_graph(vit, start, kit, digits_npz, tmp_path):
+    kit.check_personalisation(vit, digits_npz, tmp_path / "personal.safetensors", 0.05, start)
 
 
 CHECKPOINT = """
@@ -301,10 +220,10 @@ print(json.dumps(values))
 """
 
 
-def test_the_checkpoint_holds_the_factors_alone(exported):
+def test_the_checkpoint_holds_the_factors_alone(exported, kit):
     path = exported.bundle.graph("checkpoint")
     assert path.stat().st_size < 8 * 2**10
-    values = without_torch(CHECKPOINT, path)
+    values = kit.without_torch(CHECKPOINT, path)
     adapter = exported.run.adapter()
     assert set(adapter.extras) == (HEAD if "head.weight" in values else set())
     expected = {f"{name}.core": factors.core for name, factors in adapter.factors.items()} | dict(
@@ -358,9 +277,9 @@ print(json.dumps({
 """
 
 
-def test_onnx_runtimes_own_optimizer_moves_the_factors_alone(exported):
+def test_onnx_runtimes_own_optimizer_moves_the_factors_alone(exported, kit):
     files = {path.name: digest_file(path) for path in exported.bundle.root.iterdir()}
-    result = without_torch(STEP, exported.bundle.root)
+    result = kit.without_torch(STEP, exported.bundle.root)
     manifest = exported.bundle.manifest
     trained = {f"{name}.core" for name in manifest.groups} | set(manifest.extras)
     assert set(result["changes"]) == set(result["gradients"]) == trained

@@ -59,15 +59,22 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.blocks = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)])
         self.between = between
+        self.stem = None
         self.out = nn.Linear(16, 3)
 
     def forward(self, pixel_values):
-        x = pixel_values.flatten(1)
+        x = self.stem(pixel_values).flatten(1) if self.stem else pixel_values.flatten(1)
         for block in self.blocks:
             x = self.between(block(x))
         return self.out(x)
 
+class Convolutional(Net):
+    def __init__(self):
+        super().__init__(nn.Tanh())
+        self.stem = nn.Conv2d(1, 1, 3, padding=1)
+
 def plain(): return Net(nn.Tanh())
+def convolutional(): return Convolutional()
 def branch(): return Net(Branch())
 def softplus(): return Net(nn.Softplus())
 def running_sum(): return Net(RunningSum())
@@ -91,10 +98,11 @@ def run_of(workshop, tmp_path, monkeypatch):
     """Trains a run on one of the functions of `MODEL`."""
     monkeypatch.chdir(workshop)
 
-    def call(function):
+    def call(function, **settings):
         data = str(workshop / "pictures.npz")
-        config = TrainConfig(f"export_models:{function}", data, task=IMAGE, rank=2, epochs=1, threads=1)
-        return train(config, tmp_path / f"run-{function}").run
+        usual = {"task": IMAGE, "rank": 2, "epochs": 1, "threads": 1}
+        config = TrainConfig(f"export_models:{function}", data, **{**usual, **settings})
+        return train(config, tmp_path / "-".join(["run", function, *settings])).run
 
     return call
 
@@ -175,6 +183,16 @@ def test_an_operator_without_gradient_in_onnx_runtime_training(run_of, tmp_path,
     assert report.parity["step"]["gradients"] <= 1e-3
 
 
+def test_a_convolution_that_is_adapted(run_of, tmp_path):
+    """It trains, but its update has no form in the graphs; one that is left alone is exported."""
+    run = run_of("convolutional", targets="*.stem,*.blocks.*", rank=1)
+    assert set(run.adapter().factors) == {"module.stem", "module.blocks"}
+    error = refused(run, tmp_path / "bundle", ExportError, "update of a Conv2d has no form in the graphs")
+    assert (error.where, "--targets" in error.hint) == ("module.stem", True)
+    report = export_run(run_of("convolutional"), tmp_path / "bundle", targets=("onnx",))
+    assert report.parity["infer"]["outputs"] <= 1e-4
+
+
 def test_an_operator_without_onnx_form(run_of, tmp_path):
     error = refused(run_of("detached"), tmp_path / "bundle", ExportError, "bessel_j0 has no ONNX form")
     assert error.hint
@@ -184,9 +202,10 @@ def test_an_operator_without_backward(workshop, monkeypatch):
     monkeypatch.chdir(workshop)
     task = find_task(IMAGE)
     base = load_base("export_models:bessel", task, ("0", "1", "2"), {})
-    groups = find_targets(base.model, TCurConfig(rank=2)).groups
-    example = make_example(base, groups, 2, batch=3, seed=0)
-    forward = trace_forward(FactorModel(base, groups, task), base, groups, task, example)
+    config = TCurConfig(rank=2)
+    groups = find_targets(base.model, config).groups
+    example = make_example(base, groups, lambda group: 2, batch=3, seed=0, config=config)
+    forward = trace_forward(FactorModel(base, groups, task, config), base, groups, task, example)
     with pytest.raises(ExportError, match="cannot trace the backward pass of the model: ") as caught:
         trace_step(forward, example)
     assert "--target onnx" in caught.value.hint

@@ -9,8 +9,9 @@ import pytest
 
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
-from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, Factors, GroupSpec, write_adapter
+from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, write_adapter
 from edge_tcur_runtime.formats.bundle import FileEntry, Manifest, serialize_manifest
+from edge_tcur_runtime.formats.factors import Factors, GroupSpec
 
 BASE = "sha256:" + "b" * 64
 OTHER_BASE = "sha256:" + "c" * 64
@@ -19,7 +20,7 @@ OTHER_BASE = "sha256:" + "c" * 64
 def write(path, seed, base=BASE):
     """Writes a valid adapter file of rank 2 and returns its digest."""
     core = np.random.default_rng(seed).normal(size=(2, 2, 2)).astype(np.float32)
-    factors = Factors(core, np.array([0, 3], np.int32), np.array([1, 4], np.int32))
+    factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
     labels = tuple(f"label {i}" for i in range(12))
     header = AdapterHeader(
         base,

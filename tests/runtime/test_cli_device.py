@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_tcur_runtime.formats.adapter import Adapter, Factors, read_adapter, write_adapter
+from edge_tcur_runtime.formats.adapter import Adapter, read_adapter, write_adapter
 from edge_tcur_runtime.formats.bundle import MANIFEST
+from edge_tcur_runtime.formats.factors import Factors
 from edge_tcur_runtime.installed import find_onnxruntime
 
 DATA = Path(__file__).parents[1] / "data"
@@ -289,7 +290,7 @@ def test_an_adapter_that_is_not_better_is_not_installed(device, store):
 def test_an_adapter_of_another_rank_is_personalised_by_the_step_graph(device, tmp_path):
     own = read_adapter(ADAPTER)
     factors = {
-        group: Factors(np.ascontiguousarray(part.core[:, :1, :1]), part.rows[:1], part.cols[:1])
+        group: Factors(np.ascontiguousarray(part.core[:, :1, :1]), part.rows[:, :1], part.cols[:, :1])
         for group, part in own.factors.items()
     }
     path = tmp_path / "one.safetensors"

@@ -14,12 +14,14 @@ import pytest
 from edge_tcur_runtime.engines import ENGINES, choose_engine, open_engine
 from edge_tcur_runtime.engines.session import import_onnxruntime, open_session, session_options
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError, UsageError
-from edge_tcur_runtime.formats.adapter import Adapter, Factors
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.factors import Factors, SketchFactors
 from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
 from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter
 
-V1 = Path(__file__).parents[1] / "data" / "bundle-v1"
+DATA = Path(__file__).parents[1] / "data"
+V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
 INSTALLED = find_onnxruntime()
 STOCK = OnnxRuntimeInstall("onnxruntime", "1.31.1", training=False)
 TRAINING = OnnxRuntimeInstall("onnxruntime-training-cpu", "1.19.2", training=True)
@@ -38,6 +40,11 @@ ENGINE = [
 @pytest.fixture(scope="module")
 def bundle():
     return open_bundle(V1)
+
+
+@pytest.fixture(scope="module")
+def sketched():
+    return open_bundle(SKETCH_V1)
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +69,7 @@ def moved(adapter, seed=1, scale=0.02):
 
 def with_cores(adapter, change):
     factors = {
-        group: Factors(change(part.core).astype(np.float32), part.rows, part.cols)
-        for group, part in adapter.factors.items()
+        group: part.with_core(change(part.core).astype(np.float32)) for group, part in adapter.factors.items()
     }
     return Adapter(adapter.header, factors, adapter.extras)
 
@@ -74,10 +80,18 @@ def of_rank(adapter, rank):
     factors = {}
     for group, spec in adapter.header.groups.items():
         core = generator.normal(0, 0.02, (len(spec.parameters), rank, rank)).astype(np.float32)
-        rows, cols = (
-            np.sort(generator.choice(n, rank, replace=False)).astype(np.int32) for n in (spec.n1, spec.n2)
-        )
-        factors[group] = Factors(core, rows, cols)
+        old = adapter.factors[group]
+        if isinstance(old, Factors):
+            rows, cols = (
+                np.stack([np.sort(generator.choice(n, rank, replace=False)) for _ in range(old.blocks)])
+                for n in (spec.n1, spec.n2)
+            )
+            factors[group] = Factors(core, rows.astype(np.int32), cols.astype(np.int32))
+        else:
+            shapes = (len(core), spec.n1, rank), (len(core), rank, spec.n2)
+            factors[group] = SketchFactors(
+                core, *(generator.integers(-1, 2, shape, np.int8) for shape in shapes)
+            )
     return Adapter(adapter.header, factors, adapter.extras)
 
 
@@ -171,7 +185,7 @@ def softmax_loss(outputs, targets):
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_both_engines_compute_the_same_loss_outputs_and_gradients(bundle, batch, count):
     inputs, targets = {name: value[:count] for name, value in batch[0].items()}, batch[1][:count]
-    feeds = moved(bundle_adapter(bundle)).tensors()
+    feeds = moved(bundle_adapter(bundle)).feeds()
     step, train = (
         open_engine(name, bundle, threads=1).step(inputs, targets, feeds)
         for name in ("ort-step", "ort-training")
@@ -189,8 +203,17 @@ def test_both_engines_compute_the_same_loss_outputs_and_gradients(bundle, batch,
 
 @needs_onnxruntime
 def test_the_step_graph_and_the_inference_graph_give_the_same_outputs(bundle, batch):
+    check_outputs(bundle, batch)
+
+
+@needs_onnxruntime
+def test_the_step_graph_and_the_inference_graph_of_sketches_give_the_same_outputs(sketched, batch):
+    check_outputs(sketched, batch)
+
+
+def check_outputs(bundle, batch):
     inputs, targets = batch
-    feeds = moved(bundle_adapter(bundle)).tensors()
+    feeds = moved(bundle_adapter(bundle)).feeds()
     result = open_engine("ort-step", bundle, threads=1).step(inputs, targets, feeds)
     outputs = open_session(bundle.graph("infer"), threads=1).run(["logits"], {**inputs, **feeds})[0]
     np.testing.assert_allclose(result.outputs, outputs, rtol=1e-5, atol=1e-5)
@@ -208,28 +231,35 @@ def test_the_step_graph_trains_a_core_of_any_rank(bundle, batch, rank):
     check_gradient(bundle, batch, "ort-step", rank)
 
 
+@needs_onnxruntime
+@pytest.mark.parametrize("rank", [1, 2, 5])
+def test_the_step_graph_trains_a_core_between_sketches_and_a_module_in_full(sketched, batch, rank):
+    check_gradient(sketched, batch, "ort-step", rank)
+
+
 def check_gradient(bundle, batch, name, rank):
     """Against the inference graph's loss, in float32, along the gradient and a random direction."""
     inputs, targets = batch
     adapter = of_rank(bundle_adapter(bundle), rank)
     session = open_session(bundle.graph("infer"), threads=1)
-    result = open_engine(name, bundle, threads=1).step(inputs, targets, adapter.tensors())
+    result = open_engine(name, bundle, threads=1).step(inputs, targets, adapter.feeds())
     generator = np.random.default_rng(0)
 
     def loss(feed, value):
-        feeds = {**inputs, **adapter.tensors(), feed: value.astype(np.float32)}
+        feeds = {**inputs, **adapter.feeds(), feed: value.astype(np.float32)}
         return softmax_loss(session.run(["logits"], feeds)[0], targets)
 
-    for group, part in adapter.factors.items():
-        feed = f"{group}.core"
+    trained = {f"{group}.core": part.core for group, part in adapter.factors.items()} | dict(adapter.extras)
+    assert set(result.gradients) == set(trained)
+    for feed, value in trained.items():
         gradient = result.gradients[feed].astype(np.float64)
-        assert gradient.shape == part.core.shape
+        assert gradient.shape == value.shape
         for along in (gradient, generator.normal(size=gradient.shape)):
             direction = along / np.linalg.norm(along)
             step = 3e-3
-            difference = (
-                loss(feed, part.core + step * direction) - loss(feed, part.core - step * direction)
-            ) / (2 * step)
+            difference = (loss(feed, value + step * direction) - loss(feed, value - step * direction)) / (
+                2 * step
+            )
             expected = float((gradient * direction).sum())
             assert difference == pytest.approx(
                 expected, rel=2e-2, abs=1e-4 + 2e-3 * np.linalg.norm(gradient)
@@ -240,11 +270,11 @@ def check_gradient(bundle, batch, name, rank):
 def test_a_step_changes_neither_its_feeds_nor_the_next_step(bundle, batch, name):
     inputs, targets = batch
     engine = open_engine(name, bundle, threads=1)
-    feeds = moved(bundle_adapter(bundle)).tensors()
+    feeds = moved(bundle_adapter(bundle)).feeds()
     before = {key: value.copy() for key, value in feeds.items()}
     first = engine.step(inputs, targets, feeds)
     kept = {key: value.copy() for key, value in first.gradients.items()}
-    other = engine.step(inputs, targets, blank_adapter(bundle).tensors())
+    other = engine.step(inputs, targets, blank_adapter(bundle).feeds())
     again = engine.step(inputs, targets, feeds)
     assert first.loss == again.loss != other.loss
     for key, value in kept.items():
@@ -259,9 +289,9 @@ def test_the_training_engine_refuses_a_core_of_another_rank_with_a_way_out(bundl
     inputs, targets = batch
     adapter = of_rank(bundle_adapter(bundle), 2)
     with pytest.raises(
-        IncompatibleError, match=r"\(2, 2, 2\); this bundle's training graph is for"
+        IncompatibleError, match=r"\(8, 2, 2\); this bundle's training graph is for \(8, 3, 3\)"
     ) as caught:
-        open_engine("ort-training", bundle, threads=1).step(inputs, targets, adapter.tensors())
+        open_engine("ort-training", bundle, threads=1).step(inputs, targets, adapter.feeds())
     assert "--engine ort-step, which trains any rank" in caught.value.hint
 
 
@@ -311,7 +341,7 @@ BROKEN = [
     ("ort-training", gone("checkpoint"), "checkpoint"),
     ("ort-training", junk("checkpoint"), "checkpoint"),
     ("ort-training", junk("checkpoint", b""), "checkpoint"),
-    ("ort-training", renamed("mlp.fc2.core", "mlp.fc9.core"), "mlp.fc"),
+    ("ort-training", renamed("16x32.core", "16x99.core"), "16x"),
     ("ort-training", copied("eval.onnx", "train.onnx"), "."),
     ("ort-training", copied("infer.onnx", "train.onnx"), "has no output 'loss'"),
     ("ort-training", copied("step.onnx", "train.onnx"), "."),
@@ -369,7 +399,7 @@ from edge_tcur_runtime.personalize import bundle_adapter
 bundle = open_bundle(__import__("pathlib").Path(sys.argv[1]))
 engine = open_engine(sys.argv[2], bundle, threads=1)
 pixels = np.zeros((2, 1, 8, 8), np.float32)
-result = engine.step({{"pixel_values": pixels}}, np.array([0, 1]), bundle_adapter(bundle).tensors())
+result = engine.step({{"pixel_values": pixels}}, np.array([0, 1]), bundle_adapter(bundle).feeds())
 print(np.isfinite(result.loss), sys.modules.get("torch"), sys.modules.get("onnx"))
 """
 

@@ -26,8 +26,6 @@ from edge_tcur_runtime.formats.adapter import (
     MAX_HEADER_BYTES,
     Adapter,
     AdapterHeader,
-    Factors,
-    GroupSpec,
     parse_adapter,
     read_adapter,
     read_bounded,
@@ -35,8 +33,11 @@ from edge_tcur_runtime.formats.adapter import (
     write_adapter,
 )
 from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec, SketchFactors
+from edge_tcur_runtime.transform import TRANSFORMS
 
-V1 = Path(__file__).parents[1] / "data" / "adapter-v1.safetensors"
+DATA = Path(__file__).parents[1] / "data"
+V1, SKETCH_V1 = DATA / "adapter-v1.safetensors", DATA / "sketch-v1" / "adapter.safetensors"
 BASE = "sha256:" + "b" * 64
 KEY = "edge_tcur"
 
@@ -44,13 +45,22 @@ KEY = "edge_tcur"
 def small_adapter(**header):
     """One group of two 4 x 5 weights in rank 2, and a head."""
     core = np.arange(8, dtype=np.float32).reshape(2, 2, 2) / 8
-    factors = Factors(core, np.array([0, 3], np.int32), np.array([1, 4], np.int32))
+    factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
     fields = {"task": "image-classification", "labels": ("ja", "né"), "provenance": {"tool": "test"}}
     document = AdapterHeader(BASE, {"q": GroupSpec(("q.0", "q.1"), 4, 5)}, **{**fields, **header})
     return Adapter(document, {"q": factors}, {"head": np.array([0.5, -1.0], np.float32)})
 
 
+def small_sketch(**header):
+    """The same weights in the frame `sketch`, coupling none."""
+    generator = np.random.default_rng(0)
+    own = small_adapter(coupling="none", transform="identity", frame="sketch", **header)
+    left, right = (generator.integers(-1, 2, shape, np.int8) for shape in ((2, 4, 2), (2, 2, 5)))
+    return replace(own, factors={"q": SketchFactors(own.factors["q"].core, left, right)})
+
+
 SMALL = serialize_adapter(small_adapter())
+SKETCH = serialize_adapter(small_sketch())
 
 
 def unpack(raw):
@@ -60,11 +70,11 @@ def unpack(raw):
     return document, dict(safetensors.numpy.load(raw))
 
 
-def forge(edit=None, tensors=None, *, sign=True):
+def forge(edit=None, tensors=None, *, sign=True, raw=SMALL):
     """A file with an edited document and other tensors, whose digest is right: only rules refuse it."""
-    document, arrays = unpack(SMALL)
+    document, arrays = unpack(raw)
     arrays |= tensors or {}
-    arrays = {name: value for name, value in arrays.items() if value is not None}
+    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items() if value is not None}
     document.pop("sha256")
     if edit is not None:
         edit(document)
@@ -89,31 +99,51 @@ def with_metadata(text):
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
 NAME = st.from_regex(r"[a-zA-Zé_][a-z0-9_.]{0,12}", fullmatch=True).filter(
-    lambda name: name.rpartition(".")[2] not in {"core", "rows", "cols"}
+    lambda name: name.rpartition(".")[2] not in FACTOR_PARTS
 )
+
+
+def blocks_of(draw, coupling, n3):
+    """A number of blocks that n3 slices may have."""
+    if coupling == "layer":
+        return draw(st.sampled_from([count for count in range(1, n3 + 1) if n3 % count == 0]))
+    return {"none": n3, "all": 1}[coupling]
+
+
+def indices(draw, blocks, rank, size):
+    """Rows or columns i32 [blocks, rank] below `size`."""
+    one = st.sets(st.integers(0, size - 1), min_size=rank, max_size=rank)
+    return np.array([sorted(draw(one)) for _ in range(blocks)], np.int32)
 
 
 @st.composite
 def adapters(draw):
     groups, factors = {}, {}
+    frame = draw(st.sampled_from(module.FRAMES))
+    coupling = "none" if frame == "sketch" else draw(st.sampled_from(module.COUPLINGS))
     for name in draw(st.lists(NAME, min_size=1, max_size=3, unique=True)):
         n1, n2, n3 = (draw(st.integers(1, 9)) for _ in range(3))
         rank = draw(st.integers(1, min(n1, n2)))
         groups[name] = GroupSpec(tuple(f"{name}.{i}" for i in range(n3)), n1, n2)
         seed = draw(st.integers(0, 2**16))
-        core = np.random.default_rng(seed).normal(size=(n3, rank, rank)).astype(np.float32)
-        rows, cols = (
-            np.array(sorted(draw(st.sets(st.integers(0, n - 1), min_size=rank, max_size=rank))), np.int32)
-            for n in (n1, n2)
-        )
-        factors[name] = Factors(core, rows, cols)
+        generator = np.random.default_rng(seed)
+        core = generator.normal(size=(n3, rank, rank)).astype(np.float32)
+        if frame == "sketch":
+            shapes = (n3, n1, rank), (n3, rank, n2)
+            factors[name] = SketchFactors(
+                core, *(generator.integers(-1, 2, shape, np.int8) for shape in shapes)
+            )
+        else:
+            blocks = blocks_of(draw, coupling, n3)
+            factors[name] = Factors(core, *(indices(draw, blocks, rank, n) for n in (n1, n2)))
     extras = {
         f"extra.{name}": np.full(draw(st.sampled_from([(), (3,), (2, 2), (0,)])), 0.5, np.float32)
         for name in draw(st.lists(NAME, max_size=2, unique=True))
     }
     header = AdapterHeader(
         draw(TEXT), groups, draw(TEXT), tuple(draw(st.lists(TEXT, max_size=3))),
-        frame=draw(st.sampled_from(module.FRAMES)), provenance=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
+        coupling, draw(st.sampled_from(TRANSFORMS)), frame, draw(st.floats(1e-6, 1e5)),
+        provenance=draw(st.dictionaries(TEXT, TEXT, max_size=2)),
     )  # fmt: skip
     return Adapter(header, factors, extras)
 
@@ -125,15 +155,61 @@ def test_what_is_written_reads_back_as_it_was(adapter):
     found = parse_adapter(raw)
     assert found.header == adapter.header
     written, read = adapter.tensors(), found.tensors()
-    assert set(read) == set(written)
-    for name, value in written.items():
-        np.testing.assert_array_equal(read[name], value)
-        assert read[name].dtype == value.dtype
+    fed, feeds = adapter.feeds(), found.feeds()
+    assert {name: value.shape for name, value in found.extras.items()} == {
+        name: value.shape for name, value in adapter.extras.items()
+    }
+    for old, new in ((written, read), (fed, feeds)):
+        assert set(new) == set(old)
+        for name, value in old.items():
+            np.testing.assert_array_equal(new[name], value)
+            assert new[name].dtype == value.dtype
     assert serialize_adapter(found) == raw
 
 
 def test_the_same_adapter_gives_the_same_bytes():
     assert {serialize_adapter(small_adapter()) for _ in range(20)} == {SMALL}
+    assert {serialize_adapter(small_sketch()) for _ in range(20)} == {SKETCH}
+
+
+def test_sketches_take_two_bits_an_entry_and_are_fed_as_unit_vectors():
+    adapter = small_sketch()
+    stored, feeds, part = adapter.tensors(), adapter.feeds(), adapter.factors["q"]
+    assert {name: value.dtype for name, value in stored.items() if name != "head"} == {
+        "q.core": np.float32, "q.left": np.uint8, "q.right": np.uint8,
+    }  # fmt: skip
+    assert stored["q.left"].shape == (2, 2)  # 4 x 2 entries a slice
+    assert stored["q.right"].shape == (2, 3)  # 2 x 5 entries and two bits of padding
+    for name, vectors, axis in (("left", part.left, 1), ("right", part.right, 2)):
+        fed = feeds[f"q.{name}"]
+        assert (fed.shape, fed.dtype) == (vectors.shape, np.float32)
+        np.testing.assert_array_equal(np.sign(fed), vectors)
+        empty = ~vectors.any(axis=axis)
+        np.testing.assert_allclose(np.linalg.norm(fed, axis=axis), np.where(empty, 0, 1), rtol=1e-6)
+
+
+def test_another_core_leaves_the_frozen_factors_as_they_are():
+    core = np.full((2, 2, 2), 7, np.float32)
+    for adapter in (small_adapter(), small_sketch()):
+        part = adapter.factors["q"]
+        other = part.with_core(core)
+        assert other.core is core
+        before, after = part.stored(), other.stored()
+        assert set(before) == set(after)
+        for name in set(before) - {"core"}:
+            np.testing.assert_array_equal(before[name], after[name])
+        assert (other.rank, other.blocks) == (part.rank, part.blocks)
+
+
+@pytest.mark.parametrize(("coupling", "blocks"), [("none", 6), ("layer", 3), ("layer", 1), ("all", 1)])
+def test_every_block_has_rows_and_columns_of_its_own(coupling, blocks):
+    header = AdapterHeader(BASE, {"q": GroupSpec(tuple("abcdef"), 4, 5)}, "t", ("0", "1"), coupling)
+    rows = np.array([[0, 3], [1, 2], [0, 1], [2, 3], [0, 2], [1, 3]], np.int32)[:blocks]
+    factors = Factors(np.ones((6, 2, 2), np.float32), rows, rows + 1)
+    assert factors.blocks == blocks
+    found = parse_adapter(serialize_adapter(Adapter(header, {"q": factors}))).factors["q"]
+    np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_array_equal(found.cols, rows + 1)
 
 
 def test_the_order_of_groups_and_provenance_does_not_change_the_bytes():
@@ -165,15 +241,44 @@ def test_counts_of_trained_numbers_keep_the_head_apart():
 
 def test_the_file_of_version_1_keeps_loading():
     adapter = read_adapter(V1)
+    header = adapter.header
+    assert (header.coupling, header.transform, header.frame, header.alpha) == (
+        "layer",
+        "dft",
+        "orthonormal",
+        1,
+    )
     assert adapter.header.task == "image-classification"
     assert adapter.header.labels == ("0", "1", "2", "3")
     assert adapter.header.base_digest.startswith("sha256:602d2cf7b2eafde9")
     assert (adapter.trained_numbers, adapter.extra_numbers) == (108, 0)
     assert {factors.rank for factors in adapter.factors.values()} == {3}
+    shapes = {name: (len(part.core), part.blocks) for name, part in adapter.factors.items()}
+    assert shapes == {"16x16": (8, 2), "32x16": (2, 2), "16x32": (2, 2)}
     assert digest_bytes(V1.read_bytes()) == (
-        "sha256:e96a7c3c4093d4d0a14c805dd1e78660f336e92e940f1aee3ecb1760326bf86e"
+        "sha256:2411ead7fefb585ba9100aeae58684a91bb7bd77f34ec01a62f0578497b7057d"
     )
     assert serialize_adapter(adapter) == V1.read_bytes()
+
+
+def test_the_sketch_of_version_1_keeps_loading():
+    adapter = read_adapter(SKETCH_V1)
+    header = adapter.header
+    assert (header.coupling, header.transform, header.frame, header.alpha) == (
+        "none",
+        "identity",
+        "sketch",
+        2,
+    )
+    assert (adapter.trained_numbers, adapter.extra_numbers) == (24, 68)
+    assert {name: part.left.shape for name, part in adapter.factors.items()} == {
+        "16x16": (4, 16, 2), "32x16": (1, 32, 2), "16x32": (1, 16, 2),
+    }  # fmt: skip
+    assert all(part.left.any() and part.right.any() for part in adapter.factors.values())
+    assert digest_bytes(SKETCH_V1.read_bytes()) == (
+        "sha256:32eda1b34eda5cac30b7e91d25d6bdb2e07ba5379ba429219c6bd7c65eadcb5d"
+    )
+    assert serialize_adapter(adapter) == SKETCH_V1.read_bytes()
 
 
 # --- damage ----------------------------------------------------------------------------------------
@@ -188,10 +293,11 @@ def refused(raw):
     return False
 
 
-def test_every_flipped_bit_is_refused():
+@pytest.mark.parametrize("raw", [SMALL, SKETCH], ids=["indices", "sketch"])
+def test_every_flipped_bit_is_refused(raw):
     accepted = []
-    for position in range(len(SMALL)):
-        damaged = bytearray(SMALL)
+    for position in range(len(raw)):
+        damaged = bytearray(raw)
         for bit in range(8):
             damaged[position] ^= 1 << bit
             if not refused(bytes(damaged)):
@@ -200,8 +306,9 @@ def test_every_flipped_bit_is_refused():
     assert accepted == []
 
 
-def test_a_flipped_bit_anywhere_in_the_file_of_version_1_is_refused():
-    raw = V1.read_bytes()
+@pytest.mark.parametrize("path", [V1, SKETCH_V1], ids=["indices", "sketch"])
+def test_a_flipped_bit_anywhere_in_the_file_of_version_1_is_refused(path):
+    raw = path.read_bytes()
     for position in range(len(raw)):
         damaged = bytearray(raw)
         damaged[position] ^= 1 << (position % 8)
@@ -240,7 +347,12 @@ def test_arbitrary_json_headers_never_raise_anything_but_our_errors(data):
         max_leaves=6,
     )
     entry = st.fixed_dictionaries(
-        {}, optional={"dtype": st.sampled_from(["F32", "I32", "F64"]), "shape": value, "data_offsets": value}
+        {},
+        optional={
+            "dtype": st.sampled_from(["F32", "I32", "U8", "F64"]),
+            "shape": value,
+            "data_offsets": value,
+        },
     )
     table = data.draw(st.dictionaries(st.text(max_size=5), entry | value, max_size=3))
     metadata = data.draw(st.just({KEY: "{}"}) | st.dictionaries(st.just(KEY), value) | value)
@@ -373,9 +485,18 @@ def test_every_field_is_needed(key):
         (edited("format_version", True), "must be an integer, not bool"),
         (edited("format_version", 1.0), "must be an integer, not float"),
         (edited("method", "lora"), "expected one of tcurlora"),
-        (edited("coupling", "none"), "expected one of all"),
-        (edited("transform", "dct"), "expected one of dft"),
-        (edited("frame", "skew"), "expected one of raw, orthonormal"),
+        (edited("coupling", "ring"), "expected one of none, layer, all"),
+        (edited("coupling", ["all"]), "'coupling' must be a string"),
+        (edited("transform", "wavelet"), "expected one of dft, dct, identity"),
+        (edited("frame", "skew"), "expected one of raw, orthonormal, sketch"),
+        (edited("alpha", 0), "'alpha' is 0.0; expected above 0"),
+        (edited("alpha", -0.5), "'alpha' is -0.5; expected above 0"),
+        (edited("alpha", 1e6), "'alpha' is 1000000.0; expected above 0, below 1000000.0"),
+        (edited("alpha", float("nan")), "NaN is not JSON"),
+        (edited("alpha", float("inf")), "Infinity is not JSON"),
+        (edited("alpha", "1"), "'alpha' must be a number"),
+        (edited("alpha", True), "'alpha' must be a number"),
+        (edited("alpha", None), "'alpha' must be a number"),
         (edited("labels", "ab"), "must be a list"),
         (edited("labels", ["a", 1]), "strings only"),
         (edited("groups", []), "must be an object"),
@@ -438,30 +559,142 @@ def i32(*values):
         ({"q.core": np.zeros((2, 2, 2), np.float16)}, FileFormatError, "'dtype' is 'F16'"),
         ({"q.rows": np.array([0, 3])}, FileFormatError, "'dtype' is 'I64'"),
         ({"q.core": np.zeros((2, 2, 2), np.int32)}, FileFormatError, "dtype int32; expected float32"),
-        ({"q.rows": f32(2)}, FileFormatError, "rows have shape .2,. and dtype float32"),
+        ({"q.rows": f32(1, 2)}, FileFormatError, "rows have shape .1, 2. and dtype float32"),
         ({"q.core": f32(2, 2)}, FileFormatError, r"expected float32 \[2, r, r\]"),
         ({"q.core": f32(2, 2, 3)}, FileFormatError, "the core has shape"),
         ({"q.core": f32(3, 2, 2)}, FileFormatError, "the core has shape"),
-        ({"q.core": f32(2, 0, 0), "q.rows": i32(), "q.cols": i32()}, FileFormatError, "r of at least 1"),
+        (
+            {"q.core": f32(2, 0, 0), "q.rows": i32().reshape(1, 0), "q.cols": i32().reshape(1, 0)},
+            FileFormatError,
+            "r of at least 1",
+        ),
         ({"q.core": f32()}, FileFormatError, "the core has shape"),
-        ({"q.rows": i32(0)}, FileFormatError, r"expected int32 \[2\]"),
-        ({"q.cols": i32(0, 1, 2)}, FileFormatError, r"expected int32 \[2\]"),
-        ({"q.cols": i32(0, 1).reshape(1, 2)}, FileFormatError, r"expected int32 \[2\]"),
+        ({"q.rows": i32([0])}, FileFormatError, r"expected int32 \[1, 2\]"),
+        ({"q.cols": i32([0, 1, 2])}, FileFormatError, r"expected int32 \[1, 2\]"),
+        ({"q.cols": i32(0, 1)}, FileFormatError, r"cols have shape .2,. .* expected int32 \[1, 2\]"),
+        ({"q.cols": i32([[0, 1]])}, FileFormatError, r"expected int32 \[1, 2\]"),
+        ({"q.cols": i32([0, 1], [0, 1])}, FileFormatError, r"expected int32 \[1, 2\]"),
+        ({"q.rows": i32(0, 1)}, FileFormatError, r"rows have shape .2,.; expected \[b, 2\]"),
+        ({"q.rows": i32([[0, 1]])}, FileFormatError, r"expected \[b, 2\] with b dividing 2"),
+        ({"q.rows": i32().reshape(0, 2)}, FileFormatError, r"expected \[b, 2\] with b dividing 2"),
+        (
+            {"q.rows": i32(*3 * [[0, 1]]), "q.cols": i32(*3 * [[0, 1]])},
+            FileFormatError,
+            r"rows have shape .3, 2.; expected \[b, 2\] with b dividing 2",
+        ),
+        (
+            {"q.rows": i32([0, 1], [0, 1]), "q.cols": i32([0, 1], [0, 1])},
+            FileFormatError,
+            "2 sets of rows and columns; coupling 'all' has 1",
+        ),
+        ({"q.left": np.zeros((2, 2), np.uint8)}, FileFormatError, "'q.left' .uint8. belongs to no group"),
+        ({"q.rows": np.zeros((1, 2), np.uint8)}, FileFormatError, "dtype uint8; expected int32"),
+        ({"q.core": np.zeros((2, 2, 2), np.uint8)}, FileFormatError, "dtype uint8; expected float32"),
+        ({"more": np.zeros(2, np.uint8)}, FileFormatError, r"'more' .uint8. belongs to no group"),
         ({"q.core": np.full((2, 2, 2), np.nan, np.float32)}, BadInputError, "core holds NaN"),
         ({"q.core": np.full((2, 2, 2), -np.inf, np.float32)}, BadInputError, "core holds NaN"),
         ({"head": np.array([1, np.inf], np.float32)}, BadInputError, "holds NaN or infinity"),
-        ({"q.rows": i32(-1, 3)}, BadInputError, "rows must be strictly increasing indices from 0 to 3"),
-        ({"q.rows": i32(1, 1)}, BadInputError, "rows must be strictly increasing"),
-        ({"q.rows": i32(3, 0)}, BadInputError, "rows must be strictly increasing"),
-        ({"q.rows": i32(0, 4)}, BadInputError, "from 0 to 3"),
-        ({"q.rows": i32(-(2**31), 2**31 - 1)}, BadInputError, "from 0 to 3"),
-        ({"q.cols": i32(0, 5)}, BadInputError, "from 0 to 4"),
-        ({"q.cols": i32(2**31 - 1, -(2**31))}, BadInputError, "from 0 to 4"),
+        ({"q.rows": i32([-1, 3])}, BadInputError, "rows must be strictly increasing indices from 0 to 3"),
+        ({"q.rows": i32([1, 1])}, BadInputError, "rows must be strictly increasing"),
+        ({"q.rows": i32([3, 0])}, BadInputError, "rows must be strictly increasing"),
+        ({"q.rows": i32([0, 4])}, BadInputError, "from 0 to 3"),
+        ({"q.rows": i32([-(2**31), 2**31 - 1])}, BadInputError, "from 0 to 3"),
+        ({"q.cols": i32([0, 5])}, BadInputError, "from 0 to 4"),
+        ({"q.cols": i32([2**31 - 1, -(2**31)])}, BadInputError, "from 0 to 4"),
     ],
 )
 def test_wrong_tensors_are_refused_with_the_reason(tensors, error, message):
     with pytest.raises(error, match=message):
         parse_adapter(forge(tensors=tensors))
+
+
+PER_SLICE = {"q.rows": i32([0, 1], [2, 3]), "q.cols": i32([0, 1], [3, 4])}
+
+
+@pytest.mark.parametrize("bad", [[-1, 1], [2, 2], [3, 2], [2, 4]])
+def test_every_block_is_checked_and_not_the_first_alone(bad):
+    alone = edited("coupling", "none")
+    assert parse_adapter(forge(alone, PER_SLICE)).factors["q"].blocks == 2
+    with pytest.raises(BadInputError, match="rows must be strictly increasing indices from 0 to 3"):
+        parse_adapter(forge(alone, {**PER_SLICE, "q.rows": i32([0, 1], bad)}))
+
+
+@pytest.mark.parametrize(
+    ("coupling", "tensors", "message"),
+    [
+        ("none", {}, "1 sets of rows and columns; coupling 'none' has 2"),
+        ("all", PER_SLICE, "2 sets of rows and columns; coupling 'all' has 1"),
+    ],
+)
+def test_blocks_that_the_coupling_does_not_have_are_refused(coupling, tensors, message):
+    with pytest.raises(FileFormatError, match=message):
+        parse_adapter(forge(edited("coupling", coupling), tensors))
+    parse_adapter(forge(edited("coupling", "layer"), tensors))  # which may have any that divides
+
+
+# --- sketches --------------------------------------------------------------------------------------
+
+
+def u8(*rows):
+    return np.array(rows, np.uint8)
+
+
+@pytest.mark.parametrize("coupling", ["layer", "all"])
+def test_sketches_are_never_coupled(coupling):
+    with pytest.raises(FileFormatError, match=f"'sketch' has coupling 'none', not '{coupling}'"):
+        parse_adapter(forge(edited("coupling", coupling), raw=SKETCH))
+
+
+@pytest.mark.parametrize(
+    ("frame", "raw", "missing"),
+    [("sketch", SMALL, "q.left"), ("raw", SKETCH, "q.rows"), ("orthonormal", SKETCH, "q.rows")],
+)
+def test_the_factors_of_another_frame_are_refused(frame, raw, missing):
+    with pytest.raises(FileFormatError, match=f"'{missing}' is missing"):
+        parse_adapter(forge(edited("frame", frame), raw=raw))
+
+
+LEFT, RIGHT = small_sketch().tensors()["q.left"], small_sketch().tensors()["q.right"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ({"q.left": None}, FileFormatError, "'q.left' is missing"),
+        ({"q.right": None}, FileFormatError, "'q.right' is missing"),
+        ({"q.rows": i32([0, 1], [0, 1])}, FileFormatError, "'q.rows' .int32. belongs to no group"),
+        ({"q.left": LEFT[:, :1]}, FileFormatError, r"left has shape .2, 1. .* expected uint8 \[2, 2\]"),
+        ({"q.left": LEFT[:1]}, FileFormatError, r"left has shape .1, 2. .* expected uint8 \[2, 2\]"),
+        ({"q.left": LEFT.ravel()}, FileFormatError, r"left has shape .4,. .* expected uint8 \[2, 2\]"),
+        ({"q.right": RIGHT[:, :2]}, FileFormatError, r"right has shape .2, 2. .* expected uint8 \[2, 3\]"),
+        (
+            {"q.right": np.pad(RIGHT, ((0, 0), (0, 1)))},
+            FileFormatError,
+            r"right has shape .2, 4. .* \[2, 3\]",
+        ),
+        ({"q.left": LEFT.astype(np.int32)}, FileFormatError, "left has .* dtype int32; expected uint8"),
+        ({"q.left": f32(2, 2)}, FileFormatError, "left has .* dtype float32; expected uint8"),
+        ({"q.left": LEFT.astype(np.int8)}, FileFormatError, "'dtype' is 'I8'"),
+        ({"q.core": f32(2, 3, 3)}, FileFormatError, r"left has shape .2, 2. .* \[2, 3\]"),
+        ({"q.core": f32(2, 2)}, FileFormatError, "the core has shape"),
+        ({"q.core": np.full((2, 2, 2), np.nan, np.float32)}, BadInputError, "core holds NaN"),
+        ({"q.left": u8([3, 0], [0, 0])}, BadInputError, "left holds something else than -1, 0 and 1"),
+        ({"q.left": u8([0, 0], [0, 0b11000000])}, BadInputError, "left holds something else"),
+        ({"q.right": u8([0, 0, 0b00010000], [0, 0, 0])}, BadInputError, "right holds something else"),
+        ({"q.right": u8([0, 0, 0], [0, 0, 0b10000000])}, BadInputError, "right holds something else"),
+    ],
+)
+def test_wrong_sketches_are_refused_with_the_reason(tensors, error, message):
+    with pytest.raises(error, match=message):
+        parse_adapter(forge(tensors=tensors, raw=SKETCH))
+
+
+def test_sketches_are_of_the_sizes_of_the_weights():
+    def taller(document):
+        document["groups"]["q"]["n1"] = 8
+
+    with pytest.raises(FileFormatError, match=r"left has shape .2, 2. .* expected uint8 \[2, 4\]"):
+        parse_adapter(forge(taller, raw=SKETCH))
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "", "x\0y", "x\n", "x\x1b[2J"])
@@ -496,23 +729,53 @@ def with_factors(**parts):
     return Adapter(adapter.header, {"q": replace(adapter.factors["q"], **parts)}, adapter.extras)
 
 
+def with_sketches(**changes):
+    adapter = small_sketch()
+    header = {key: changes.pop(key) for key in ("frame", "coupling") if key in changes}
+    factors = {"q": replace(adapter.factors["q"], **changes)}
+    return Adapter(replace(adapter.header, **header), factors, adapter.extras)
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
         (with_factors(core=np.full((2, 2, 2), np.nan, np.float32)), "NaN"),
         (with_factors(core=np.zeros((2, 2, 2))), "float64"),
-        (with_factors(rows=np.array([3, 0], np.int32)), "strictly increasing"),
-        (with_factors(cols=np.array([0, 1])), "int64"),
+        (with_factors(rows=np.array([[3, 0]], np.int32)), "strictly increasing"),
+        (with_factors(cols=np.array([[0, 1]])), "int64"),
+        (with_factors(rows=np.array([0, 3], np.int32)), r"expected \[b, 2\]"),
+        (
+            with_factors(**{name: np.array(3 * [[0, 3]], np.int32) for name in ("rows", "cols")}),
+            "b dividing 2",
+        ),
+        (small_adapter(coupling="none"), "coupling 'none' has 2"),
+        (small_adapter(frame="sketch"), "not those of the frame 'sketch'"),
+        (with_sketches(frame="raw"), "not those of the frame 'raw'"),
+        (with_sketches(coupling="layer"), "'sketch' has coupling 'none', not 'layer'"),
+        (with_sketches(left=np.zeros((2, 4, 3), np.int8)), "the sketches have the shapes"),
+        (with_sketches(left=np.zeros((1, 4, 2), np.int8)), "the sketches have the shapes"),
+        (with_sketches(right=np.zeros((2, 5, 2), np.int8)), "the sketches have the shapes"),
+        (with_sketches(left=np.full((2, 4, 2), 0.5)), "dtypes float64 and int8; expected int8"),
+        (with_sketches(left=np.full((2, 4, 2), 2, np.int8)), "something else than -1, 0 and 1"),
+        (with_sketches(right=np.full((2, 2, 5), -2, np.int8)), "something else than -1, 0 and 1"),
+        (with_sketches(right=np.full((2, 2, 5), -128, np.int8)), "something else than -1, 0 and 1"),
+        (small_adapter(alpha=0.0), "'alpha' is 0.0"),
+        (small_adapter(alpha=-1.0), "'alpha' is -1.0"),
+        (small_adapter(alpha=float("nan")), "NaN is not JSON"),
         (Adapter(small_adapter().header, {}, {}), "do not name the same groups"),
         (Adapter(replace(small_adapter().header, groups={}), {}, {}), "are empty"),
         (replace(small_adapter(), extras={"head": np.array([np.inf], np.float32)}), "NaN or infinity"),
         (replace(small_adapter(), extras={"head": np.array([1.0])}), "float64"),
         (replace(small_adapter(), extras={"q.core": f32(2, 2, 2)}), "'q.core'"),
         (replace(small_adapter(), extras={"v.rows": f32(2)}), "'v.rows'"),
+        (replace(small_adapter(), extras={"v.left": f32(2)}), "'v.left'"),
+        (replace(small_adapter(), extras={"v.right": f32(2)}), "'v.right'"),
         (replace(small_adapter(), extras={"a/b": f32(2)}), "not allowed"),
         (replace(small_adapter(), extras={"__metadata__": f32(2)}), "not allowed"),
         (small_adapter(labels=("\ud800",)), "not Unicode text"),
         (small_adapter(frame="skew"), "expected one of raw, orthonormal"),
+        (small_adapter(coupling="ring"), "expected one of none, layer, all"),
+        (small_adapter(transform="wavelet"), "expected one of dft, dct, identity"),
     ],
 )
 def test_an_adapter_that_could_not_be_read_is_not_written(adapter, message):

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from edge_tcur_runtime.errors import (
     BadInputError,
@@ -27,10 +28,11 @@ from edge_tcur_runtime.formats.bundle import (
     serialize_manifest,
 )
 
-V1 = Path(__file__).parents[1] / "data" / "bundle-v1"
+DATA = Path(__file__).parents[1] / "data"
+V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
 RAW = (V1 / MANIFEST).read_bytes()
 FILES = sorted(path.name for path in V1.iterdir() if path.name != MANIFEST)
-GROUP = "mlp.fc1"
+GROUP = "32x16"
 SIZE = json.loads(RAW)["files"][BASE_FILE]["size"]
 WEIGHT = json.loads(RAW)["groups"][GROUP]["parameters"][0]
 
@@ -75,12 +77,37 @@ def test_the_bundle_of_version_1_keeps_opening():
     assert manifest.groups[GROUP].n1 == 32
     assert manifest.groups[GROUP].n2 == 16
     assert manifest.groups[GROUP].rank == 3
+    assert (manifest.coupling, manifest.transform) == ("layer", "dft")
+    assert {name: (len(spec.parameters), spec.blocks) for name, spec in manifest.groups.items()} == {
+        "16x16": (8, 2), "32x16": (2, 2), "16x32": (2, 2),
+    }  # fmt: skip
+    assert manifest.factor_names() == [
+        f"{group}.{part}" for group in manifest.groups for part in ("core", "rows", "cols")
+    ]
+    assert manifest.base_extras is None
     assert manifest.tensors[WEIGHT].shape == (16, 32)
     assert manifest.tensors[WEIGHT].transposed
     assert manifest.inputs["pixel_values"].shape == ("batch", 1, 8, 8)
     assert bundle.graph("infer") == V1 / "infer.onnx"
     assert bundle.path(BASE_FILE) == V1 / "base.bin"
     assert read_adapter(bundle.path(manifest.adapter)).header.base_digest == manifest.base_digest
+
+
+def test_the_sketch_bundle_of_version_1_keeps_opening():
+    bundle = open_bundle(SKETCH_V1)
+    manifest = bundle.manifest
+    assert set(manifest.graphs) == {"infer", "step"}
+    assert manifest.parts == ("core", "left", "right")
+    assert (manifest.coupling, manifest.transform) == ("none", "identity")
+    assert all(spec.blocks == len(spec.parameters) for spec in manifest.groups.values())
+    assert dict(manifest.extras) == {"module.classifier.bias": (4,), "module.classifier.weight": (4, 16)}
+    assert manifest.factor_names()[-4:] == ["32x16.left", "32x16.right", *manifest.extras]
+    own = load_file(bundle.path(manifest.base_extras))
+    assert {name: value.shape for name, value in own.items()} == dict(manifest.extras)
+    trained = read_adapter(bundle.path(manifest.adapter)).extras
+    assert all((own[name] != trained[name]).any() for name in own)
+    raw = (SKETCH_V1 / MANIFEST).read_bytes()
+    assert serialize_manifest(parse_manifest(raw, "m.json")) == raw
 
 
 def test_a_graph_that_was_not_exported_is_none():
@@ -100,8 +127,9 @@ def test_files_that_the_manifest_does_not_name_are_left_alone(root):
     assert open_bundle(root).manifest.labels
 
 
-def test_no_file_of_version_1_tells_where_it_was_made():
-    for path in V1.iterdir():
+@pytest.mark.parametrize("root", [V1, SKETCH_V1], ids=["indices", "sketch"])
+def test_no_file_of_version_1_tells_where_it_was_made(root):
+    for path in root.iterdir():
         for place in (b"/work", b"/tmp", b"/root", b"/home"):
             assert place not in path.read_bytes(), path.name
 
@@ -216,7 +244,7 @@ def test_a_newer_version_is_refused_as_newer_whatever_else_it_holds():
 
 @pytest.mark.parametrize("key", list(json.loads(RAW)))
 def test_a_missing_field_is_named(key):
-    if key in {"adapter", "canary", "device"}:
+    if key in {"adapter", "canary", "device", "base_extras"}:
         document = json.loads(RAW)
         del document[key]
         assert getattr(parse_manifest(json.dumps(document).encode(), "m.json"), key) is None
@@ -254,14 +282,26 @@ def test_a_file_name_that_leaves_the_directory_is_refused(name):
         (put("graphs", "infer", "../infer.onnx"), "'../infer.onnx' is used but not listed"),
         (put("canary", "other"), "'other' is used but not listed"),
         (put("adapter", "../a.safetensors"), "is used but not listed"),
+        (put("base_extras", "../a.safetensors"), "is used but not listed"),
+        (put("base_extras", 1), "'base_extras' must be a string"),
         (put("inputs", "pixel_values", "dtype", "float16"), "expected one of float32, int64"),
         (put("inputs", "pixel_values", "shape", [1.5]), "sizes or axis names"),
         (put("groups", GROUP, "rank", 0), "'rank' is 0"),
         (put("groups", GROUP, "rank", 17), "the rank 17"),
+        (put("groups", GROUP, "blocks", 0), "'blocks' is 0"),
+        (put("groups", GROUP, "blocks", 3), "3 blocks do not divide 2 weights"),
+        (put("groups", GROUP, "blocks", 4), "4 blocks do not divide 2 weights"),
+        (put("groups", GROUP, "blocks", True), "must be an integer, not bool"),
+        (lambda document: document["groups"][GROUP].pop("blocks"), "'blocks' is missing"),
+        (put("parts", ["core"]), "'parts' are core"),
+        (put("parts", []), "'parts' are "),
+        (put("parts", ["core", "rows", "left"]), "'parts' are core, rows, left"),
+        (put("parts", ["rows", "cols", "core"]), "'parts' are rows, cols, core"),
+        (put("parts", "core"), "must be a list"),
         (put("groups", GROUP, "n1", 33), "missing from 'tensors' or is not (33, 16)"),
         (put("groups", GROUP, "parameters", []), "at least one weight"),
         (put("groups", GROUP, "parameters", [WEIGHT, WEIGHT]), "each once"),
-        (put("groups", GROUP, "parameters", ["other"]), "the weight 'other' is missing"),
+        (put("groups", GROUP, "parameters", ["other", "more"]), "the weight 'other' is missing"),
         (lambda document: document["tensors"].pop(WEIGHT), f"the weight '{WEIGHT}' is missing"),
         (put("tensors", WEIGHT, "transposed", False), "or is not (32, 16)"),
         (put("tensors", WEIGHT, "transposed", 1), "must be true or false"),
@@ -275,8 +315,8 @@ def test_a_file_name_that_leaves_the_directory_is_refused(name):
         (put("labels", ["a", 1]), "strings only"),
         (put("labels", ["a", "a"]), "'labels'"),
         (put("preprocessing", "image"), "must be an object"),
-        (put("coupling", "none"), "expected one of all"),
-        (put("transform", "dct"), "expected one of dft"),
+        (put("coupling", "ring"), "expected one of none, layer, all"),
+        (put("transform", "wavelet"), "expected one of dft, dct, identity"),
         (put("opset", 0), "'opset' is 0"),
         (put("versions", "torch", 2), "must be a string"),
         (put("device", 3), "must be a string"),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from edge_tcur_runtime import budget as budget_module
 from edge_tcur_runtime import personalize as module
@@ -29,17 +30,11 @@ from edge_tcur_runtime.errors import (
     IncompatibleError,
     IntegrityError,
 )
-from edge_tcur_runtime.formats.adapter import (
-    Adapter,
-    AdapterHeader,
-    Factors,
-    GroupSpec,
-    parse_adapter,
-    serialize_adapter,
-)
+from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
-from edge_tcur_runtime.frame import Frame
+from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec
+from edge_tcur_runtime.frame import Frame, build_frame
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import Trainer, blank_adapter, bundle_adapter, personalize
 from edge_tcur_runtime.predict import Model
@@ -47,7 +42,7 @@ from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
 
 DATA = Path(__file__).parents[1] / "data"
-V1, USER = DATA / "bundle-v1", DATA / "user.npz"
+V1, SKETCH_V1, USER = DATA / "bundle-v1", DATA / "sketch-v1", DATA / "user.npz"
 MIB = 2**20
 INSTALLED = find_onnxruntime()
 
@@ -62,6 +57,11 @@ ENGINE = ["ort-step", pytest.param("ort-training", marks=needs_training)]
 @pytest.fixture(scope="module")
 def bundle():
     return open_bundle(V1)
+
+
+@pytest.fixture(scope="module")
+def sketched():
+    return open_bundle(SKETCH_V1)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,15 @@ def quick(**changes):
 @pytest.mark.parametrize("name", ENGINE)
 @pytest.mark.parametrize("start", ["bundle", "base"])
 def test_the_users_pictures_are_answered_far_better_afterwards(bundle, user, name, start):
+    check_learning(bundle, user, name, start)
+
+
+@pytest.mark.parametrize("start", ["bundle", "base"])
+def test_sketches_and_a_module_in_full_learn_the_users_pictures(sketched, user, start):
+    check_learning(sketched, user, "ort-step", start)
+
+
+def check_learning(bundle, user, name, start):
     model = Model(bundle, threads=1)
     begin = bundle_adapter(bundle) if start == "bundle" else None
     model.attach(begin)
@@ -108,8 +117,9 @@ def test_the_users_pictures_are_answered_far_better_afterwards(bundle, user, nam
     assert result.peak_rss_bytes > 0
 
 
-def test_only_the_cores_move_and_the_base_is_only_read(tmp_path, user):
-    root = shutil.copytree(V1, tmp_path / "bundle")
+@pytest.mark.parametrize("stored", [V1, SKETCH_V1], ids=["indices", "sketch"])
+def test_only_the_cores_and_the_head_move_and_the_base_is_only_read(tmp_path, user, stored):
+    root = shutil.copytree(stored, tmp_path / "bundle")
     before = {path.name: (digest_file(path), path.stat().st_mtime_ns) for path in root.iterdir()}
     bundle = open_bundle(root)
     own = bundle_adapter(bundle)
@@ -118,21 +128,38 @@ def test_only_the_cores_move_and_the_base_is_only_read(tmp_path, user):
     assert result.base_digest_before == result.base_digest_after == before[BASE_FILE][0]
     assert replace(result.adapter.header, provenance={}) == replace(own.header, provenance={})
     assert result.adapter.header.provenance["personal"] == "true"
-    for group, part in result.adapter.factors.items():
-        np.testing.assert_array_equal(part.rows, own.factors[group].rows)
-        np.testing.assert_array_equal(part.cols, own.factors[group].cols)
-        assert (part.core != own.factors[group].core).all(), group
+    assert set(result.adapter.tensors()) == set(own.tensors())
+    for name, value in own.tensors().items():
+        moved = result.adapter.tensors()[name]
+        if name.rpartition(".")[2] in FACTOR_PARTS[1:]:
+            np.testing.assert_array_equal(moved, value, err_msg=name)
+        else:
+            assert (moved != value).all(), name
     assert parse_adapter(serialize_adapter(result.adapter)).header == result.adapter.header
 
 
-def test_the_blank_adapter_is_the_base(bundle, user):
+@pytest.mark.parametrize("stored", [V1, SKETCH_V1], ids=["indices", "sketch"])
+def test_the_blank_adapter_is_the_base(stored, user):
+    bundle = open_bundle(stored)
     model = Model(bundle, threads=1)
-    inputs = build_preprocessor(bundle.manifest.preprocessing, V1)(user.samples[:8])
+    inputs = build_preprocessor(bundle.manifest.preprocessing, stored)(user.samples[:8])
     base = model.outputs(inputs)
     model.attach(blank_adapter(bundle))
     np.testing.assert_array_equal(model.outputs(inputs), base)
     for part in blank_adapter(bundle).factors.values():
         assert not part.core.any()
+
+
+def test_the_blank_adapter_has_the_bases_own_values_of_a_module_trained_in_full(sketched):
+    blank, own = blank_adapter(sketched), bundle_adapter(sketched)
+    stored = load_file(SKETCH_V1 / "extras.safetensors")
+    assert set(blank.extras) == set(own.extras) == set(stored)
+    for name, value in stored.items():
+        np.testing.assert_array_equal(blank.extras[name], value)
+        assert value.any()
+        assert (own.extras[name] != value).any()
+    new_head = replace(sketched, manifest=replace(sketched.manifest, base_extras=None))
+    assert not any(value.any() for value in blank_adapter(new_head).extras.values())
 
 
 def test_a_bundle_without_an_adapter_says_so(bundle, user):
@@ -163,12 +190,25 @@ def test_both_engines_take_the_same_twenty_steps(bundle, user):
 def test_an_adapter_of_another_rank_is_trained_by_the_engine_that_can(bundle, user):
     own = bundle_adapter(bundle)
     factors = {
-        group: Factors(np.ascontiguousarray(part.core[:, :2, :2]), part.rows[:2], part.cols[:2])
+        group: Factors(np.ascontiguousarray(part.core[:, :2, :2]), part.rows[:, :2], part.cols[:, :2])
         for group, part in own.factors.items()
     }
     result = personalize(bundle, user, quick(engine="auto"), start=Adapter(own.header, factors))
     assert result.engine == "ort-step"
     assert {part.rank for part in result.adapter.factors.values()} == {2}
+    assert result.losses[-1] < result.losses[0]
+
+
+def test_a_sketch_of_another_rank_is_trained_too(sketched, user):
+    own = bundle_adapter(sketched)
+    factors = {
+        group: replace(part, core=part.core[:, :1, :1], left=part.left[:, :, :1], right=part.right[:, :1])
+        for group, part in own.factors.items()
+    }
+    start = replace(own, factors=factors)
+    result = personalize(sketched, user, quick(engine="auto"), start=start)
+    assert result.engine == "ort-step"
+    assert {part.rank for part in result.adapter.factors.values()} == {1}
     assert result.losses[-1] < result.losses[0]
 
 
@@ -178,6 +218,49 @@ def test_without_a_held_out_part_the_new_adapter_always_counts_as_better(bundle,
     assert result.accuracy_before is result.accuracy_after is None
     assert result.accuracies == []
     assert result.better
+
+
+# --- coordinates -----------------------------------------------------------------------------------
+
+
+def base_weights(bundle, group):
+    """The weights [n3, n1, n2] of a group, read from the base file as a whole."""
+    raw, spec = np.fromfile(bundle.path(BASE_FILE), "<f4"), bundle.manifest.groups[group]
+    places = [bundle.manifest.tensors[name] for name in spec.parameters]
+    flat = [raw[place.offset // 4 :][: np.prod(place.shape)].reshape(place.shape) for place in places]
+    return np.stack([part.T if place.transposed else part for part, place in zip(flat, places, strict=True)])
+
+
+def test_the_frame_of_every_group_is_made_of_the_rows_and_columns_of_each_block(bundle):
+    own = bundle_adapter(bundle)
+    start = replace(own, header=replace(own.header, alpha=3.0))
+    coordinates = read_coordinates(bundle, start)
+    for group, part in own.factors.items():
+        weights = base_weights(bundle, group)
+        size = len(weights) // part.blocks
+        columns = [weight[:, part.cols[at // size]] for at, weight in enumerate(weights)]
+        rows = [weight[part.rows[at // size]] for at, weight in enumerate(weights)]
+        expected = build_frame(
+            "orthonormal", np.stack(columns), np.stack(rows), transform="dft", blocks=part.blocks, alpha=3.0
+        )
+        np.testing.assert_array_equal(coordinates.frames[group].to_raw(part.core), expected.to_raw(part.core))
+    again = coordinates.adapter(coordinates.initial(), {})
+    for group, part in own.factors.items():
+        np.testing.assert_allclose(again.factors[group].core, part.core, rtol=1e-5, atol=1e-6)
+
+
+def test_sketches_are_trained_as_they_are_but_for_alpha(sketched):
+    own = bundle_adapter(sketched)
+    coordinates = read_coordinates(sketched, own)
+    values = coordinates.initial()
+    assert set(values) == {f"{group}.core" for group in own.factors} | set(own.extras)
+    for group, part in own.factors.items():
+        np.testing.assert_array_equal(values[f"{group}.core"], part.core.astype(np.float64) / 2)
+    for name, value in coordinates.raw(values).items():
+        np.testing.assert_array_equal(value, own.feeds()[name])
+    ones = {name: np.ones_like(value) for name, value in values.items()}
+    for name, value in coordinates.pull_back(ones).items():
+        np.testing.assert_array_equal(value, 2 if coordinates.is_core(name) else 1)
 
 
 # --- one update, whatever the micro-batch -----------------------------------------------------------
@@ -230,7 +313,7 @@ class Quadratic:
 def quadratic_trainer(engine, settings, count=7):
     """A trainer of one core and a head in the raw frame, on samples whose targets are 0 or 1."""
     header = AdapterHeader("sha256:b", {"q": GroupSpec(("q.0",), 4, 4)}, "t", ("0", "1"), frame="raw")
-    indices = np.array([0, 1], np.int32)
+    indices = np.array([[0, 1]], np.int32)
     core = Factors(np.full((1, 2, 2), 3, np.float32), indices, indices)
     start = Adapter(header, {"q": core}, {"head": np.full(3, 3, np.float32)})
     samples = np.arange(count, dtype=np.float32)[:, None, None]

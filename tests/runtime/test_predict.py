@@ -14,14 +14,15 @@ from safetensors.numpy import load_file
 from edge_tcur_runtime.data import Dataset, load_dataset
 from edge_tcur_runtime.errors import BaseMismatchError, DataError, FileFormatError, IncompatibleError
 from edge_tcur_runtime.feeds import build_feeds
-from edge_tcur_runtime.formats.adapter import Adapter, Factors, read_adapter
+from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.factors import Factors, SketchFactors
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import bundle_adapter
 from edge_tcur_runtime.predict import Model, accuracy_of
 
 DATA = Path(__file__).parents[1] / "data"
-V1 = DATA / "bundle-v1"
+V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
 
 pytestmark = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
 
@@ -37,9 +38,18 @@ def user():
 
 
 @pytest.fixture(scope="module")
+def sketched():
+    return open_bundle(SKETCH_V1)
+
+
+@pytest.fixture(scope="module")
 def canary():
+    return read_canary(V1)
+
+
+def read_canary(root):
     """(inputs, base's outputs, adapter's outputs) that the exporter computed with torch."""
-    tensors = load_file(V1 / "canary.safetensors")
+    tensors = load_file(root / "canary.safetensors")
     inputs = {name.removeprefix("input."): tensors[name] for name in tensors if name.startswith("input.")}
     return inputs, tensors["output.base"], tensors["output.adapter"]
 
@@ -53,9 +63,7 @@ def personal(bundle, seed=0, scale=0.05):
     """Another adapter of the bundle's base."""
     own, generator = bundle_adapter(bundle), np.random.default_rng(seed)
     factors = {
-        group: Factors(
-            (part.core + generator.normal(0, scale, part.core.shape)).astype(np.float32), part.rows, part.cols
-        )
+        group: part.with_core((part.core + generator.normal(0, scale, part.core.shape)).astype(np.float32))
         for group, part in own.factors.items()
     }
     return Adapter(own.header, factors, own.extras)
@@ -64,8 +72,10 @@ def personal(bundle, seed=0, scale=0.05):
 # --- outputs ---------------------------------------------------------------------------------------
 
 
-def test_the_canary_answers_as_torch_did(model, bundle, canary):
-    inputs, base, adapted = canary
+@pytest.mark.parametrize("root", [V1, SKETCH_V1], ids=["indices", "sketch"])
+def test_the_canary_answers_as_torch_did(root):
+    bundle, (inputs, base, adapted) = open_bundle(root), read_canary(root)
+    model = Model(bundle, threads=1)
     np.testing.assert_allclose(model.outputs(inputs), base, rtol=1e-4, atol=1e-5)
     model.attach(bundle_adapter(bundle))
     np.testing.assert_allclose(model.outputs(inputs), adapted, rtol=1e-4, atol=1e-5)
@@ -91,25 +101,57 @@ def test_swapping_there_and_back_gives_each_ones_outputs_exactly(bundle, canary)
     assert len({value.tobytes() for value in fresh.values()}) == 3
 
 
+def padded(indices, size):
+    """Two more indices in each block."""
+    more = [np.append(block, np.setdiff1d(np.arange(size), block)[:2]) for block in indices]
+    return np.sort(more).astype(np.int32)
+
+
 def test_an_adapter_of_another_rank_runs_on_the_same_graph(model, bundle, canary):
     """A core padded with rows and columns of zeros is the same update."""
     own = bundle_adapter(bundle)
     factors = {}
     for group, part in own.factors.items():
-        rows, cols = (
-            np.sort(np.append(indices, np.setdiff1d(np.arange(size), indices)[:2])).astype(np.int32)
-            for indices, size in (
-                (part.rows, own.header.groups[group].n1),
-                (part.cols, own.header.groups[group].n2),
-            )
-        )
+        spec = own.header.groups[group]
+        rows, cols = padded(part.rows, spec.n1), padded(part.cols, spec.n2)
         core = np.zeros((len(part.core), 5, 5), np.float32)
-        core[np.ix_(range(len(core)), np.searchsorted(cols, part.cols), np.searchsorted(rows, part.rows))] = (
-            part.core
-        )
+        for slice_, old in enumerate(part.core):
+            block = slice_ * part.blocks // len(core)
+            places = [
+                np.searchsorted(new[block], of[block]) for new, of in ((cols, part.cols), (rows, part.rows))
+            ]
+            core[slice_][np.ix_(*places)] = old
         factors[group] = Factors(core, rows, cols)
     model.attach(Adapter(own.header, factors, own.extras))
     np.testing.assert_allclose(model.outputs(canary[0]), canary[2], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sketch_of_another_rank_runs_on_the_same_graph(sketched):
+    """Vectors that a core of zeros joins add nothing."""
+    own, (inputs, _, adapted) = bundle_adapter(sketched), read_canary(SKETCH_V1)
+    factors = {
+        group: SketchFactors(
+            np.pad(part.core, ((0, 0), (0, 3), (0, 3))),
+            np.pad(part.left, ((0, 0), (0, 0), (0, 3)), constant_values=1),
+            np.pad(part.right, ((0, 0), (0, 3), (0, 0)), constant_values=-1),
+        )
+        for group, part in own.factors.items()
+    }
+    model = Model(sketched, threads=1)
+    model.attach(Adapter(own.header, factors, own.extras))
+    np.testing.assert_allclose(model.outputs(inputs), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_swapping_sketches_there_and_back_gives_the_base_its_own_module_again(sketched):
+    """The classifier is trained in full: without an adapter its own values answer."""
+    model, (inputs, _, _) = Model(sketched, threads=1), read_canary(SKETCH_V1)
+    base = model.outputs(inputs)
+    seen = []
+    for adapter in (bundle_adapter(sketched), personal(sketched), None):
+        model.attach(adapter)
+        seen.append(model.outputs(inputs))
+    np.testing.assert_array_equal(seen[2], base)
+    assert len({value.tobytes() for value in seen}) == 3
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 80, 1000])
@@ -185,6 +227,13 @@ def without_a_group(adapter):
     return Adapter(replace(adapter.header, groups=groups), {name: adapter.factors[name] for name in groups})
 
 
+def with_other_blocks(adapter):
+    """The rows and columns of one group's first block for all of its weights; the header says the same."""
+    one = adapter.factors["16x16"]
+    factors = {**adapter.factors, "16x16": replace(one, rows=one.rows[:1], cols=one.cols[:1])}
+    return replace(adapter, factors=factors)
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
@@ -192,14 +241,35 @@ def without_a_group(adapter):
         (lambda a: renamed(a, labels=("1", "0", "2", "3")), "labels"),
         (lambda a: renamed(a, task="text-classification"), "task"),
         (lambda a: renamed(a, coupling="none"), "coupling"),
+        (lambda a: renamed(a, coupling="all"), "coupling"),
         (lambda a: renamed(a, transform="dct"), "transform"),
+        (lambda a: renamed(a, frame="sketch"), "factors"),
         (without_a_group, "groups"),
+        (with_other_blocks, "groups"),
         (lambda a: replace(a, extras={"head": np.zeros(4, np.float32)}), "head"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused_with_what_differs(model, bundle, change, what):
     with pytest.raises(IncompatibleError, match=f"the adapter's {what} differ"):
         model.attach(change(bundle_adapter(bundle)))
+
+
+def test_rows_and_columns_are_refused_where_sketches_are_fed(sketched):
+    own = bundle_adapter(sketched)
+    parts = {
+        group: Factors(part.core, *(np.tile(np.int32([0, 1]), (part.blocks, 1)) for _ in range(2)))
+        for group, part in own.factors.items()
+    }
+    with pytest.raises(IncompatibleError, match="the adapter's factors differ from the bundle's") as caught:
+        build_feeds(sketched.manifest, replace(renamed(own, frame="raw"), factors=parts))
+    for part in ("rows", "cols", "left", "right"):
+        assert part in caught.value.message
+
+
+@pytest.mark.parametrize("extras", [{}, {"module.classifier.bias": np.zeros(4, np.float32)}])
+def test_an_adapter_without_the_modules_trained_in_full_is_refused(sketched, extras):
+    with pytest.raises(IncompatibleError, match=r"the adapter's head differ.*module\.classifier\.weight"):
+        build_feeds(sketched.manifest, replace(bundle_adapter(sketched), extras=extras))
 
 
 def test_what_differs_is_shown_and_not_what_is_alike(bundle):

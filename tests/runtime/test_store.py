@@ -27,15 +27,9 @@ from edge_tcur_runtime.errors import (
     IntegrityError,
     UsageError,
 )
-from edge_tcur_runtime.formats.adapter import (
-    Adapter,
-    AdapterHeader,
-    Factors,
-    GroupSpec,
-    parse_adapter,
-    serialize_adapter,
-)
+from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.factors import Factors, GroupSpec
 from edge_tcur_runtime.store import State, Store, parse_state, serialize_state
 
 BASE = "sha256:" + "b" * 64
@@ -47,7 +41,7 @@ CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir")
 def adapter_bytes(seed, base=BASE):
     """A valid adapter file of rank 2 over two 4 x 5 weights."""
     core = np.random.default_rng(seed).normal(size=(2, 2, 2)).astype(np.float32)
-    factors = Factors(core, np.array([0, 3], np.int32), np.array([1, 4], np.int32))
+    factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
     header = AdapterHeader(base, {"q": GroupSpec(("q.0", "q.1"), 4, 5)}, "text-classification", ("a", "b"))
     return serialize_adapter(Adapter(header, {"q": factors}, {"head": np.ones(3, np.float32)}))
 

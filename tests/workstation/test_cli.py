@@ -24,26 +24,14 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.output import Mode, Sink
 
 GROUP_KEYS = {
-    "name", "slices", "n1", "n2", "rank", "trained_numbers", "core_norm", "rows", "cols", "parameters",
+    "name", "slices", "n1", "n2", "rank", "trained_numbers", "core_norm", "blocks", "rows", "cols",
+    "parameters",
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
-def cli(capsys):
-    """Runs `edge-tcur`; returns exit code, stdout (parsed with --json) and stderr."""
-
-    def call(*arguments):
-        with pytest.raises(SystemExit) as caught:
-            run(edge_tcur, list(map(str, arguments)))
-        out, err = capsys.readouterr()
-        return caught.value.code, json.loads(out) if "--json" in arguments else out, err
-
-    return call
 
 
 def python(code):
@@ -118,7 +106,13 @@ def test_train_shows_every_setting(cli):
     text = " ".join(out.split())
     for option in ("--text-column", "--learning-rate", "--eval-fraction", "--max-length", "--config"):
         assert option in text
-    assert "[raw|orthonormal]" in text
+    for choices in (
+        "[raw|orthonormal|sketch]",
+        "[none|layer|all]",
+        "[auto|dft|dct|identity]",
+        "[norm|squared-norm|inverse-norm|leverage|gradient|random]",
+    ):
+        assert choices in text
     assert "[default: 20]" in text
 
 
@@ -175,7 +169,13 @@ def test_train_refuses(cli, vit_dir, digits_npz, tmp_path):
         return code, out["error"]
 
     assert code_of("--rank", "two")[0] == ExitCode.USAGE
-    assert code_of("--grouping", "none")[0] == ExitCode.USAGE
+    for option in ("--coupling", "--transform", "--selection", "--frame"):
+        assert code_of(option, "other")[0] == ExitCode.USAGE
+    code, error = code_of("--grouping", "shap")  # patterns are allowed too, so not one of some choices
+    assert (code, error["code"], error["where"]) == (3, "bad-config", "grouping")
+    assert error["hint"] == "did you mean 'shape'?"
+    code, error = code_of("--transform", "dct")
+    assert (code, error["code"], error["where"]) == (3, "bad-config", "transform")
     assert code_of(arguments=("train", "--data", digits_npz, "--out", tmp_path / "run"))[0] == ExitCode.USAGE
     code, error = code_of("--rank", "99")
     assert (code, error["code"], error["where"]) == (3, "bad-config", "rank")
@@ -224,7 +224,12 @@ def test_inspect_an_adapter_and_a_run(cli, trained):
     assert payload["labels"] == ["0", "1", "2"]
     assert set(payload["groups"][0]) == GROUP_KEYS
     assert all(group["core_norm"] > 0 for group in payload["groups"])
-    assert payload["provenance"]["selection"] == "norm"
+    for group in payload["groups"]:  # uncoupled: rows and columns of their own for each of the two layers
+        assert group["blocks"] == group["slices"] == 2
+        for name, size in (("rows", group["n1"]), ("cols", group["n2"])):
+            assert [len(indices) for indices in group[name]] == [2, 2]
+            assert all(0 <= low < high < size for low, high in group[name])
+    assert payload["provenance"]["selection"] == "gradient"
     code, whole, _ = cli("inspect", trained, "--json")
     assert (code, whole["kind"]) == (0, "run")
     assert {key: value for key, value in payload.items() if key != "schema_version"} == whole["adapter"]
@@ -234,6 +239,41 @@ def test_inspect_an_adapter_and_a_run(cli, trained):
     assert code == 0
     for part in ("attention.q_proj", payload["base_digest"], payload["digest"], "labels", "0, 1, 2"):
         assert part in text
+
+
+def test_train_along_other_axes(cli, vit_dir, digits_npz, tmp_path):
+    """Every setting of the method from the command line, and a file that holds sketches."""
+    out = tmp_path / "sketch"
+    more = ("--frame", "sketch", "--layers-to-transform", "1", "--rank-pattern", "*.fc1=3", "--alpha", "0.5")
+    more += ("--modules-to-save", "module.classifier", "--gradient-batches", "2")
+    code, payload, err = cli(*train_arguments(vit_dir, digits_npz, out, *more, "--json"))
+    assert (code, err) == (0, "")
+    assert {group["name"]: (group["slices"], group["rank"]) for group in payload["groups"]} == {
+        **{f"attention.{leaf}_proj": (1, 2) for leaf in "qkvo"},
+        "mlp.fc1": (1, 3),
+        "mlp.fc2": (1, 2),
+    }
+    assert not any({"rows", "cols"} & set(group) for group in payload["groups"])
+    assert payload["trained_numbers"] == 5 * 4 + 9
+    assert payload["head_numbers"] == 3 * 16 + 3
+    assert payload["skipped"]["module.classifier"] == "trained in full (modules_to_save)"
+    assert payload["skipped"]["module.vit.layers.0.mlp.fc1"] == "not among the layers to transform"
+    code, shown, _ = cli("inspect", out, "--json")
+    assert (code, shown["adapter"]["frame"], shown["adapter"]["coupling"]) == (0, "sketch", "none")
+    assert shown["adapter"]["extras"] == {"module.classifier.weight": [3, 16], "module.classifier.bias": [3]}
+    code, text, _ = cli("inspect", out)
+    assert code == 0
+    assert "t-product (identity), coupling none, frame sketch" in text
+    assert text.count("sketch") >= 2 * 6
+    code, scores, _ = cli("eval", out, "--data", digits_npz, "--json")
+    assert (code, scores["samples"]) == (0, 60)
+    code, payload, _ = cli(
+        *train_arguments(vit_dir, digits_npz, tmp_path / "run", "--coupling", "all", "--json")
+    )
+    assert (code, payload["groups"][0]["blocks"]) == (0, 1)
+    other = tmp_path / "run" / "adapter.safetensors"
+    code, payload, _ = cli("eval", out, "--data", digits_npz, "--adapter", other, "--json")
+    assert (code, payload["error"]["code"]) == (4, "incompatible")
 
 
 def test_inspect_refuses(cli, trained, tmp_path):

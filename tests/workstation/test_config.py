@@ -31,6 +31,38 @@ def test_round_trip():
     assert config.method().rank == 4
 
 
+def test_lists_in_text():
+    """Text, so that the command line, a TOML file and ``run.json`` hold the same."""
+    config = TrainConfig(
+        rank_pattern="*.q=4, blocks.?.k=16 ,", layers_to_transform=" 0,11", modules_to_save="head , *.norm"
+    )
+    assert config_from_dict(config.to_dict(), "run.json") == config
+    method = config.method()
+    assert method.rank_pattern == {"*.q": 4, "blocks.?.k": 16}
+    assert list(method.rank_pattern) == ["*.q", "blocks.?.k"]  # the first that matches counts
+    assert method.layers_to_transform == (0, 11)
+    assert method.modules_to_save == ("head", "*.norm")
+    method = TrainConfig().method()
+    assert (dict(method.rank_pattern), method.layers_to_transform, method.modules_to_save) == ({}, (), ())
+
+
+def test_a_rank_of_a_pattern_names_the_pattern():
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(rank_pattern="*.q=0")
+    assert caught.value.where == "*.q"
+
+
+def test_combinations_that_mean_nothing_are_refused_with_the_settings():
+    for options, where in (
+        ({"transform": "dct"}, "transform"),
+        ({"coupling": "layer"}, "coupling"),
+        ({"frame": "sketch", "selection": "norm"}, "frame"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            TrainConfig(**options)
+        assert caught.value.where == where
+
+
 def test_a_toml_file(tmp_path):
     path = tmp_path / "train.toml"
     path.write_text('base = "vit/"\nrank = 4\nlearning_rate = 1\n')
@@ -77,6 +109,10 @@ def test_a_file_that_cannot_be_read(tmp_path):
         ("weight_decay", -0.1), ("weight_decay", float("nan")),
         ("eval_fraction", 0.0), ("eval_fraction", 1.0),
         ("task", "text-clasification"), ("grouping", "x"), ("frame", "x"), ("selection", "x"),
+        ("coupling", "x"), ("transform", "x"), ("alpha", 0.0), ("alpha", float("inf")), ("head_epochs", -1),
+        ("gradient_batches", 0), ("rank_pattern", "*.q"), ("rank_pattern", "=3"), ("rank_pattern", "*.q=x"),
+        ("rank_pattern", "*.q=-1"), ("rank_pattern", "*.q=²"), ("rank_pattern", "*.q=2,*.k"),
+        ("layers_to_transform", "1,a"), ("layers_to_transform", "-1"), ("layers_to_transform", "²"),
     ],
 )  # fmt: skip
 def test_values_out_of_range_name_their_field(field, value):

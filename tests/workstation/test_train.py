@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from edge_tcur.data import prepare
+from edge_tcur.data import in_batches, prepare
 from edge_tcur.errors import BaseModelError, RunDirectoryError
-from edge_tcur.models import load_base
+from edge_tcur.method.targets import find_targets
+from edge_tcur.models import base_digest, load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, evaluate_run, open_run, train
+from edge_tcur.training.evaluate import apply_adapter
+from edge_tcur.training.gradients import task_gradients
+from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import LoopSettings, fit
 from edge_tcur.training.run import new_directory
+from edge_tcur.training.train import read_data
 from edge_tcur_runtime.errors import (
     BadInputError,
     BaseMismatchError,
@@ -105,6 +111,160 @@ def test_a_text_run_trains_its_head(text_run, texts_csv):
     result = evaluate_run(text_run, texts_csv)
     assert result.base_accuracy == 0.5  # a head of zeros answers every text alike
     assert result.adapter_accuracy > 0.9
+
+
+KINDS = {
+    "paper": {"grouping": "shape", "coupling": "all", "transform": "dft", "selection": "norm", "frame": "raw",
+              "learning_rate": 0.5},
+    "curlora": {"selection": "inverse-norm", "frame": "raw", "learning_rate": 0.5},
+    "gradient": {},
+    "sketch": {"frame": "sketch"},
+    "layer": {"grouping": "shape", "coupling": "layer", "transform": "dct", "selection": "leverage"},
+    "random": {"grouping": "layer", "coupling": "all", "transform": "identity", "selection": "random"},
+    "saved": {"modules_to_save": "module.classifier,module.vit.layernorm", "alpha": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_run_along_every_axis(vit_dir, digits_npz, tmp_path, kind):
+    """Trained, read back and scored: the adapter's accuracy is the one of the end of training, twice."""
+    config = image_config(vit_dir, digits_npz, epochs=4, eval_data=str(digits_npz), **KINDS[kind])
+    run = train(config, tmp_path / "run").run
+    assert run.metrics["losses"][-1] < run.metrics["losses"][0]
+    again = open_run(run.root)
+    assert again.config == config
+    adapter = again.adapter()
+    header, method = adapter.header, config.method()
+    axes = (method.coupling, method.domain, method.frame, method.alpha)
+    assert (header.coupling, header.transform, header.frame, header.alpha) == axes
+    assert header.provenance["selection"] == config.selection
+    assert all(np.abs(factors.core).max() > 0 for factors in adapter.factors.values())
+    result = evaluate_run(again, digits_npz)
+    assert result.adapter_accuracy == pytest.approx(run.metrics["accuracy"])
+    base = load_base(config.base, find_task(IMAGE), run.labels, {})
+    pixels = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = base.model(pixel_values=pixels)
+        injection = apply_adapter(base, again, adapter)
+        adapted = base.model(pixel_values=pixels)
+        assert not torch.allclose(adapted, plain, atol=1e-4)
+        injection.remove()
+        assert torch.equal(base.model(pixel_values=pixels), plain)
+    assert base_digest(base.model, base.head) == run.base_digest
+    repeated = train(config, tmp_path / "again").run
+    assert digest_file(repeated.adapter_path) == digest_file(run.adapter_path)
+    assert set(adapter.extras) == (
+        {f"module.{name}.{part}" for name in ("classifier", "vit.layernorm") for part in ("weight", "bias")}
+        if kind == "saved"
+        else set()
+    )
+
+
+def test_modules_to_save_may_name_the_new_head(bert_dir, texts_csv, text_run, tmp_path):
+    """It is trained in full anyway: nothing is trained twice, and the run is the same."""
+    config = replace(text_run.config, modules_to_save="head")
+    run = train(config, tmp_path / "run").run
+    assert run.metrics["losses"] == text_run.metrics["losses"]
+    adapter, other = run.adapter(), text_run.adapter()
+    assert set(adapter.extras) == set(other.extras)
+    for name, value in adapter.extras.items():
+        np.testing.assert_array_equal(value, other.extras[name])
+    assert evaluate_run(run, texts_csv).adapter_accuracy == evaluate_run(text_run, texts_csv).adapter_accuracy
+
+
+def test_adapters_of_other_axes_are_refused(image_run, vit_dir, digits_npz, tmp_path):
+    for number, options in enumerate(({"coupling": "all"}, {"frame": "sketch"})):
+        other = train(image_config(vit_dir, digits_npz, epochs=1, **options), tmp_path / str(number)).run
+        for run, adapter in ((image_run, other), (other, image_run)):
+            with pytest.raises(IncompatibleError, match="coupling, transform and factors are"):
+                evaluate_run(run, digits_npz, adapter=adapter.adapter())
+    own = image_run.adapter()
+    # The coordinates of training are no part of what an adapter does.
+    raw = Adapter(replace(own.header, frame="raw"), own.factors, own.extras)
+    expected = evaluate_run(image_run, digits_npz).adapter_accuracy
+    assert evaluate_run(image_run, digits_npz, adapter=raw).adapter_accuracy == expected
+
+
+@pytest.fixture
+def text_material(bert_dir, texts_csv, text_run):
+    """A base with a new head, and its data."""
+    task = find_task(TEXT)
+    base = load_base(str(bert_dir), task, ("card", "money"), {})
+    dataset = read_data(str(texts_csv), task, TrainConfig())
+    return base, prepare(dataset, base.labels, base.preprocessing, text_run.root), task
+
+
+def test_data_in_batches(text_material):
+    _, data, _ = text_material
+    parts = list(in_batches(data, 10))
+    assert [len(targets) for _, targets in parts] == [10, 10, 4]
+    assert torch.cat([targets for _, targets in parts]).tolist() == data.targets.tolist()
+    inputs, targets = data.take(np.array([5, 0, 5]))
+    assert targets.tolist() == data.targets[[5, 0, 5]].tolist()
+    assert torch.equal(inputs["input_ids"][0], inputs["input_ids"][2])
+
+
+def test_warming_up_a_new_head(text_material):
+    """The head alone learns, on the very features that the whole model would give it."""
+    base, data, task = text_material
+    before = {name: value.clone() for name, value in base.model.state_dict().items()}
+    losses = warm_head(base, data, task, LoopSettings(epochs=20, batch_size=8), 0.05)
+    assert len(losses) == 20 * 3
+    assert losses[0] == pytest.approx(np.log(2))
+    assert losses[-1] < 0.3
+    changed = {
+        name for name, value in base.model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert changed == {"head.weight", "head.bias"}
+    assert not any(value.requires_grad for value in base.model.parameters())
+    assert not base.model.get_submodule("head")._forward_pre_hooks
+    ((inputs, targets),) = in_batches(data, 64)
+    with torch.no_grad():
+        assert task.loss(base.model(**inputs), targets).item() < 0.3
+    assert base_digest(base.model, base.head) == base.digest
+
+
+def test_a_base_with_its_own_head_is_not_warmed_up(vit_dir, digits_npz, text_material):
+    task = find_task(IMAGE)
+    base = load_base(str(vit_dir), task, ("0", "1", "2"), {})
+    dataset = read_data(str(digits_npz), task, TrainConfig(task=IMAGE), base=base)
+    data = prepare(dataset, base.labels, base.preprocessing, vit_dir)
+    assert warm_head(base, data, task, LoopSettings(3, 8), 0.1) == []
+    base, data, task = text_material
+    assert warm_head(base, data, task, LoopSettings(0, 8), 0.1) == []
+    assert not base.head_parameters()["head.weight"].any()
+
+
+def test_the_gradients_of_a_task(text_material):
+    """At most that many batches, drawn with the seed; a zero head passes none back, a warm one does."""
+    base, data, task = text_material
+    targets = find_targets(base.model, TrainConfig(rank=2).method(), keep=base.head)
+    calls = []
+    options = {"batch_size": 10, "seed": 0}
+
+    class Counted:
+        def __len__(self):
+            return len(data)
+
+        def take(self, indices):
+            calls.append(indices.tolist())
+            return data.take(indices)
+
+    found = task_gradients(base.model, targets, Counted(), task, batches=24, **options)
+    assert [len(call) for call in calls] == [10, 10, 4]
+    assert sorted(index for call in calls for index in call) == list(range(24))
+    assert not any(value.any() for value in found.values())
+    warm_head(base, data, task, LoopSettings(5, 8), 0.05)
+    calls.clear()
+    found = task_gradients(base.model, targets, Counted(), task, batches=1, **options)
+    assert [len(call) for call in calls] == [10]
+    assert all(value.abs().max() > 0 for value in found.values())
+    parameter = base.model.get_parameter("encoder.encoder.layer.0.output.dense.weight").requires_grad_(True)
+    inputs, labels = data.take(np.array(calls[0]))
+    task.loss(base.model(**inputs), labels).backward()
+    torch.testing.assert_close(
+        found["encoder.encoder.layer.0.output.dense"], parameter.grad, rtol=1e-4, atol=1e-7
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes(vit_dir, digits_npz, tmp_path):
@@ -218,13 +378,11 @@ def test_a_function_base(functions, digits_npz, tmp_path):
     assert str(functions) not in sys.path
     # torch's fused layer would read the base's weights and ignore the update in inference.
     base = load_base("own_bases:net", find_task(IMAGE), run.labels, {})
-    from edge_tcur.training.evaluate import apply_adapter
-
     pixels = torch.randn(2, 1, 8, 8)
     with torch.no_grad():
         injection = apply_adapter(base, run, run.adapter())
         adapted = base.model(pixels=pixels)
-        injection.enable(False)
+        injection.activate(None)
         assert not torch.equal(base.model(pixels=pixels), adapted)
 
 
@@ -479,8 +637,6 @@ def test_a_learning_rate_that_diverges(bert_dir, texts_csv, tmp_path, monkeypatc
 
 def test_a_gradient_that_is_not_finite_stops_the_loop(bert_dir, texts_csv, tmp_path, text_run):
     base = load_base(str(bert_dir), find_task(TEXT), ("card", "money"), {})
-    from edge_tcur.training.train import read_data
-
     task = find_task(TEXT)
     dataset = read_data(str(texts_csv), task, TrainConfig())
     data = prepare(dataset, base.labels, base.preprocessing, text_run.root)

@@ -85,9 +85,9 @@ class OrtTrainingEngine:
                     f"{parameter.data.shape}",
                     hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
                 )
-            parameter.data = np.ascontiguousarray(feeds[name])
+            parameter.data = np.asarray(feeds[name], order="C")
         fed = {**inputs, TARGETS: targets, **feeds}
         self._module.lazy_reset_grad()
-        loss, outputs = self._module(*(np.ascontiguousarray(fed[name]) for name in self._inputs))
+        loss, outputs = self._module(*(np.asarray(fed[name], order="C") for name in self._inputs))
         gradients = {name: self._state.parameters[name].grad for name in self._parameters}
         return StepResult(float(loss), outputs, gradients)

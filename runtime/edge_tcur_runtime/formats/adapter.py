@@ -1,15 +1,22 @@
 """The adapter file: one `.safetensors` file of a few kilobytes, never pickle.
 
 Layout (format version 1)
-    tensors   ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` i32 [r], ``<group>.cols`` i32 [r],
-              and trained extras (a head) under their own parameter names, f32.
+    tensors   ``<group>.core`` f32 [n3, r, r], ``<group>.rows`` i32 [b, r], ``<group>.cols`` i32 [b, r],
+              or, in the ``sketch`` frame, ``<group>.left`` and ``<group>.right`` u8 (two bits an entry,
+              `edge_tcur_runtime.formats.ternary`), and trained extras (a head) under their own
+              parameter names, f32.
     metadata  ``edge_tcur``: one JSON document (see `AdapterHeader`). Its last field, ``sha256``, is the
               digest of the document before it and of every tensor, so that no changed byte is ever
               accepted. One key, because the library writes several in no fixed order.
 
-The core is stored in *raw* coordinates: the update of slice ``l`` is
-``dW[l] = sum over i + j + k = l (mod n3) of W[i][:, cols] @ core[j] @ W[k][rows, :]``. A frame is a
-choice of coordinates while training and changes nothing in the file.
+The n3 slices of a group are b blocks of p = n3 / b consecutive ones, each with its own rows and columns;
+``coupling`` says how far a block reaches: ``none`` (b = n3), ``layer`` (one block a layer), ``all`` (b = 1).
+The core is stored in *raw* coordinates: within a block the update of slice ``l`` is
+``dW[l] = sum over i, j, k of T[l, i, j, k] W[i][:, cols] @ core[j] @ W[k][rows, :]`` with the structure
+constants ``T`` of the transform (`edge_tcur_runtime.transform`); for ``dft`` the sum over
+``i + j + k = l (mod p)``. The frames ``raw`` and ``orthonormal`` are coordinates while training and change
+nothing in the file. In the frame ``sketch`` (coupling ``none``) the update is
+``dW[l] = left[l] @ core[l] @ right[l]`` between the stored vectors at unit length.
 """
 
 from __future__ import annotations
@@ -34,53 +41,29 @@ from edge_tcur_runtime.errors import (
     IntegrityError,
 )
 from edge_tcur_runtime.formats.digest import digest_bytes, digest_tensors
+from edge_tcur_runtime.formats.factors import (
+    COUPLINGS,
+    FACTOR_PARTS,
+    FRAMES,
+    SKETCH,
+    AnyFactors,
+    GroupSpec,
+    SketchFactors,
+    check_factors,
+    factor_parts,
+    read_factors,
+)
 from edge_tcur_runtime.formats.schema import Fields, parse_document
+from edge_tcur_runtime.transform import TRANSFORMS
 
 FORMAT_VERSION = 1
 METHOD = "tcurlora"
 MAX_FILE_BYTES = 64 * 2**20  # a head of 50,000 classes fits; a base model does not
 MAX_HEADER_BYTES = 64 * 2**10
-_DTYPES = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+MAX_ALPHA = 1e6
+_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
 _METADATA = "edge_tcur"
 _DIGEST = "sha256"
-COUPLINGS = ("all",)
-TRANSFORMS = ("dft",)
-FRAMES = ("raw", "orthonormal")
-
-
-@dataclass(frozen=True)
-class GroupSpec:
-    """The weights that share one core.
-
-    Attributes:
-        parameters: names of the base's weights in slice order, n3 of them.
-        n1: rows (output features) of each weight.
-        n2: columns (input features) of each weight.
-    """
-
-    parameters: tuple[str, ...]
-    n1: int
-    n2: int
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The factors of one group.
-
-    Attributes:
-        core: f32 [n3, r, r], the trained numbers.
-        rows: i32 [r], strictly increasing row indices below n1.
-        cols: i32 [r], strictly increasing column indices below n2.
-    """
-
-    core: np.ndarray
-    rows: np.ndarray
-    cols: np.ndarray
-
-    @property
-    def rank(self) -> int:
-        """r, the number of rows and columns."""
-        return int(self.core.shape[-1])
 
 
 @dataclass(frozen=True)
@@ -92,7 +75,9 @@ class AdapterHeader:
         groups: group name -> weights.
         task: task name, e.g. ``"text-classification"``.
         labels: class names in output order.
-        frame: coordinates in which it was trained (``raw`` or ``orthonormal``).
+        coupling, transform: how far and along what the slices of a group are coupled.
+        frame: ``raw`` or ``orthonormal``, the coordinates in which it was trained, or ``sketch``.
+        alpha: scale of the update in those coordinates; the stored core has it in already.
         provenance: free text values: tool version, command, parent adapter; no time stamps, so
             that the same seed gives the same bytes.
     """
@@ -104,6 +89,7 @@ class AdapterHeader:
     coupling: str = "all"
     transform: str = "dft"
     frame: str = "orthonormal"
+    alpha: float = 1.0
     provenance: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,19 +98,24 @@ class Adapter:
     """A verified adapter: header, factors per group, and trained extras by parameter name (f32)."""
 
     header: AdapterHeader
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, AnyFactors]
     extras: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Every tensor of the file by its name in the file."""
-        result: dict[str, np.ndarray] = {}
-        for group, factors in self.factors.items():
-            result[f"{group}.core"] = np.ascontiguousarray(factors.core, dtype="<f4")
-            result[f"{group}.rows"] = np.ascontiguousarray(factors.rows, dtype="<i4")
-            result[f"{group}.cols"] = np.ascontiguousarray(factors.cols, dtype="<i4")
-        for name, value in self.extras.items():
-            result[name] = np.ascontiguousarray(value, dtype="<f4")
-        return result
+        return self._named({group: part.stored() for group, part in self.factors.items()})
+
+    def feeds(self) -> dict[str, np.ndarray]:
+        """Every tensor by its name in the graphs; sketches come as float32 unit vectors."""
+        return self._named({group: part.feeds() for group, part in self.factors.items()})
+
+    def _named(self, parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        result = {
+            f"{group}.{part}": np.asarray(value, order="C")
+            for group, values in parts.items()
+            for part, value in values.items()
+        }
+        return result | {name: np.asarray(value, "<f4", order="C") for name, value in self.extras.items()}
 
     @property
     def trained_numbers(self) -> int:
@@ -152,6 +143,7 @@ def serialize_adapter(adapter: Adapter) -> bytes:
         "coupling": header.coupling,
         "transform": header.transform,
         "frame": header.frame,
+        "alpha": header.alpha,
         "base_digest": header.base_digest,
         "task": header.task,
         "labels": list(header.labels),
@@ -300,11 +292,16 @@ def _check_name(name: str, where: str) -> None:
 def _parse_header(document: Mapping[str, Any], where: str) -> AdapterHeader:
     fields = Fields(document, where)
     fields.only(
-        "format_version", "method", "coupling", "transform", "frame", "base_digest", "task", "labels",
-        "groups", "provenance",
+        "format_version", "method", "coupling", "transform", "frame", "alpha", "base_digest", "task",
+        "labels", "groups", "provenance",
     )  # fmt: skip
     fields.choice("method", (METHOD,))
     provenance = fields.child("provenance")
+    alpha = fields.number("alpha")
+    if not 0 < alpha < MAX_ALPHA:
+        raise FileFormatError(
+            f"the field 'alpha' is {alpha}; expected above 0, below {MAX_ALPHA}", where=where
+        )
     return AdapterHeader(
         base_digest=fields.text("base_digest"),
         groups={name: parse_group(child) for name, child in fields.children("groups").items()},
@@ -313,6 +310,7 @@ def _parse_header(document: Mapping[str, Any], where: str) -> AdapterHeader:
         coupling=fields.choice("coupling", COUPLINGS),
         transform=fields.choice("transform", TRANSFORMS),
         frame=fields.choice("frame", FRAMES),
+        alpha=alpha,
         provenance={key: provenance.text(key) for key in provenance.mapping_keys()},
     )
 
@@ -340,13 +338,13 @@ def parse_group(fields: Fields, *more: str) -> GroupSpec:
 def _assemble(header: AdapterHeader, tensors: Mapping[str, np.ndarray], where: str) -> Adapter:
     rest = dict(tensors)
     factors = {}
-    for group in header.groups:
-        parts = []
-        for part in ("core", "rows", "cols"):
+    for group, spec in header.groups.items():
+        parts = {}
+        for part in factor_parts(header.frame):
             if (value := rest.pop(f"{group}.{part}", None)) is None:
                 raise FileFormatError(f"the tensor '{group}.{part}' is missing", where=where)
-            parts.append(value)
-        factors[group] = Factors(*parts)
+            parts[part] = value
+        factors[group] = read_factors(parts, spec, f"{where}: {group}")
     return Adapter(header, factors, rest)
 
 
@@ -354,10 +352,10 @@ def _check_values(adapter: Adapter, where: str) -> None:
     if set(adapter.factors) != set(adapter.header.groups) or not (adapter.factors or adapter.extras):
         raise FileFormatError("groups and factors do not name the same groups, or are empty", where=where)
     for group, spec in adapter.header.groups.items():
-        _check_factors(adapter.factors[group], spec, f"{where}: {group}")
+        _check_group(adapter, group, spec, f"{where}: {group}")
     for name, value in adapter.extras.items():
         _check_name(name, where)
-        if name.rpartition(".")[2] in {"core", "rows", "cols"} or value.dtype != np.float32:
+        if name.rpartition(".")[2] in FACTOR_PARTS or value.dtype != np.float32:
             raise FileFormatError(
                 f"the tensor {name!r} ({value.dtype}) belongs to no group of this adapter, and is no extra",
                 where=where,
@@ -366,24 +364,18 @@ def _check_values(adapter: Adapter, where: str) -> None:
             raise BadInputError("holds NaN or infinity", where=f"{where}: {name}")
 
 
-def _check_factors(factors: Factors, spec: GroupSpec, where: str) -> None:
-    n3, rank = len(spec.parameters), factors.rank if factors.core.ndim == 3 else 0
-    if rank < 1 or factors.core.shape != (n3, rank, rank) or factors.core.dtype != np.float32:
+def _check_group(adapter: Adapter, group: str, spec: GroupSpec, where: str) -> None:
+    factors, header = adapter.factors[group], adapter.header
+    check_factors(factors, spec, where)
+    if isinstance(factors, SketchFactors) != (header.frame == SKETCH):
+        raise FileFormatError(f"the factors are not those of the frame {header.frame!r}", where=where)
+    if header.frame == SKETCH and header.coupling != "none":
         raise FileFormatError(
-            f"the core has shape {factors.core.shape} and dtype {factors.core.dtype}; "
-            f"expected float32 [{n3}, r, r] with r of at least 1",
+            f"the frame {SKETCH!r} has coupling 'none', not {header.coupling!r}", where=where
+        )
+    expected = {"none": len(factors.core), "all": 1}.get(header.coupling, factors.blocks)
+    if factors.blocks != expected:
+        raise FileFormatError(
+            f"{factors.blocks} sets of rows and columns; coupling {header.coupling!r} has {expected}",
             where=where,
         )
-    if not np.isfinite(factors.core).all():
-        raise BadInputError("the core holds NaN or infinity", where=where)
-    for name, indices, size in (("rows", factors.rows, spec.n1), ("cols", factors.cols, spec.n2)):
-        if indices.shape != (rank,) or indices.dtype != np.int32:
-            raise FileFormatError(
-                f"{name} have shape {indices.shape} and dtype {indices.dtype}; expected int32 [{rank}]",
-                where=where,
-            )
-        # Compared, not subtracted: the difference of two int32 may wrap around and look like an increase.
-        if indices[0] < 0 or indices[-1] >= size or (indices[1:] <= indices[:-1]).any():
-            raise BadInputError(
-                f"{name} must be strictly increasing indices from 0 to {size - 1}", where=where
-            )

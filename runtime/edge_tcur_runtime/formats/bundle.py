@@ -17,15 +17,11 @@ from typing import Any
 import numpy as np
 
 from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError
-from edge_tcur_runtime.formats.adapter import (
-    COUPLINGS,
-    TRANSFORMS,
-    check_version,
-    parse_group,
-    read_bounded,
-)
+from edge_tcur_runtime.formats.adapter import check_version, parse_group, read_bounded
 from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.factors import COUPLINGS, INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.formats.schema import Fields, parse_document
+from edge_tcur_runtime.transform import TRANSFORMS
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -62,12 +58,16 @@ class TensorPlace:
 
 @dataclass(frozen=True)
 class BundleGroup:
-    """A group of adapted weights in slice order, with the sizes and default rank of its factors."""
+    """A group of adapted weights in slice order, with the sizes and default rank of its factors.
+
+    `blocks` is the number of blocks of consecutive slices that share rows and columns.
+    """
 
     parameters: tuple[str, ...]
     n1: int
     n2: int
     rank: int
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,15 @@ class Manifest:
         files: file name -> size and digest, every file but the manifest.
         graphs: role (`GRAPHS`) -> file name; roles that were not exported are absent.
         inputs: model input name -> dtype and shape, in graph order, factors not included.
-        groups: adapted groups; the graphs take ``<group>.core``, ``.rows`` and ``.cols`` as inputs.
+        groups: adapted groups; the graphs take ``<group>.<part>`` of each of `parts` as inputs.
         tensors: parameter name -> place in `base.bin`, for the adapted weights.
+        parts: ``core, rows, cols``, or ``core, left, right`` where sketches are fed.
         extras: trained extras (head) name -> shape; graph inputs under their own names.
         task, labels: what the outputs mean.
         preprocessing: how raw data become inputs (`edge_tcur_runtime.preprocess`).
         canary: file of fixed inputs and the expected outputs of base and adapter.
         adapter: file of the adapter that was exported with the bundle.
+        base_extras: file of the base's own values of those extras that are not a new head, if any.
         versions: of the tool and the libraries that wrote the bundle.
         device: the device profile it was exported for, if any.
     """
@@ -112,15 +114,16 @@ class Manifest:
     ir_version: int
     coupling: str = "all"
     transform: str = "dft"
+    parts: tuple[str, ...] = ("core", *INDEX_PARTS)
     canary: str | None = None
     adapter: str | None = None
+    base_extras: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
-        parts = ("core", "rows", "cols")
-        return [f"{group}.{part}" for group in self.groups for part in parts] + list(self.extras)
+        return [f"{group}.{part}" for group in self.groups for part in self.parts] + list(self.extras)
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,10 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         ir_version=fields.integer("ir_version", low=1),
         coupling=fields.choice("coupling", COUPLINGS),
         transform=fields.choice("transform", TRANSFORMS),
+        parts=_parts(fields),
         canary=fields.optional_text("canary"),
         adapter=fields.optional_text("adapter"),
+        base_extras=fields.optional_text("base_extras"),
         versions={key: versions.text(key) for key in versions.mapping_keys()},
         device=fields.optional_text("device"),
     )
@@ -183,7 +188,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
 
 def _check_references(manifest: Manifest, where: str) -> None:
-    named = [*manifest.graphs.values(), manifest.canary, manifest.adapter, BASE_FILE]
+    named = [*manifest.graphs.values(), manifest.canary, manifest.adapter, manifest.base_extras, BASE_FILE]
     for name in named:
         if name is not None and name not in manifest.files:
             raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
@@ -227,12 +232,24 @@ def _parse_input(fields: Fields) -> InputSpec:
 
 
 def _parse_group(fields: Fields) -> BundleGroup:
-    spec, rank = parse_group(fields, "rank"), fields.integer("rank", low=1)
+    spec, rank = parse_group(fields, "rank", "blocks"), fields.integer("rank", low=1)
+    blocks = fields.integer("blocks", low=1)
+    if len(spec.parameters) % blocks:
+        raise FileFormatError(
+            f"{blocks} blocks do not divide {len(spec.parameters)} weights", where=fields.where
+        )
     if rank > min(spec.n1, spec.n2):
         raise FileFormatError(
             f"the rank {rank} is above the sizes {spec.n1} and {spec.n2}", where=fields.where
         )
-    return BundleGroup(spec.parameters, spec.n1, spec.n2, rank)
+    return BundleGroup(spec.parameters, spec.n1, spec.n2, rank, blocks)
+
+
+def _parts(fields: Fields) -> tuple[str, ...]:
+    parts = fields.texts("parts")
+    if parts not in (factor_parts("raw"), factor_parts(SKETCH)):
+        raise FileFormatError(f"'parts' are {', '.join(parts)}", where=fields.where)
+    return parts
 
 
 def _labels(fields: Fields) -> tuple[str, ...]:

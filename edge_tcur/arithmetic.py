@@ -1,0 +1,224 @@
+"""Adapter arithmetic: exact combinations, and least-squares fits onto other rows and columns.
+
+The update is linear in the core while rows and columns stay, so sums, differences and averages of
+adapters of the same base and indices are exact (LoRA's are not: mean(A) mean(B) is not mean(AB)). Pure
+numpy, no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IncompatibleError
+from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.factors import AnyFactors, Factors, SketchFactors
+from edge_tcur_runtime.transform import from_domain, to_domain
+
+_SUM_TOLERANCE = 1e-9
+
+
+def combine(
+    adapters: Sequence[Adapter], weights: Sequence[float], *, extras_from: int | None = None
+) -> Adapter:
+    """The linear combination of adapters: add (1, 1), subtract (1, -1), scale (w), interpolate, average.
+
+    Args:
+        adapters: of the same base, groups, rows and columns, task and labels.
+        weights: one for each, finite.
+        extras_from: position of the adapter whose head and modules trained in full are taken; None
+            combines them with the weights too, which must then sum to 1: they are no updates.
+
+    Raises:
+        BaseMismatchError: of different bases; both digests are named.
+        IncompatibleError: other groups, rows, columns or labels.
+        ConfigError: no adapters, or weights that are not allowed.
+    """
+    if not adapters or len(weights) != len(adapters) or not np.isfinite(weights).all():
+        raise ConfigError("every adapter needs one finite weight", where="weights")
+    first = adapters[0]
+    for other in adapters[1:]:
+        _check_alike(first, other)
+    if first.extras and extras_from is None and abs(sum(weights) - 1) > _SUM_TOLERANCE:
+        raise ConfigError(
+            f"the weights sum to {sum(weights):g}; a head is no update and can only be averaged",
+            where="weights",
+            hint="let the weights sum to 1, or say which adapter's head to take",
+        )
+
+    def total(values: Sequence[np.ndarray]) -> np.ndarray:
+        pairs = zip(weights, values, strict=True)
+        result: np.ndarray = sum((w * value.astype(np.float64) for w, value in pairs), np.zeros(()))
+        return result.astype(np.float32)
+
+    factors = {
+        name: own.with_core(total([adapter.factors[name].core for adapter in adapters]))
+        for name, own in first.factors.items()
+    }
+    extras = (
+        {name: total([adapter.extras[name] for adapter in adapters]) for name in first.extras}
+        if extras_from is None
+        else dict(adapters[extras_from].extras)
+    )
+    return Adapter(first.header, factors, extras)
+
+
+def _check_alike(first: Adapter, other: Adapter) -> None:
+    a, b = first.header, other.header
+    if a.base_digest != b.base_digest:
+        raise BaseMismatchError(
+            f"one adapter is of the base {a.base_digest}, another of {b.base_digest}",
+            hint="bring one to the other's base with 'edge-tcur migrate'",
+        )
+    for what in ("groups", "task", "labels", "coupling", "transform"):
+        if getattr(a, what) != getattr(b, what):
+            raise IncompatibleError(f"the adapters' {what} differ", where=what)
+    for name, own in first.factors.items():
+        theirs = other.factors[name].stored()
+        for part, value in own.stored().items():
+            if part != "core" and not (part in theirs and np.array_equal(value, theirs[part])):
+                raise IncompatibleError(
+                    f"the adapters have other {part} in this group: their cores cannot be added",
+                    where=name,
+                    hint="train them from one parent adapter, or with the same selection and seed",
+                )
+    if {n: v.shape for n, v in first.extras.items()} != {n: v.shape for n, v in other.extras.items()}:
+        raise IncompatibleError("the adapters carry other heads or modules", where="extras")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A least-squares fit of one group.
+
+    Attributes:
+        factors: the fitted core between the new frozen factors.
+        residual: norm of the part of the update that was lost, relative to the update's; 0 to 1.
+    """
+
+    factors: AnyFactors
+    residual: float
+
+
+Stack = np.ndarray  # float64 [n3, n1, n2], the weights of a group in slice order
+
+
+def frozen_vectors(factors: AnyFactors, weights: Stack) -> tuple[np.ndarray, np.ndarray]:
+    """C [n3, n1, r] and R [n3, r, n2] (float64) of a group's factors over the weights."""
+    if isinstance(factors, SketchFactors):
+        left, right = factors.vectors()
+        return left.astype(np.float64), right.astype(np.float64)
+    block = np.arange(len(weights)) // (len(weights) // factors.blocks)
+    columns = np.take_along_axis(weights, factors.cols[block][:, None, :].astype(np.int64), axis=2)
+    rows = np.take_along_axis(weights, factors.rows[block][:, :, None].astype(np.int64), axis=1)
+    return columns.astype(np.float64), rows.astype(np.float64)
+
+
+def move_to_base(factors: AnyFactors, transform: str, old: Stack, new: Stack) -> Fit:
+    """The same rows and columns over a new version of the weights.
+
+    Args:
+        factors: over the old weights.
+        transform: of the adapter.
+        old, new: the group's weights, float64 [n3, n1, n2].
+
+    Returns:
+        the core whose update over the new weights is nearest to the old update.
+    """
+    if isinstance(factors, SketchFactors):
+        return Fit(factors, 0.0)  # the vectors are the adapter's own: the update is the same
+    return _fit(factors, frozen_vectors(factors, old), factors, frozen_vectors(factors, new), transform)
+
+
+def reduce_rank(factors: AnyFactors, transform: str, weights: Stack, rank: int) -> Fit:
+    """The update with `rank` of its rows and columns (or sketch vectors), those that hold most of it.
+
+    Columns are picked one by one by the part of the update that they span, rows in the same way;
+    the core is the least-squares fit.
+
+    Raises:
+        ConfigError: `rank` is not between 1 and the present one.
+    """
+    if not 1 <= rank <= factors.rank:
+        raise ConfigError(f"the rank is {rank}; expected 1 to {factors.rank}", where="rank")
+    columns, rows = frozen_vectors(factors, weights)
+    blocks = factors.blocks
+    left, core, right = (
+        to_domain(transform, value.reshape(blocks, -1, *value.shape[1:]))
+        for value in (columns, factors.core.astype(np.float64), rows)
+    )
+    keep_cols, keep_rows = [], []
+    for block in range(blocks):
+        update = left[block] @ core[block] @ right[block]
+        cols = _pursue(left[block], update, rank)
+        lines = _pursue(right[block].conj().swapaxes(1, 2), update.conj().swapaxes(1, 2), rank)
+        keep_cols.append(cols)
+        keep_rows.append(lines)
+    smaller = _subset(factors, np.array(keep_rows), np.array(keep_cols), rank)
+    return _fit(factors, (columns, rows), smaller, frozen_vectors(smaller, weights), transform)
+
+
+def _subset(factors: AnyFactors, rows: np.ndarray, cols: np.ndarray, rank: int) -> AnyFactors:
+    """Factors with the frozen parts at these positions [b, rank] and a core of zero."""
+    core = np.zeros((len(factors.core), rank, rank), np.float32)
+    if isinstance(factors, Factors):
+        return Factors(
+            core, np.take_along_axis(factors.rows, rows, 1), np.take_along_axis(factors.cols, cols, 1)
+        )
+    return SketchFactors(
+        core,
+        np.take_along_axis(factors.left, cols[:, None, :], 2),
+        np.take_along_axis(factors.right, rows[:, :, None], 1),
+    )
+
+
+def _pursue(atoms: np.ndarray, target: np.ndarray, count: int) -> np.ndarray:
+    """Sorted positions of the atoms [f, m, r] whose span holds most of `target` [f, m, k], greedily."""
+    rest, atoms, taken = target, atoms.copy(), list[int]()
+    for _ in range(count):
+        energy = (np.abs(atoms) ** 2).sum(axis=1)  # [f, r]
+        aligned = (np.abs(atoms.conj().swapaxes(1, 2) @ rest) ** 2).sum(axis=2)
+        score = np.divide(aligned, energy, out=np.zeros_like(energy), where=energy > 1e-12 * energy.max())
+        gains = score.sum(axis=0)
+        gains[taken] = -1
+        best = int(gains.argmax())
+        taken.append(best)
+        unit = atoms[:, :, best] / np.sqrt(np.maximum(energy[:, best], 1e-300))[:, None]
+        for_all = unit.conj()[:, None, :]
+        atoms = atoms - unit[:, :, None] * (for_all @ atoms)
+        rest = rest - unit[:, :, None] * (for_all @ rest)
+    return np.array(sorted(taken))
+
+
+def _fit(
+    old: AnyFactors,
+    old_vectors: tuple[np.ndarray, np.ndarray],
+    new: AnyFactors,
+    new_vectors: tuple[np.ndarray, np.ndarray],
+    transform: str,
+) -> Fit:
+    """Least squares of the old update onto the new vectors: ``U' = pinv(C') C U R pinv(R')``, frequency
+    by frequency in the transform's domain."""
+
+    def domain(value: np.ndarray) -> np.ndarray:
+        return to_domain(transform, value.astype(np.float64).reshape(old.blocks, -1, *value.shape[1:]))
+
+    c_old, r_old, c_new, r_new = (domain(value) for value in (*old_vectors, *new_vectors))
+    core = np.linalg.pinv(c_new) @ c_old @ domain(old.core) @ r_old @ np.linalg.pinv(r_new)
+    size = len(old.core) // old.blocks
+    raw = from_domain(transform, core, size).reshape(new.core.shape).astype(np.float32)
+
+    def slices(left: np.ndarray, middle: np.ndarray, right: np.ndarray) -> np.ndarray:
+        return from_domain(transform, left @ middle @ right, size)
+
+    before = slices(c_old, domain(old.core), r_old)
+    lost = before - slices(c_new, domain(raw), r_new)
+    scale = float(np.linalg.norm(before))
+    return Fit(new.with_core(raw), float(np.linalg.norm(lost)) / scale if scale else 0.0)
+
+
+def refit(adapter: Adapter, fits: Mapping[str, Fit], base_digest: str) -> Adapter:
+    """The adapter with these factors, of the base with this digest."""
+    factors = {name: fit.factors for name, fit in fits.items()}
+    return Adapter(replace(adapter.header, base_digest=base_digest), factors, adapter.extras)

@@ -1,0 +1,1 @@
+"""Comparison of methods on the same tasks: a grid of runs that resumes, a table and a plot."""

@@ -1,0 +1,225 @@
+"""The grid of a comparison: which runs are missing, doing them, and their records.
+
+One line of JSON a run in ``records.jsonl``; a run that is recorded is not done again, so a comparison
+that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from edge_tcur.compare.methods import find_method
+from edge_tcur.compare.problems import AnyProblem
+from edge_tcur_runtime.errors import FileFormatError
+
+RECORDS = "records.jsonl"
+SWEEP_SEED = 0
+_EXTENSIONS = 2  # how often a sweep goes on beyond its end
+_STEP = 2.0
+BATCH_SIZE = 16
+HEAD_RATE = 2e-3
+WARM_EPOCHS, WARM_RATE, WARM_BATCH = 20, 5e-3, 32
+GRADIENT_BATCHES = 24
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method on a problem at a learning rate and a seed."""
+
+    problem: str
+    method: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        validation, test: scores, 0 to 1; zero when training diverged.
+        trained_numbers, shipped_bytes: head apart.
+        seconds: of the training loop; prepare_seconds: of the warm-up of the head, gradients and selection.
+    """
+
+    validation: float
+    test: float
+    trained_numbers: int
+    shipped_bytes: int
+    seconds: float
+    prepare_seconds: float
+    steps: int
+    final_loss: float
+
+
+@dataclass(frozen=True)
+class Record(Outcome, Job):
+    """A run and what it gave."""
+
+    @property
+    def job(self) -> Job:
+        """The run that this is the record of."""
+        return Job(self.problem, self.method, self.rate, self.seed)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a comparison consists of.
+
+    Attributes:
+        problems: in the order of work.
+        methods: names (`find_method`).
+        seeds: method name -> number of seeds; `default_seeds` for the others.
+    """
+
+    problems: Sequence[AnyProblem]
+    methods: Sequence[str]
+    default_seeds: int = 5
+    seeds: dict[str, int] = field(default_factory=dict)
+
+    def count(self, method: str) -> int:
+        """Seeds of a method."""
+        return self.seeds.get(method, self.default_seeds)
+
+
+def read_records(folder: Path) -> list[Record]:
+    """The records in a folder; a last line that was cut off is left out.
+
+    Raises:
+        FileFormatError: another line is not a record.
+    """
+    path = folder / RECORDS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    last = len(lines)
+    parsed = (_parse(line, f"{path}, line {n}", torn=n == last) for n, line in enumerate(lines, start=1))
+    return [record for record in parsed if record is not None]
+
+
+def _parse(line: str, where: str, *, torn: bool) -> Record | None:
+    """A record, or None where the line may have been cut off and is none."""
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError) as error:
+        if torn:
+            return None
+        raise FileFormatError(f"not a record: {error}", where=where) from error
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Appends a record; a line that was cut off before is ended first."""
+    path = folder / RECORDS
+    with path.open("a+b") as file:
+        torn = file.tell() > 0
+        if torn:
+            file.seek(-1, os.SEEK_END)
+            torn = file.read(1) != b"\n"
+        file.write((b"\n" if torn else b"") + json.dumps(asdict(record)).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def missing_jobs(grid: Grid, records: Iterable[Record]) -> list[Job]:
+    """The runs that can be done now, in order.
+
+    A method's learning rates are swept on the first seed; while the best of them by validation lies
+    at an end of the sweep, it goes on beyond (twice at most); the other seeds use the best one.
+    """
+    done: dict[tuple[str, str], dict[Job, Record]] = defaultdict(dict)
+    for record in records:
+        done[record.problem, record.method][record.job] = record
+    jobs = []
+    for problem in grid.problems:
+        for name in grid.methods:
+            own = done[problem.name, name]
+            todo = _sweep(problem.name, name, own)
+            if not todo:
+                rate = best_rate(own.values())
+                todo = [Job(problem.name, name, rate, seed) for seed in range(1, grid.count(name))]
+            jobs += [job for job in todo if job not in own]
+    return jobs
+
+
+def _sweep(problem: str, name: str, own: dict[Job, Record]) -> list[Job]:
+    """Runs of the sweep that are missing; empty when it has ended."""
+    first = sorted(find_method(name).rates)
+    missing = [job for rate in first if (job := Job(problem, name, rate, SWEEP_SEED)) not in own]
+    if missing or len(first) == 1:
+        return missing
+    swept = sorted(job.rate for job in own if job.seed == SWEEP_SEED)
+    best = best_rate(own.values())
+    if len(swept) >= len(first) + _EXTENSIONS:
+        return []
+    beyond = {swept[0]: best / _STEP, swept[-1]: best * _STEP}.get(best)
+    return [] if beyond is None else [Job(problem, name, float(f"{beyond:.3g}"), SWEEP_SEED)]
+
+
+def best_rate(records: Iterable[Record]) -> float:
+    """The rate of the sweep with the best validation score, of equals the lowest."""
+    swept = [record for record in records if record.seed == SWEEP_SEED]
+    return max(swept, key=lambda record: (record.validation, -record.rate)).rate
+
+
+def run_job(problem: AnyProblem, job: Job, work: Path) -> Record:
+    """Does one run on one thread."""
+    import torch
+
+    from edge_tcur.compare.training import train_and_score
+
+    torch.set_num_threads(1)
+    outcome = train_and_score(problem.load(job.seed, work), find_method(job.method), job.rate, job.seed)
+    return Record(**asdict(job), **asdict(outcome))
+
+
+def run_grid(
+    grid: Grid, folder: Path, *, workers: int, on_record: Callable[[Record, int], None] | None = None
+) -> list[Record]:
+    """Does every missing run in worker processes, and returns all records of the grid.
+
+    Args:
+        folder: of the records, and of what problems keep between runs.
+        on_record: called with each new record and the number of runs known to be missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    problems = {problem.name: problem for problem in grid.problems}
+    context = multiprocessing.get_context("spawn")
+    running: dict[Future[Record], Job] = {}
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            while True:
+                records = read_records(folder)
+                waiting = [job for job in missing_jobs(grid, records) if job not in running.values()]
+                for job in waiting[: workers - len(running)]:
+                    running[pool.submit(run_job, problems[job.problem], job, folder / "work")] = job
+                if not running:
+                    return _of_grid(grid, records)
+                for done in wait(running, return_when=FIRST_COMPLETED).done:
+                    del running[done]
+                    write_record(folder, done.result())
+                    if on_record is not None:
+                        on_record(done.result(), len(waiting) + len(running))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:
+    problems = {problem.name for problem in grid.problems}
+    return [item for item in records if item.problem in problems and item.method in grid.methods]
+
+
+def chosen(records: Iterable[Record]) -> Iterator[tuple[tuple[str, str], list[Record]]]:
+    """For each problem and method the runs at the chosen rate, by seed."""
+    groups: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        groups[record.problem, record.method].append(record)
+    for key, own in groups.items():
+        if any(record.seed == SWEEP_SEED for record in own):
+            rate = best_rate(own)
+            yield key, sorted((item for item in own if item.rate == rate), key=lambda item: item.seed)

@@ -1,0 +1,167 @@
+"""The forms in which an adapted layer can be computed. All give the same function and the same gradients.
+
+``gather``        ``y = W x; y += C' mix (W x)[rows]``: the rows of W times x are features of y already, so
+                  only r of them are gathered; for slices that no transform couples. Works on whatever
+                  computes ``W x``: linear layers, convolutions, quantised layers.
+``factored``      ``y = W x + C_flat M R_flat x``.
+``materialised``  ``y = (W + dW) x`` with autograd through dW.
+``merged``        the same product, but the gradient of the core from ``(dY C_flat)^T (X R_flat^T)``: a full
+                  gradient of dW [n1, n2] is never built, and W + dW is rebuilt in the backward pass
+                  instead of kept.
+
+Which one is cheapest depends on tokens, shapes, rank and coupling: `edge_tcur.method.cost`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from edge_tcur.method.tproduct import apply_update, dense_update
+from edge_tcur.method.views import View
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The factors of one weight, frozen ones in the frame's coordinates and float32.
+
+    Attributes:
+        matrix_t: f32 [m, m] with a gradient: the transposed coupling matrix of the slice (m = p r), or
+            of a slice alone the transposed core (m = r).
+        rows_t: [n2, m]: R_flat transposed; needed by all forms but ``gather``.
+        columns_t: [m, n1]: C_flat transposed.
+        rows: int64 [r] for the gather form, or None where the slice has no rows of the base.
+        mix_t: [r, r]: what turns raw rows into those of the frame, transposed; for ``gather``.
+        bias: [r], the layer's bias at `rows`, or None.
+    """
+
+    matrix_t: Tensor
+    rows_t: Callable[[], Tensor]
+    columns_t: Tensor
+    rows: Tensor | None = None
+    mix_t: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class _GatherUpdate(torch.autograd.Function):
+    """``z + ((z[rows] - bias) @ mix_t) @ columns_t``; keeps only the r gathered features of each token."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        matrix_t: Tensor,
+        mix_t: Tensor,
+        rows: Tensor,
+        columns_t: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        features = z.index_select(-1, rows).to(matrix_t.dtype)
+        if bias is not None:
+            features = features - bias
+        gathered = features.reshape(-1, len(rows)) @ mix_t
+        ctx.save_for_backward(gathered, matrix_t, mix_t, rows, columns_t)
+        update = (gathered @ matrix_t) @ columns_t
+        return z + update.reshape(z.shape).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gradient: Tensor = gradients[0]
+        gathered, matrix_t, mix_t, rows, columns_t = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1]).to(matrix_t.dtype)
+        back = flat @ columns_t.T  # [tokens, r]
+        on_matrix = gathered.T @ back if ctx.needs_input_grad[1] else None
+        on_z = None
+        if ctx.needs_input_grad[0]:
+            on_features = (back @ matrix_t.T) @ mix_t.T
+            # A new tensor: autograd may hand the same gradient to another node too.
+            on_z = gradient.clone(memory_format=torch.contiguous_format)
+            on_z.view(-1, on_z.shape[-1]).index_add_(1, rows, on_features.to(on_z.dtype))
+        return on_z, on_matrix, None, None, None, None
+
+
+class _MergedLinear(torch.autograd.Function):
+    """``x (W + dW)^T`` with the projected gradient of the coupling matrix; saves x and the factors only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, matrix_t: Tensor, weight: Tensor, rows_t: Tensor, columns_t: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, matrix_t, weight, rows_t, columns_t)
+        return x @ (weight + dense_update(rows_t, matrix_t, columns_t).to(weight.dtype)).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gradient: Tensor = gradients[0]
+        x, matrix_t, weight, rows_t, columns_t = ctx.saved_tensors
+        on_x = on_matrix = None
+        if ctx.needs_input_grad[0]:
+            on_x = gradient @ (weight + dense_update(rows_t, matrix_t, columns_t).to(weight.dtype))
+        if ctx.needs_input_grad[1]:
+            inner = x.reshape(-1, x.shape[-1]).to(matrix_t.dtype) @ rows_t
+            outer = gradient.reshape(-1, gradient.shape[-1]).to(matrix_t.dtype) @ columns_t.T
+            on_matrix = inner.T @ outer
+        return on_x, on_matrix, None, None, None
+
+
+def gather(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
+    """See the module's text; the output features may be any axis."""
+    assert part.rows is not None
+    assert part.mix_t is not None
+    output = cast("Tensor", module(x)).movedim(view.axis, -1)
+    result = cast(
+        "Tensor",
+        _GatherUpdate.apply(  # type: ignore[no-untyped-call]
+            output, part.matrix_t, part.mix_t, part.rows, part.columns_t, part.bias
+        ),
+    )
+    return result.movedim(-1, view.axis)
+
+
+def factored(module: nn.Module, _: View, x: Tensor, part: Slice) -> Tensor:
+    """See the module's text; linear layers only."""
+    output = cast("Tensor", module(x))
+    update = apply_update(x.to(part.matrix_t.dtype), part.rows_t(), part.matrix_t, part.columns_t)
+    return output + update.to(output.dtype)
+
+
+def materialised(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
+    """See the module's text; any module that has a view."""
+    matrix = view.matrix(module).detach()
+    update = dense_update(part.rows_t(), part.matrix_t, part.columns_t)
+    return view.call(module, x, matrix + update.to(matrix.dtype))
+
+
+def merged(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
+    """See the module's text; linear layers only."""
+    weight = view.matrix(module).detach()
+    output = cast(
+        "Tensor",
+        _MergedLinear.apply(x, part.matrix_t, weight, part.rows_t(), part.columns_t),  # type: ignore[no-untyped-call]
+    )
+    bias = cast("Tensor | None", module.bias)
+    return output if bias is None else output + bias
+
+
+Form = Callable[[nn.Module, View, Tensor, Slice], Tensor]
+FORMS: dict[str, Form] = {
+    "gather": gather,
+    "factored": factored,
+    "materialised": materialised,
+    "merged": merged,
+}
+
+
+def possible_forms(view: View, *, has_rows: bool) -> tuple[str, ...]:
+    """The forms that can compute a layer.
+
+    Args:
+        view: of the layer's weight.
+        has_rows: whether the slice stands alone, with rows of its own base weight.
+    """
+    linear = ("factored", "merged") if view.is_linear else ()
+    return (("gather",) if has_rows else ()) + linear + ("materialised",)

@@ -1,0 +1,43 @@
+"""Frozen vectors of -1, 0 and 1, two bits each: the factors of the ``sketch`` frame.
+
+A vector is used at unit length, so no scale is stored. Four entries share a byte, the first in the
+lowest bits, as the entry plus one (0, 1 or 2; the pattern 3 is not valid).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+_PER_BYTE = 4
+_SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
+
+
+def packed_size(count: int) -> int:
+    """Bytes that `count` entries take."""
+    return -(-count // _PER_BYTE)
+
+
+def pack(values: np.ndarray) -> np.ndarray:
+    """uint8 [n, packed_size(m)] of int8 [n, m] entries -1, 0, 1."""
+    missing = -values.shape[1] % _PER_BYTE
+    codes = np.pad((values + 1).astype(np.uint8), ((0, 0), (0, missing)))
+    packed: np.ndarray = np.bitwise_or.reduce(codes.reshape(len(values), -1, _PER_BYTE) << _SHIFTS, axis=-1)
+    return packed
+
+
+def unpack(packed: np.ndarray, count: int) -> np.ndarray:
+    """int8 [n, count] entries -1, 0, 1; 2 stands where the pattern is not valid (see `is_valid`)."""
+    codes = (packed[..., None] >> _SHIFTS) & np.uint8(3)
+    return codes.reshape(len(packed), -1)[:, :count].astype(np.int8) - 1
+
+
+def is_valid(packed: np.ndarray, values: np.ndarray) -> bool:
+    """Whether `packed` is what `pack` writes for `values`: no invalid pattern, no stray bits behind."""
+    return bool((values <= 1).all()) and np.array_equal(pack(values), packed)
+
+
+def unit_vectors(values: np.ndarray, axis: int) -> np.ndarray:
+    """float32 entries of the vectors along `axis`, each divided by its length (an empty one stays zero)."""
+    lengths = np.sqrt((values != 0).sum(axis=axis, keepdims=True))
+    units: np.ndarray = values / np.maximum(lengths, 1)
+    return units.astype(np.float32)

@@ -1,0 +1,224 @@
+"""The comparison: what is run next, records that resume, the report, and a real reduced run."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from edge_tcur.cli import edge_tcur
+from edge_tcur.compare import segmentation
+from edge_tcur.compare.methods import METHODS, find_method
+from edge_tcur.compare.problems import DigitsProblem, TextProblem
+from edge_tcur.compare.report import describe, draw_plot, summarize
+from edge_tcur.compare.runner import Grid, Job, Record, best_rate, missing_jobs, read_records, write_record
+from edge_tcur_runtime.errors import ConfigError, DataError, FileFormatError, UsageError
+
+
+def record(method, rate, seed, validation, test=None, problem="digits", numbers=1000):
+    return Record(
+        problem=problem,
+        method=method,
+        rate=rate,
+        seed=seed,
+        validation=validation,
+        test=validation if test is None else test,
+        trained_numbers=numbers,
+        shipped_bytes=4 * numbers,
+        seconds=1.0,
+        prepare_seconds=0.1,
+        steps=10,
+        final_loss=0.5,
+    )
+
+
+def grid(*methods, seeds=3):
+    return Grid([DigitsProblem()], methods, seeds)
+
+
+def test_first_every_rate_is_swept_on_one_seed():
+    jobs = missing_jobs(grid("lora-r8"), [])
+    assert jobs == [Job("digits", "lora-r8", rate, 0) for rate in sorted(METHODS["lora-r8"].rates)]
+
+
+def test_a_sweep_goes_on_where_the_best_rate_lies_at_its_end():
+    rates = sorted(METHODS["lora-r8"].rates)
+    rising = [record("lora-r8", rate, 0, 0.5 + rate) for rate in rates]
+    assert missing_jobs(grid("lora-r8"), rising) == [Job("digits", "lora-r8", 2 * rates[-1], 0)]
+    falling = [record("lora-r8", rate, 0, 0.5 - rate) for rate in rates]
+    assert missing_jobs(grid("lora-r8"), falling) == [Job("digits", "lora-r8", rates[0] / 2, 0)]
+    more = [*rising, record("lora-r8", 2 * rates[-1], 0, 0.9), record("lora-r8", 4 * rates[-1], 0, 0.95)]
+    assert {job.seed for job in missing_jobs(grid("lora-r8"), more)} == {1, 2}
+
+
+def test_the_other_seeds_use_the_rate_that_validation_chose():
+    rates = sorted(METHODS["lora-r8"].rates)
+    done = [
+        record("lora-r8", rate, 0, score, test=1 - score)
+        for rate, score in zip(rates, (0.5, 0.9, 0.6), strict=True)
+    ]
+    assert missing_jobs(grid("lora-r8"), done) == [
+        Job("digits", "lora-r8", rates[1], seed) for seed in (1, 2)
+    ]
+    done += [record("lora-r8", rates[1], seed, 0.8) for seed in (1, 2)]
+    assert missing_jobs(grid("lora-r8"), done) == []
+    assert missing_jobs(grid("lora-r8", seeds=4), done) == [Job("digits", "lora-r8", rates[1], 3)]
+
+
+def test_of_equal_rates_the_lower_one_is_chosen():
+    assert best_rate([record("full", 0.2, 0, 0.7), record("full", 0.1, 0, 0.7)]) == 0.1
+
+
+def test_records_survive_a_line_that_was_cut_off(tmp_path):
+    first, second = record("full", 0.1, 0, 0.7), record("full", 0.2, 0, 0.8)
+    write_record(tmp_path, first)
+    whole = (tmp_path / "records.jsonl").read_bytes()
+    (tmp_path / "records.jsonl").write_bytes(whole + json.dumps(asdict(second)).encode()[:40])
+    assert read_records(tmp_path) == [first]
+    write_record(tmp_path, second)
+    with pytest.raises(FileFormatError, match="line 2"):
+        read_records(tmp_path)
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records = [record("full", 0.1, seed, 0.7) for seed in range(3)]
+    for item in records:
+        write_record(tmp_path, item)
+    assert read_records(tmp_path) == records
+
+
+def test_the_report_takes_the_chosen_rate_and_the_deviation_of_a_sample(tmp_path):
+    records = [record("full", 0.1, 0, 0.9, test=0.8), record("full", 0.2, 0, 0.5, test=1.0)]
+    records += [record("full", 0.1, 1, 0.9, test=0.9), record("head", 0.0, 0, 0.5, numbers=0)]
+    summary = summarize(records)
+    row = next(row for row in summary.rows if row.method == "full")
+    assert (row.mean, row.seeds, row.rate, row.at_edge) == (pytest.approx(0.85), 2, 0.1, True)
+    assert row.deviation == pytest.approx(math.sqrt(0.005))
+    assert summary.matters["digits"] == pytest.approx(0.35)
+    assert "beats a trained head by 35.0 points" in describe(summary)
+    draw_plot(summary, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_where_a_trained_head_does_as_well_nothing_is_judged():
+    summary = summarize([record("full", 0.1, 0, 0.81), record("head", 0.0, 0, 0.80)])
+    assert summary.to_dict()["judged_on"] == []
+    assert "adaptation does not matter here" in describe(summary)
+
+
+def test_a_method_may_be_given_as_settings():
+    method = find_method('{"preset": "gradient", "rank": 4}')
+    assert method.rates == METHODS["gradient-r8"].rates
+    with pytest.raises(ConfigError, match="not known") as caught:
+        find_method("lora-r9")
+    assert "lora-r8" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted({*METHODS} - {name for name in METHODS if name.endswith(("-r16", "-r32"))} - {"full"}),
+)
+def test_every_method_begins_as_the_base_and_counts_what_it_trains(name, vit_dir):
+    from edge_tcur.method.gradients import mean_gradients
+    from edge_tcur.models import load_base
+    from edge_tcur.tasks import find_task
+
+    task = find_task("image-classification")
+    base = load_base(str(vit_dir), task, ("0", "1", "2"), {})
+    inputs = {"pixel_values": torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    expected = base.model(**inputs).detach()
+
+    def gradients(targets):
+        return mean_gradients(
+            base.model, targets, [lambda: task.loss(base.model(**inputs), torch.tensor([0, 1, 2, 0]))]
+        )
+
+    prepared = find_method(name).prepare(base, gradients)
+    torch.testing.assert_close(base.model(**inputs), expected, atol=1e-5, rtol=1e-4)
+    assert prepared.trained_numbers == sum(value.numel() for value in prepared.parameters)
+    if name != "head":
+        task.loss(base.model(**inputs), torch.tensor([0, 1, 2, 0])).backward()
+        assert any(value.grad is not None and value.grad.abs().sum() > 0 for value in prepared.parameters)
+
+
+def test_few_shot_parts_are_disjoint_and_depend_on_the_seed(tmp_path, bert_dir):
+    rows = ["text,category"] + [f"where is my {n} card,{'abc'[n % 3]}" for n in range(60)]
+    (tmp_path / "train.csv").write_text("\n".join(rows) + "\n")
+    problem = TextProblem("t-5", str(bert_dir), tmp_path / "train.csv", tmp_path / "train.csv", 5)
+    first, again, other = (problem.load(seed, tmp_path / "work") for seed in (0, 0, 1))
+    assert len(first.train) == 15
+    assert set(first.train.dataset.samples).isdisjoint(first.validation.dataset.samples)
+    assert first.train.dataset.samples == again.train.dataset.samples != other.train.dataset.samples
+
+
+def test_a_file_with_other_columns_is_refused(tmp_path, bert_dir):
+    (tmp_path / "t.csv").write_text("text,label,more\na,b,c\n")
+    problem = TextProblem("t-5", str(bert_dir), tmp_path / "t.csv", tmp_path / "t.csv", 5)
+    with pytest.raises(DataError, match="expected text and one other"):
+        problem.load(0, tmp_path)
+
+
+def test_pages_are_turned_with_their_classes():
+    train, validation, test = segmentation.user_pages(0)
+    assert len(train), len(test) == (200, 300)
+    ink = 1 - train.images[:, 0]  # the user's device inverts: ink is dark in the page again
+    for page in range(5):
+        inked = train.classes[page] > 0
+        assert ink[page][inked].min() >= segmentation._INK / 16 - 1e-6
+    assert not np.array_equal(train.images[0], validation.images[0])
+
+
+def test_dice_is_one_for_a_model_that_knows_and_low_for_one_that_does_not():
+    pages, _, _ = segmentation.user_pages(0)
+
+    class Oracle(torch.nn.Module):
+        def __init__(self, shift):
+            super().__init__()
+            self.seen, self.shift = 0, shift
+
+        def forward(self, pixel_values):
+            count = len(pixel_values)
+            truth = torch.from_numpy(pages.classes[self.seen : self.seen + count])
+            self.seen += count
+            return torch.nn.functional.one_hot((truth + self.shift) % 11, 11).movedim(-1, 1).float()
+
+    assert segmentation.mean_dice(Oracle(0), pages, segmentation.TASK) == pytest.approx(1.0)
+    assert segmentation.mean_dice(Oracle(1), pages, segmentation.TASK) < 0.1
+
+
+def test_the_command_runs_a_small_grid_and_resumes(tmp_path):
+    out = tmp_path / "comparison"
+    command = [
+        "compare",
+        "--problem",
+        "digits",
+        "--epochs",
+        "1",
+        "--method",
+        "gradient-r8",
+        "--method",
+        "head",
+    ]
+    command += ["--seeds", "1", "--workers", "1", "--out", str(out), "--json"]
+    first = CliRunner().invoke(edge_tcur, command)
+    assert first.exit_code == 0, first.output
+    result = json.loads(first.stdout)
+    assert {row["method"] for row in result["rows"]} == {"gradient-r8", "head"}
+    assert (out / "comparison.png").stat().st_size > 10_000
+    before = (out / "records.jsonl").read_bytes()
+    again = CliRunner().invoke(edge_tcur, command)
+    assert json.loads(again.stdout)["rows"] == result["rows"]
+    assert (out / "records.jsonl").read_bytes() == before
+
+
+def test_without_a_problem_the_command_says_what_to_name():
+    result = CliRunner().invoke(edge_tcur, ["compare", "--json"])
+    assert isinstance(result.exception, UsageError)
+
+
+def test_the_methods_can_be_listed():
+    result = CliRunner().invoke(edge_tcur, ["compare", "--list", "--json"])
+    assert set(json.loads(result.stdout)["methods"]) == set(METHODS)

@@ -1,0 +1,78 @@
+"""Bundles of coupled weights: the paper's preset, and coupling by layer along a DCT with modules trained in
+full. What is in them, that they answer as torch does, and that a device can personalise them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from edge_tcur.method.config import PRESETS
+
+SAVED = {f"module.{name}.{part}" for name in ("classifier", "vit.layernorm") for part in ("weight", "bias")}
+# Weights, blocks and rank of each group.
+GROUPS = {
+    "paper": {"16x16": (4, 1, 2), "16x32": (2, 1, 2)},
+    "saved": {"16x16": (4, 2, 2), "32x16": (2, 2, 3)},
+}
+
+
+@pytest.fixture(scope="session")
+def paper(export_vit):
+    return export_vit("paper", {**PRESETS["paper"], "targets": "*.k_proj,*.v_proj,*.fc2"})
+
+
+@pytest.fixture(scope="session")
+def saved(export_vit):
+    settings = {
+        "grouping": "shape", "coupling": "layer", "transform": "dct", "selection": "leverage",
+        "targets": "*.q_proj,*.v_proj,*.fc1", "rank_pattern": "*.fc1=3",
+        "modules_to_save": "module.classifier,module.vit.layernorm",
+    }  # fmt: skip
+    return export_vit("saved", settings)
+
+
+@pytest.fixture(params=["paper", "saved"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def exported(kind, request):
+    return request.getfixturevalue(kind)
+
+
+def test_every_graph_agrees_with_torch(exported, kit):
+    kit.check_parity(exported)
+
+
+def test_the_manifest_says_what_is_fed(exported, kind, kit):
+    kit.check_manifest(exported, GROUPS[kind], SAVED if kind == "saved" else set())
+
+
+def test_nothing_fed_is_the_base_and_the_adapter_fed_is_the_adapter(exported, kit):
+    kit.check_answers(exported)
+
+
+@pytest.mark.parametrize(("rank", "samples"), [(1, 1), (5, 4), (16, 2)])
+def test_other_factors_than_the_runs_may_be_fed(exported, kit, rank, samples):
+    kit.check_other_factors(exported, rank, samples)
+
+
+def test_the_bases_own_values_of_modules_trained_in_full(saved):
+    manifest = saved.bundle.manifest
+    stored = load_file(saved.bundle.path(manifest.base_extras))
+    assert set(stored) == SAVED
+    state, adapter = saved.base().model.state_dict(), saved.run.adapter()
+    for name, value in stored.items():
+        np.testing.assert_array_equal(value, state[name].numpy())
+        assert not np.array_equal(value, adapter.extras[name])  # it was trained
+    defaults = {tensor.name for tensor in saved.graph("infer").graph.initializer}
+    assert defaults >= SAVED
+    assert {f"{name}.grad" for name in SAVED} <= {value.name for value in saved.graph("step").graph.output}
+
+
+@pytest.mark.parametrize("start", ["base", "adapter"])
+def test_a_device_personalises_with_the_step_graph(exported, kind, start, kit, digits_npz, tmp_path):
+    rate = 1.0 if kind == "paper" else 0.05  # raw coordinates
+    kit.check_personalisation(exported, digits_npz, tmp_path / "personal.safetensors", rate, start)

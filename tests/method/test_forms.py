@@ -1,0 +1,63 @@
+"""Which form computes a layer, and the cost model that chooses it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from edge_tcur.method.adapted import AdaptedLayer
+from edge_tcur.method.config import TCurConfig
+from edge_tcur.method.cost import Sizes, cheapest_form, predict_seconds
+from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.views import find_view
+
+ATTENTION = Sizes(tokens=512, n1=384, n2=384, inner=8, rank=8)
+
+
+def test_possible_forms():
+    linear, convolution = find_view(torch.nn.Linear(2, 3)), find_view(torch.nn.Conv2d(2, 3, 3))
+    assert possible_forms(linear, has_rows=True) == ("gather", "factored", "merged", "materialised")
+    assert possible_forms(linear, has_rows=False) == ("factored", "merged", "materialised")
+    assert possible_forms(convolution, has_rows=True) == ("gather", "materialised")
+    assert possible_forms(convolution, has_rows=False) == ("materialised",)
+    assert set(FORMS) == {"gather", "factored", "merged", "materialised"}
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("size", ["tokens", "n1", "n2", "inner"])
+def test_more_work_is_never_predicted_to_be_faster(form, size):
+    more = replace(ATTENTION, **{size: 2 * getattr(ATTENTION, size)})
+    assert 0 < predict_seconds(form, ATTENTION) <= predict_seconds(form, more)
+
+
+def test_the_cheapest_form_is_the_one_with_the_lowest_prediction():
+    for sizes in (ATTENTION, replace(ATTENTION, tokens=1), replace(ATTENTION, inner=192, tokens=4096)):
+        costs = {form: predict_seconds(form, sizes) for form in FORMS}
+        assert cheapest_form(tuple(FORMS), sizes) == min(costs, key=costs.get)
+        assert cheapest_form(("merged",), sizes) == "merged"
+
+
+def test_the_choice_depends_on_coupling_and_tokens():
+    assert cheapest_form(tuple(FORMS), ATTENTION) == "gather"
+    few, many = (replace(ATTENTION, tokens=tokens, inner=192) for tokens in (16, 16384))
+    coupled = ("factored", "merged", "materialised")
+    assert cheapest_form(coupled, few) == "factored"
+    assert cheapest_form(coupled, many) in {"merged", "materialised"}
+
+
+def test_a_layer_asks_for_the_form_of_its_sizes(kit, monkeypatch):
+    model = kit.Net()
+    kit.adapt(model, TCurConfig(rank=2, coupling="all"))
+    asked = []
+
+    def choose(forms, sizes):
+        asked.append((forms, sizes))
+        return "merged"
+
+    monkeypatch.setattr("edge_tcur.method.adapted.cheapest_form", choose)
+    model(torch.randn(5, 7, 4))
+    coupled = ("factored", "merged", "materialised")
+    assert asked[0] == (coupled, Sizes(tokens=35, n1=12, n2=6, inner=6, rank=2))
+    assert len(asked) == len([m for m in model.modules() if isinstance(m, AdaptedLayer)]) == 9
