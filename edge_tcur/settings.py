@@ -7,7 +7,8 @@ all made from `TrainConfig`. Imports no torch, so that the command's help is che
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ class TrainConfig:
     targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
     alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
     rank_pattern: str = setting("", "Other ranks by module: comma-separated pattern=rank.")
+    rank_budget: int = setting(
+        0, "Trained numbers in all, shared out among single weights by gradient energy; 0: --rank for each."
+    )
     layers_to_transform: str = setting("", "Numbers of the layers to adapt, comma-separated; all by default.")
     modules_to_save: str = setting("", "Patterns of modules trained in full and saved with the adapter.")
     epochs: int = setting(20, "Passes over the training data.")
@@ -75,12 +79,14 @@ class TrainConfig:
             ("batch_size", 1),
             ("head_epochs", 0),
             ("gradient_batches", 1),
+            ("rank_budget", 0),
             ("max_length", 0),
             ("seed", 0),
             ("threads", 0),
         ):
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
+        self._check_budget()
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
@@ -88,6 +94,19 @@ class TrainConfig:
             raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(f"{self.eval_fraction}; expected between 0 and 1", where="eval_fraction")
+
+    def _check_budget(self) -> None:
+        if self.rank_budget and not (self.coupling == "none" and self.selection == GRADIENT):
+            raise ConfigError(
+                "ranks are shared out by the gradients of single weights",
+                where="rank_budget",
+                hint=f"say coupling none and selection {GRADIENT} with it",
+            )
+
+    def with_ranks(self, ranks: Mapping[str, int]) -> TrainConfig:
+        """These settings with a rank for each weight (module name -> rank), each a group of its own."""
+        pattern = ",".join(f"{name}={rank}" for name, rank in ranks.items())
+        return replace(self, grouping="weight", rank_pattern=pattern)
 
     def method(self) -> TCurConfig:
         """The adapter's part of the settings."""

@@ -12,6 +12,7 @@ from click.core import ParameterSource
 
 from edge_tcur.cli.inspect import describe_groups, group_rows
 from edge_tcur.cli.progress import stage_bar
+from edge_tcur.method.config import PRESETS
 from edge_tcur.settings import TrainConfig, config_from_dict, read_config
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
@@ -26,9 +27,9 @@ EPILOG = """\b
 Examples:
   edge-tcur train --base all-MiniLM-L6-v2 --data intents.csv --out run/
   edge-tcur train --base vit/ --data digits.npz --task image-classification --out run/
+  edge-tcur train --preset sketch --rank 16 --base all-MiniLM-L6-v2 --data intents.csv --out run/
   edge-tcur train --config train.toml --rank 16 --out run/ --force
 """
-_SHOWN_SKIPPED = 8
 _METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
@@ -51,6 +52,11 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command("train", epilog=EPILOG)
 @click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")
+@click.option(
+    "--preset",
+    type=click.Choice(tuple(PRESETS)),
+    help="Named choice of grouping, coupling, transform, selection and frame; single settings override it.",
+)
 @setting_options
 @click.option("--out", type=DIRECTORY, required=True, metavar="RUN", help="Directory of the run to write.")
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
@@ -90,7 +96,9 @@ def _given(context: click.Context, options: Mapping[str, object]) -> dict[str, o
 
 
 def _resolve(file: Path | None, given: dict[str, object]) -> TrainConfig:
-    values = {**(read_config(file) if file is not None else {}), **given}
+    axes = PRESETS[str(given["preset"])] if "preset" in given else {}
+    values = {**axes, **(read_config(file) if file is not None else {}), **given}
+    values.pop("preset", None)
     for name in ("base", "data"):
         if not values.get(name):
             raise UsageError(
@@ -145,6 +153,11 @@ def _describe(result: TrainResult, adapter: Adapter) -> str:
 def _skipped_lines(skipped: Mapping[str, str]) -> list[str]:
     if not skipped:
         return []
-    shown = [f"  {name}: {reason}" for name, reason in list(skipped.items())[:_SHOWN_SKIPPED]]
-    more = len(skipped) - len(shown)
-    return ["", "left alone", *shown, *([f"  and {more} more (all of them with --json)"] if more else [])]
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    lines = ["", "left alone"]
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 1} more (all of them with --json)" if len(names) > 1 else ""
+        lines.append(f"  {names[0]}{more}: {reason}")
+    return lines

@@ -18,6 +18,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.method.allocation import share_out
 from edge_tcur.method.config import PRESETS, TCurConfig, preset
 from edge_tcur.method.group import Member
 from edge_tcur.method.targets import Targets, find_targets
@@ -64,14 +65,19 @@ class Method:
 Gradients = Callable[[Targets], dict[str, Tensor]]
 
 
-def tcur(config: TCurConfig) -> Callable[[Base, Gradients], Prepared]:
-    """A method of ours."""
+def tcur(config: TCurConfig, *, shared: bool = False) -> Callable[[Base, Gradients], Prepared]:
+    """A method of ours; `shared` gives the same numbers to the weights by gradient energy."""
 
     def prepare(base: Base, gradients: Gradients) -> Prepared:
-        found = None
+        own, found = config, None
+        targets = find_targets(base.model, config, keep=base.head)
         if config.needs_gradients:
-            found = gradients(find_targets(base.model, config, keep=base.head))
-        return _prepared(inject(base.model, config, keep=base.head, gradients=found))
+            found = gradients(targets)
+        if shared and found is not None:
+            budget = sum(len(group.modules) * group.rank**2 for group in targets.groups)
+            ranks = share_out(base.model, found, budget, config.frame)
+            own = replace(config, grouping="weight", rank_pattern=ranks)
+        return _prepared(inject(base.model, own, keep=base.head, gradients=found))
 
     return prepare
 
@@ -240,6 +246,16 @@ def _list() -> list[Method]:
         _ours(f"{name}-r{rank}", f"preset {name}, r{rank}", preset(name, rank=rank))
         for name in PRESETS
         for rank in (8, 16, 32)
+    ]
+    methods += [
+        Method(
+            f"{name}-shared-r{rank}",
+            f"preset {name}, the numbers of r{rank} shared out by gradient energy",
+            core,
+            tcur(preset(name, rank=rank), shared=True),
+        )
+        for name in ("gradient", "sketch")
+        for rank in (8, 16)
     ]
     return methods
 

@@ -168,7 +168,7 @@ def _draw_panel(panel: Any, rows: Sequence[Row], what: str, colours: Mapping[str
             panel.axhline(score, color="grey", linestyle=":", label=f"{row.method} ({score:.1f})")
             continue
         size = getattr(row, what)
-        ours = row.method.startswith(("gradient-r", "sketch", "paper"))
+        ours = row.method.startswith(("gradient-r", "gradient-shared", "sketch", "paper"))
         colour = colours[row.method]
         panel.errorbar(size, score, yerr=spread, fmt="o" if ours else "s", capsize=3, color=colour)
         panel.annotate(row.method, (size, score), textcoords="offset points", xytext=(6, 4), fontsize=8)

@@ -16,7 +16,7 @@ from edge_tcur_runtime.formats.factors import COUPLINGS, FRAMES, SKETCH
 from edge_tcur_runtime.formats.schema import nearest
 from edge_tcur_runtime.transform import TRANSFORMS
 
-GROUPINGS = ("projection", "shape", "layer")
+GROUPINGS = ("projection", "shape", "layer", "weight")
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
 
@@ -29,7 +29,7 @@ class TCurConfig:
         rank: r, rows and columns per group; the core holds n3 * r * r numbers.
         grouping: which weights share a tensor: ``projection`` (one projection, stacked over the
             layers), ``shape`` (the paper's: every weight of one shape), ``layer`` (the weights of one
-            shape in one layer), or comma-separated name patterns, one tensor each.
+            shape in one layer), ``weight`` (each alone), or comma-separated name patterns, one tensor each.
         coupling: how far the t-product reaches: ``none`` (each weight alone, with rows and columns of
             its own), ``layer`` (the weights of a group in one layer) or ``all`` (the whole group).
         transform: along the coupled weights: ``dft`` (the paper's), ``dct``, ``identity`` (shared
@@ -87,6 +87,12 @@ class TCurConfig:
                 "grouping by projection has one weight of each layer in a group: coupling layer is none",
                 where="coupling",
                 hint="say coupling none, or grouping shape",
+            )
+        if self.grouping == "weight" and self.coupling != "none":
+            raise ConfigError(
+                "grouping by weight has one weight in a group: there is nothing to couple",
+                where="coupling",
+                hint="say coupling none, or another grouping",
             )
         if self.frame == SKETCH and (self.coupling != "none" or self.selection != GRADIENT):
             raise ConfigError(

@@ -7,7 +7,7 @@ Imports no torch before a rule runs: the names are options of `edge-tcur train`,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -145,17 +145,39 @@ def select_by_gradient(stack: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     if choice.gradient is None:
         raise ValueError("gradient-aligned selection needs a gradient")
     weights, gradient = stack.double(), choice.gradient.double()
-    columns, held = _pursue(weights, gradient, choice.rank)
-    rows, _ = _pursue(weights.transpose(1, 2), held.transpose(1, 2), choice.rank)
-    return rows, columns
+    columns = pursue(weights, gradient, choice.rank)
+    rows = pursue(weights.transpose(1, 2), columns.held.transpose(1, 2), choice.rank)
+    return _sorted(rows.taken, stack), _sorted(columns.taken, stack)
 
 
-def _pursue(weights: Tensor, gradient: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Indices [count] of columns of `weights` [p, m, n]; the part of `gradient` [p, m, k] in their span."""
+def _sorted(indices: Sequence[int], like: Tensor) -> Tensor:
+    import torch
+
+    return torch.tensor(sorted(indices), device=like.device)
+
+
+@dataclass(frozen=True)
+class Pursuit:
+    """Columns in the order in which they were picked.
+
+    Attributes:
+        taken: their indices.
+        units: [p, count, m], of each the part that those before it do not span, at unit length.
+        held: [p, m, k], the part of the gradient in the span of all.
+    """
+
+    taken: tuple[int, ...]
+    units: Tensor
+    held: Tensor
+
+
+def pursue(weights: Tensor, gradient: Tensor, count: int) -> Pursuit:
+    """Picks, greedily, `count` columns of `weights` [p, m, n] that span most of `gradient` [p, m, k]."""
     import torch
 
     atoms, rest = weights.clone(), gradient
     taken: list[int] = []
+    units: list[Tensor] = []
     for _ in range(count):
         energy = atoms.square().sum(dim=1)  # [p, n]: of what the chosen ones leave of each column
         usable = energy > _TINY * weights.square().sum(dim=1).amax()
@@ -168,7 +190,8 @@ def _pursue(weights: Tensor, gradient: Tensor, count: int) -> tuple[Tensor, Tens
         unit = torch.where(usable[:, best, None], atoms[:, :, best] / length[:, None], 0.0)  # [p, m]
         atoms = atoms - unit[:, :, None] * (unit[:, None, :] @ atoms)
         rest = rest - unit[:, :, None] * (unit[:, None, :] @ rest)
-    return torch.tensor(sorted(taken), device=weights.device), gradient - rest
+        units.append(unit)
+    return Pursuit(tuple(taken), torch.stack(units, dim=1), gradient - rest)
 
 
 SELECTIONS: dict[str, Rule] = {

@@ -266,6 +266,8 @@ def _key(name: str, shape: tuple[int, int], grouping: str) -> str:
     if grouping == "layer":
         # A star before the number: `_short_names` leaves out what precedes it where one tower has layers.
         return _NUMBER.sub(r"\1*.\2", _layer(name)) + f".{shape[0]}x{shape[1]}"
+    if grouping == "weight":
+        return name
     if grouping == "projection":
         return _NUMBER.sub(r"\1*", name)
     for pattern in _split(grouping):

@@ -14,6 +14,7 @@ import torch
 from edge_tcur import __version__
 from edge_tcur.data import PreparedData, prepare
 from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.method.allocation import share_out
 from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models import Base, base_digest, load_base
 from edge_tcur.settings import TrainConfig
@@ -175,6 +176,8 @@ def _train_into(
     material = _load(config, work)
     base = material.base
     gradients = _prepare(config, material)
+    if config.rank_budget and gradients is not None:
+        config = config.with_ranks(share_out(base.model, gradients, config.rank_budget, config.frame))
     injection = inject(base.model, config.method(), keep=base.head, gradients=gradients)
     history = _fit(config, material, injection, on_epoch)
     adapter, skipped = build_adapter(base, injection, config, base.labels), injection.targets.skipped

@@ -18,7 +18,19 @@ from edge_tcur.compare.runner import Grid, Record, read_records, run_grid
 
 BASE = "all-MiniLM-L6-v2"
 SHOTS = {"trec": (100,), "sst2": (300,), "banking77": (10,)}
-AIMED = ("head", "full", "lora-r8", "gradient-r8", "sketch-r8", "sketch-r16", "lora-xs-r8", "curlora-r8")
+AIMED = (
+    "head",
+    "full",
+    "lora-r8",
+    "gradient-r8",
+    "gradient-shared-r8",
+    "sketch-r8",
+    "sketch-shared-r8",
+    "sketch-r16",
+    "sketch-shared-r16",
+    "lora-xs-r8",
+    "curlora-r8",
+)
 OTHERS = (
     "paper-r8",
     "gradient-r16",

@@ -119,6 +119,7 @@ def test_no_other_combination_is_refused():
         nothing = (
             (coupling == "none" and transform in {"dft", "dct"})
             or (coupling == "layer" and grouping == "projection")
+            or (coupling != "none" and grouping == "weight")
             or (frame == "sketch" and not (coupling == "none" and selection == "gradient"))
         )
         options = {
@@ -133,4 +134,4 @@ def test_no_other_combination_is_refused():
             assert config.domain in TRANSFORMS
             assert config.needs_gradients == (selection == "gradient")
             taken += 1
-    assert taken == 3 * 2 * (6 * 2 + 1) + 3 * 4 * 12 + 2 * 4 * 12
+    assert taken == 4 * 2 * (6 * 2 + 1) + 3 * 4 * 12 + 2 * 4 * 12

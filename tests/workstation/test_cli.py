@@ -140,6 +140,7 @@ def test_train_for_people(cli, vit_dir, digits_npz, tmp_path):
     assert "of 12 held-out samples" in text
     assert "matched by no target pattern" in text
     assert "more (all of them with --json)" in text
+    assert text.count("LayerNorm, not a linear layer") == 1  # one line a reason, not one a module
     assert f"next: edge-tcur export {out} --out bundle/" in text
     assert cli(*train_arguments(vit_dir, digits_npz, tmp_path / "two", "--quiet")) == (0, "", "")
 
@@ -418,3 +419,41 @@ def test_a_text_with_no_label_names_its_line(cli, bert_dir, tmp_path):
 def test_losses_are_numbers_in_json(trained):
     losses = json.loads((trained / "run.json").read_text())["metrics"]["losses"]
     assert np.isfinite(losses).all()
+
+
+def test_a_preset_sets_the_axes_and_single_settings_override_it(cli, vit_dir, digits_npz, tmp_path):
+    arguments = train_arguments(vit_dir, digits_npz, tmp_path / "run", "--preset", "paper", "--json")
+    code, result, err = cli(*arguments, "--frame", "orthonormal")
+    assert code == 0, err
+    axes = {
+        name: result["config"][name] for name in ("grouping", "coupling", "transform", "selection", "frame")
+    }
+    assert axes == {
+        "grouping": "shape",
+        "coupling": "all",
+        "transform": "dft",
+        "selection": "norm",
+        "frame": "orthonormal",
+    }
+    assert {group["blocks"] for group in result["groups"]} == {1}
+
+
+def test_a_budget_of_numbers_is_shared_out_and_the_run_can_be_scored(cli, vit_dir, digits_npz, tmp_path):
+    out = tmp_path / "run"
+    code, result, err = cli(*train_arguments(vit_dir, digits_npz, out, "--rank-budget", "150", "--json"))
+    assert code == 0, err
+    ranks = [group["rank"] for group in result["groups"]]
+    assert result["trained_numbers"] == sum(rank * rank for rank in ranks) <= 150
+    assert len(ranks) == 12
+    assert len(set(ranks)) > 1
+    code, scored, err = cli("eval", out, "--data", digits_npz, "--json")
+    assert code == 0, err
+    assert scored["samples"] == 60
+
+
+def test_a_budget_needs_gradients_of_single_weights(cli, vit_dir, digits_npz, tmp_path):
+    arguments = train_arguments(vit_dir, digits_npz, tmp_path / "run", "--rank-budget", "150")
+    code, _, err = cli(*arguments, "--selection", "random")
+    assert code == 3
+    assert "say coupling none and selection gradient" in err
+    assert cli(*train_arguments(vit_dir, digits_npz, tmp_path / "run", "--rank-budget", "5"))[0] == 3
