@@ -7,12 +7,13 @@ A problem is named by a short text, so that records can be resumed: ``trec-100``
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from safetensors.torch import load_file, save
 from torch import nn
 
 from edge_tcur.compare import segmentation
@@ -21,6 +22,7 @@ from edge_tcur.models import Base, load_base
 from edge_tcur.quickstart import digits
 from edge_tcur.tasks import Task, find_task
 from edge_tcur.training.loop import accuracy
+from edge_tcur_runtime.atomic import write_atomic
 from edge_tcur_runtime.data import Dataset, label_names, load_dataset
 from edge_tcur_runtime.errors import DataError
 
@@ -29,6 +31,7 @@ _LONGEST = 64  # tokens
 _VALIDATION_ROWS = 50  # a class, beside the training rows
 _TEST_ROWS = 1000
 _BASE_SEED = 0
+_USER_PARTS = ("sample", "local", "test")
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class TextProblem:
     shots: int
     epochs: int = 10
 
+    def prepare(self, work: Path) -> None:
+        """Nothing: the encoder is read from where it is."""
+
     def load(self, seed: int, work: Path) -> Problem:
         """See `Problem`; shuffles the training file with the seed."""
         task = find_task("text-classification")
@@ -82,8 +88,8 @@ class TextProblem:
         spec = {**base.preprocessing, "max_length": longest, "buckets": buckets}
         folder = work / self.name
         folder.mkdir(parents=True, exist_ok=True)
-        if base.tokenizer is not None:
-            (folder / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
+        if base.tokenizer is not None:  # old-or-new: another worker may be reading it
+            write_atomic(folder / "tokenizer.json", base.tokenizer.encode())
         few, validation = _few_shot(rows, self.shots, seed)
         pick = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(later))[:_TEST_ROWS])
         train, held, test = (
@@ -129,16 +135,21 @@ class DigitsProblem:
     name: str = "digits"
     epochs: int = 60
 
-    def load(self, seed: int, work: Path) -> Problem:
-        """See `Problem`. The base is trained once and kept in `work`; the seed splits the user's scans."""
+    def prepare(self, work: Path) -> None:
+        """Writes the scans and trains the base, once, into `work`; before any `load`."""
         folder = work / "digits"
-        paths = digits.write_digits(folder / f"data-{seed}", _BASE_SEED)
-        if not (folder / "base" / "config.json").exists():
-            draft = folder / f"draft-{seed}"
-            digits.train_base(paths.base, draft, _BASE_SEED, lambda *_: None)
-            draft.rename(folder / "base")
+        if (folder / "base").exists():
+            return
+        paths = digits.write_digits(folder / "data", _BASE_SEED)
+        shutil.rmtree(folder / "draft", ignore_errors=True)
+        digits.train_base(paths.base, folder / "draft", _BASE_SEED, lambda *_: None)
+        (folder / "draft").rename(folder / "base")
+
+    def load(self, seed: int, work: Path) -> Problem:
+        """See `Problem`; the seed splits the user's scans."""
+        folder = work / "digits"
         task = find_task(digits.TASK)
-        everything = [load_dataset(getattr(paths, part), "image") for part in ("sample", "local", "test")]
+        everything = [load_dataset(folder / "data" / f"{part}.npz", "image") for part in _USER_PARTS]
         labels = label_names(everything[0])
         base = load_base(str(folder / "base"), task, labels, {})
         scans = _join(everything)
@@ -164,17 +175,17 @@ class SegmentationProblem:
     name: str = "segmentation"
     epochs: int = 40
 
-    def load(self, seed: int, work: Path) -> Problem:
-        """See `Problem`. The base is trained once and kept in `work`."""
-        folder = work / "segmentation"
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = folder / "base.pt"
+    def prepare(self, work: Path) -> None:
+        """Trains the base, once, into `work`; before any `load`."""
+        kept = work / "segmentation" / "base.safetensors"
         if not kept.exists():
-            draft = folder / f"draft-{seed}.pt"
-            torch.save(segmentation.train_base(_BASE_SEED).state_dict(), draft)
-            draft.rename(kept)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, save(segmentation.train_base(_BASE_SEED).state_dict()))
+
+    def load(self, seed: int, work: Path) -> Problem:
+        """See `Problem`; the seed draws the user's pages."""
         model = segmentation.build_model()
-        model.load_state_dict(torch.load(kept, weights_only=True))
+        model.load_state_dict(load_file(work / "segmentation" / "base.safetensors"))
         train, held, test = segmentation.user_pages(seed)
         base = Base(model, "segmentation", segmentation.INPUTS, {}, labels=segmentation.LABELS)
         return Problem(

@@ -166,6 +166,14 @@ def best_rate(records: Iterable[Record]) -> float:
     return max(swept, key=lambda record: (record.validation, -record.rate)).rate
 
 
+def prepare_problem(problem: AnyProblem, work: Path) -> None:
+    """What all runs of a problem share, made once, on one thread as they are."""
+    import torch
+
+    torch.set_num_threads(1)
+    problem.prepare(work)
+
+
 def run_job(problem: AnyProblem, job: Job, work: Path) -> Record:
     """Does one run on one thread."""
     import torch
@@ -192,6 +200,8 @@ def run_grid(
     running: dict[Future[Record], Job] = {}
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
+            for name in {job.problem for job in missing_jobs(grid, read_records(folder))}:
+                pool.submit(prepare_problem, problems[name], folder / "work").result()
             while True:
                 records = read_records(folder)
                 waiting = [job for job in missing_jobs(grid, records) if job not in running.values()]

@@ -202,7 +202,7 @@ def test_the_command_runs_a_small_grid_and_resumes(tmp_path):
         "--method",
         "head",
     ]
-    command += ["--seeds", "1", "--workers", "1", "--out", str(out), "--json"]
+    command += ["--seeds", "1", "--workers", "2", "--out", str(out), "--json"]
     first = CliRunner().invoke(edge_tcur, command)
     assert first.exit_code == 0, first.output
     result = json.loads(first.stdout)
