@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from edge_tcur.method.fit import fit_core
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.factors import AnyFactors, Factors, SketchFactors
@@ -198,22 +199,21 @@ def _fit(
     new_vectors: tuple[np.ndarray, np.ndarray],
     transform: str,
 ) -> Fit:
-    """Least squares of the old update onto the new vectors: ``U' = pinv(C') C U R pinv(R')``, frequency
-    by frequency in the transform's domain."""
-
-    def domain(value: np.ndarray) -> np.ndarray:
-        return to_domain(transform, value.astype(np.float64).reshape(old.blocks, -1, *value.shape[1:]))
-
-    c_old, r_old, c_new, r_new = (domain(value) for value in (*old_vectors, *new_vectors))
-    core = np.linalg.pinv(c_new) @ c_old @ domain(old.core) @ r_old @ np.linalg.pinv(r_new)
+    """Least squares of the old update onto the new vectors."""
     size = len(old.core) // old.blocks
-    raw = from_domain(transform, core, size).reshape(new.core.shape).astype(np.float32)
 
-    def slices(left: np.ndarray, middle: np.ndarray, right: np.ndarray) -> np.ndarray:
-        return from_domain(transform, left @ middle @ right, size)
+    def update(columns: np.ndarray, core: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        left, middle, right = (
+            to_domain(transform, value.astype(np.float64).reshape(old.blocks, -1, *value.shape[1:]))
+            for value in (columns, core, rows)
+        )
+        return from_domain(transform, left @ middle @ right, size).reshape(
+            len(columns), columns.shape[1], rows.shape[2]
+        )
 
-    before = slices(c_old, domain(old.core), r_old)
-    lost = before - slices(c_new, domain(raw), r_new)
+    before = update(old_vectors[0], old.core, old_vectors[1])
+    raw = fit_core(before, *new_vectors, transform=transform, blocks=old.blocks).astype(np.float32)
+    lost = before - update(new_vectors[0], raw, new_vectors[1])
     scale = float(np.linalg.norm(before))
     return Fit(new.with_core(raw), float(np.linalg.norm(lost)) / scale if scale else 0.0)
 

@@ -15,7 +15,7 @@ from typing import Any
 import tomllib
 
 from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig
-from edge_tcur.method.selection import GRADIENT, SELECTIONS
+from edge_tcur.method.selection import GRADIENT, SELECTIONS, UPDATE
 from edge_tcur.tasks import TASKS, find_task
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import COUPLINGS, FRAMES
@@ -49,14 +49,12 @@ class TrainConfig:
         AUTO, "Along the coupled weights; auto: dft, identity without coupling.", choices=(AUTO, *TRANSFORMS)
     )
     selection: str = setting(GRADIENT, "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
-    frame: str = setting(
-        "orthonormal", "Coordinates of training; sketch stores gradient sketches.", choices=FRAMES
-    )
+    frame: str = setting("orthonormal", "Coordinates of training; sketch stores its vectors.", choices=FRAMES)
     targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
     alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
     rank_pattern: str = setting("", "Other ranks by module: comma-separated pattern=rank.")
     rank_budget: int = setting(
-        0, "Trained numbers in all, shared out among single weights by gradient energy; 0: --rank for each."
+        0, "Trained numbers in all, shared out among single weights by energy; 0: --rank for each."
     )
     layers_to_transform: str = setting("", "Numbers of the layers to adapt, comma-separated; all by default.")
     modules_to_save: str = setting("", "Patterns of modules trained in full and saved with the adapter.")
@@ -66,6 +64,9 @@ class TrainConfig:
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
     head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
     gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
+    rehearsal_rate: float = setting(
+        0.0, "Peak learning rate of the low-rank update that selection update learns first; 0: a fifth."
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")
@@ -90,17 +91,18 @@ class TrainConfig:
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
+        for name in ("weight_decay", "rehearsal_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{getattr(self, name)}; expected at least 0", where=name)
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(f"{self.eval_fraction}; expected between 0 and 1", where="eval_fraction")
 
     def _check_budget(self) -> None:
-        if self.rank_budget and not (self.coupling == "none" and self.selection == GRADIENT):
+        if self.rank_budget and not (self.coupling == "none" and self.method().needs_directions):
             raise ConfigError(
-                "ranks are shared out by the gradients of single weights",
+                "ranks are shared out by the gradients or updates of single weights",
                 where="rank_budget",
-                hint=f"say coupling none and selection {GRADIENT} with it",
+                hint=f"say coupling none and selection {GRADIENT} or {UPDATE} with it",
             )
 
     def with_ranks(self, ranks: Mapping[str, int]) -> TrainConfig:

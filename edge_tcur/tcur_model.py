@@ -1,6 +1,6 @@
 """`TCurModel`: tCURLoRA adapters on any torch model, with the names that users of `peft` know.
 
-model = get_tcur_model(model, TCurConfig(rank=8), gradients=gradients)
+model = get_tcur_model(model, TCurConfig(rank=8), directions=directions)
 ...train it: only the cores (and `modules_to_save`) require gradients...
 model.save_pretrained("adapter/")
 model = TCurModel.from_pretrained(base, "adapter/")
@@ -24,6 +24,7 @@ from edge_tcur import __version__
 from edge_tcur.method.adapted import DEFAULT, Injection
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.gradients import mean_gradients
+from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models.base import base_digest
 from edge_tcur_runtime.atomic import write_atomic
@@ -61,8 +62,8 @@ class TCurModel(nn.Module):
         model: changed in place: frozen, its targets replaced by adapted layers.
         config: of the first adapter.
         adapter_name: its name.
-        gradients: module name -> mean gradient [n1, n2], for selections that look at them; see
-            `collect_gradients`.
+        directions: module name -> [n1, n2], for selections that look at them; see `collect_gradients`
+            and `rehearsal`.
 
     Raises:
         ConfigError, BadInputError: see `edge_tcur.method.adapted.inject`.
@@ -74,7 +75,7 @@ class TCurModel(nn.Module):
         config: TCurConfig,
         adapter_name: str = DEFAULT,
         *,
-        gradients: Mapping[str, Tensor] | None = None,
+        directions: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.base_digest = base_digest(model)
@@ -82,7 +83,7 @@ class TCurModel(nn.Module):
         self.injection = Injection(model)
         self.cores = nn.ModuleDict()
         self.forward = _Forward(model)
-        self.add_adapter(adapter_name, config, gradients=gradients)
+        self.add_adapter(adapter_name, config, directions=directions)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -103,10 +104,10 @@ class TCurModel(nn.Module):
         return {name: adapter.config for name, adapter in self.injection.adapters.items()}
 
     def add_adapter(
-        self, name: str, config: TCurConfig, *, gradients: Mapping[str, Tensor] | None = None
+        self, name: str, config: TCurConfig, *, directions: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Adds a new adapter, zero at the start, and activates it."""
-        self.injection.add(name, config, gradients=gradients)
+        """Adds a new adapter and activates it."""
+        self.injection.add(name, config, directions=directions)
         self._register(name)
 
     def _register(self, name: str) -> None:
@@ -267,16 +268,16 @@ def get_tcur_model(
     config: TCurConfig | None = None,
     adapter_name: str = DEFAULT,
     *,
-    gradients: Mapping[str, Tensor] | None = None,
+    directions: Mapping[str, Tensor] | None = None,
 ) -> TCurModel:
     """`model` under a new adapter; see `TCurModel`."""
-    return TCurModel(model, config or TCurConfig(), adapter_name, gradients=gradients)
+    return TCurModel(model, config or TCurConfig(), adapter_name, directions=directions)
 
 
 def collect_gradients(
     model: nn.Module, config: TCurConfig, losses: Iterable[Callable[[], Tensor]]
 ) -> dict[str, Tensor]:
-    """The gradients that `TCurModel` takes for selections that look at them.
+    """The directions that `TCurModel` takes for the selection ``gradient``.
 
     Args:
         model: the base, before it is adapted. A head that is new should have been trained a little:
@@ -286,6 +287,21 @@ def collect_gradients(
             ``(lambda batch=batch: model(**batch).loss for batch in loader)``.
     """
     return mean_gradients(model, find_targets(model, config), losses)
+
+
+def rehearsal(model: nn.Module, config: TCurConfig, rank: int = 8) -> Rehearsal:
+    """A low-rank update to train first; its `updates` are directions for the selection ``update``.
+
+    Train `Rehearsal.parameters` (and a new head) in a loop of your own inside ``with practice.active():``, at
+    the learning rate of a LoRA.
+
+    Args:
+        model: the base, before it is adapted; its parameters are no longer trained.
+        config: says which weights are adapted.
+        rank: of the update; at least that of the adapter.
+    """
+    model.requires_grad_(False)
+    return Rehearsal(model, find_targets(model, config), rank, seed=config.seed)
 
 
 def read_config(path: Path) -> TCurConfig:

@@ -56,6 +56,7 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--workers", type=click.IntRange(min=1), metavar="N", help="Runs at once; one a core by default."
 )
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to train: cpu, cuda.")
 @click.option(
     "--out", type=DIRECTORY, default=Path("comparison"), show_default=True, help="Folder of records."
 )
@@ -80,7 +81,7 @@ def compare(out: Path, listing: bool, sink: Sink, **options: Any) -> None:
     for name in chosen:
         find_method(name)
     grid = Grid(_problems(options), chosen, options["seeds"])
-    _run(grid, out, options["workers"] or os.cpu_count() or 1, sink)
+    _run(grid, out, options["workers"] or os.cpu_count() or 1, options["device"], sink)
 
 
 def _list(sink: Sink) -> None:
@@ -102,7 +103,7 @@ def _problems(options: Mapping[str, Any]) -> list[AnyProblem]:
     return found
 
 
-def _run(grid: Grid, out: Path, workers: int, sink: Sink) -> None:
+def _run(grid: Grid, out: Path, workers: int, device: str, sink: Sink) -> None:
     from edge_tcur.compare.report import describe, draw_plot, summarize
     from edge_tcur.compare.runner import RECORDS, run_grid
 
@@ -113,7 +114,7 @@ def _run(grid: Grid, out: Path, workers: int, sink: Sink) -> None:
             bar.advance(0, detail=f"{text}, {left} left")
             sink.note(text)
 
-        records = run_grid(grid, out, workers=workers, on_record=on_record)
+        records = run_grid(grid, out, workers=workers, device=device, on_record=on_record)
     summary = summarize(records)
     plot = out / "comparison.png"
     draw_plot(summary, plot)

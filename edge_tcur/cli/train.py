@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from click.core import ParameterSource
 from edge_tcur.cli.inspect import describe_groups, group_rows
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur.method.config import PRESETS
+from edge_tcur.method.selection import UPDATE
 from edge_tcur.settings import TrainConfig, config_from_dict, read_config
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
@@ -73,13 +75,20 @@ def train(
     config = _resolve(file, _given(context, options))
     from edge_tcur.training import train as train_adapter
 
-    with stage_bar(sink, "loading", total=config.epochs) as bar:
+    phases = 2 if config.selection == UPDATE else 1
+    with stage_bar(sink, "loading", total=phases * config.epochs) as bar:
 
-        def on_epoch(epoch: int, loss: float) -> None:
-            bar.stage("training")
+        def show(stage: str, epoch: int, loss: float) -> None:
+            bar.stage(stage)
             bar.advance(detail=f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
 
-        result = train_adapter(config, out, force=force, on_epoch=on_epoch)
+        result = train_adapter(
+            config,
+            out,
+            force=force,
+            on_epoch=partial(show, "training"),
+            on_rehearsal=partial(show, "rehearsing"),
+        )
     for note in result.notes:
         sink.note(f"note: {note}")
     adapter = result.run.adapter()

@@ -21,6 +21,7 @@ from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.allocation import share_out
 from edge_tcur.method.config import PRESETS, TCurConfig, preset
 from edge_tcur.method.group import Member
+from edge_tcur.method.selection import GRADIENT
 from edge_tcur.method.targets import Targets, find_targets
 from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
@@ -45,6 +46,10 @@ class Prepared:
     shipped_bytes: int
 
 
+# (selection, targets) -> what that selection looks at: module name -> [n1, n2]
+Directions = Callable[[str, Targets], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Method:
     """A method of the comparison.
@@ -53,31 +58,28 @@ class Method:
         name: stable name, also in the records.
         about: one line.
         rates: learning rates that are swept.
-        prepare: changes a base in place; the second argument gives its weights' mean gradients.
+        prepare: changes a base in place; the second argument gives its weights' directions.
     """
 
     name: str
     about: str
     rates: tuple[float, ...]
-    prepare: Callable[[Base, Callable[[Targets], dict[str, Tensor]]], Prepared] = field(repr=False)
+    prepare: Callable[[Base, Directions], Prepared] = field(repr=False)
 
 
-Gradients = Callable[[Targets], dict[str, Tensor]]
+def tcur(config: TCurConfig, *, shared: bool = False) -> Callable[[Base, Directions], Prepared]:
+    """A method of ours; `shared` gives the same numbers to the weights by energy."""
 
-
-def tcur(config: TCurConfig, *, shared: bool = False) -> Callable[[Base, Gradients], Prepared]:
-    """A method of ours; `shared` gives the same numbers to the weights by gradient energy."""
-
-    def prepare(base: Base, gradients: Gradients) -> Prepared:
+    def prepare(base: Base, directions: Directions) -> Prepared:
         own, found = config, None
         targets = find_targets(base.model, config, keep=base.head)
-        if config.needs_gradients:
-            found = gradients(targets)
+        if config.needs_directions:
+            found = directions(config.selection, targets)
         if shared and found is not None:
             budget = sum(len(group.modules) * group.rank**2 for group in targets.groups)
             ranks = share_out(base.model, found, budget, config.frame)
             own = replace(config, grouping="weight", rank_pattern=ranks)
-        return _prepared(inject(base.model, own, keep=base.head, gradients=found))
+        return _prepared(inject(base.model, own, keep=base.head, directions=found))
 
     return prepare
 
@@ -88,7 +90,7 @@ def _prepared(injection: Injection) -> Prepared:
         tensors |= {f"{name}.{part}": value for part, value in factors.stored().items()}
     parameters = injection.parameters()
     for name, value in injection.adapters[injection.active or ""].saved.items():
-        tensors[name] = value.detach().numpy()
+        tensors[name] = value.detach().cpu().numpy()
     return Prepared(parameters, _count(parameters), len(save(tensors)))
 
 
@@ -128,13 +130,13 @@ def core_between(
     rank: int,
     *,
     gradients: bool,
-) -> Callable[[Base, Gradients], Prepared]:
+) -> Callable[[Base, Directions], Prepared]:
     """A core between dense frozen vectors left [n1, r] and right [r, n2] of each weight."""
     config = TCurConfig(rank=rank, **PRESETS["sketch"])
 
-    def prepare(base: Base, find: Gradients) -> Prepared:
+    def prepare(base: Base, find: Directions) -> Prepared:
         targets = find_targets(base.model, config, keep=base.head)
-        found = find(targets) if gradients else {}
+        found = find(GRADIENT, targets) if gradients else {}
         factors: dict[str, Any] = {}
         for group in targets.groups:
             pairs = []
@@ -143,7 +145,7 @@ def core_between(
                 assert isinstance(view, View)
                 pairs.append(vectors(Member(base.model.get_submodule(name), view), found.get(name), rank))
             left, right = (
-                np.stack([part.float().numpy() for part in parts]) for parts in zip(*pairs, strict=True)
+                np.stack([part.float().cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True)
             )
             factors[group.name] = DenseFactors(np.zeros((len(pairs), rank, rank), np.float32), left, right)
         injection = Injection(base.model)
@@ -168,10 +170,10 @@ def _gradient_svd(_: Member, gradient: Tensor | None, rank: int) -> tuple[Tensor
     return left[:, :rank], right[:rank]
 
 
-def through_peft(make: Callable[[list[str]], Any]) -> Callable[[Base, Gradients], Prepared]:
+def through_peft(make: Callable[[list[str]], Any]) -> Callable[[Base, Directions], Prepared]:
     """A method of the `peft` library on the same linear layers."""
 
-    def prepare(base: Base, _: Gradients) -> Prepared:
+    def prepare(base: Base, _: Directions) -> Prepared:
         import peft
 
         targets = find_targets(base.model, TCurConfig(rank=1), keep=base.head)
@@ -180,7 +182,7 @@ def through_peft(make: Callable[[list[str]], Any]) -> Callable[[Base, Gradients]
             warnings.simplefilter("ignore")
             model = peft.get_peft_model(base.model, make(names))  # changes base.model in place
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        size = len(save({name: value.detach().numpy() for name, value in trained.items()}))
+        size = len(save({name: value.detach().cpu().numpy() for name, value in trained.items()}))
         return Prepared(list(trained.values()), _count(list(trained.values())), size)
 
     return prepare
@@ -198,11 +200,11 @@ def _peft(kind: str, **options: Any) -> Callable[[list[str]], Any]:
     return make
 
 
-def _nothing(_: Base, __: Gradients) -> Prepared:
+def _nothing(_: Base, __: Directions) -> Prepared:
     return Prepared([], 0, 0)
 
 
-def _everything(base: Base, _: Gradients) -> Prepared:
+def _everything(base: Base, _: Directions) -> Prepared:
     head = {id(value) for value in base.head_parameters().values()}
     parameters = [value for value in base.model.parameters() if id(value) not in head]
     for parameter in parameters:
@@ -245,17 +247,17 @@ def _list() -> list[Method]:
     methods += [
         _ours(f"{name}-r{rank}", f"preset {name}, r{rank}", preset(name, rank=rank))
         for name in PRESETS
-        for rank in (8, 16, 32)
+        for rank in (3, 8, 16, 32)
     ]
     methods += [
         Method(
             f"{name}-shared-r{rank}",
-            f"preset {name}, the numbers of r{rank} shared out by gradient energy",
+            f"preset {name}, the numbers of r{rank} shared out by energy",
             core,
             tcur(preset(name, rank=rank), shared=True),
         )
-        for name in ("gradient", "sketch")
-        for rank in (8, 16)
+        for name in ("gradient", "sketch", "update", "update-sketch")
+        for rank in (3, 8, 16)
     ]
     return methods
 

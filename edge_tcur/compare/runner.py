@@ -174,24 +174,31 @@ def prepare_problem(problem: AnyProblem, work: Path) -> None:
     problem.prepare(work)
 
 
-def run_job(problem: AnyProblem, job: Job, work: Path) -> Record:
-    """Does one run on one thread."""
+def run_job(problem: AnyProblem, job: Job, work: Path, device: str) -> Record:
+    """Does one run, on one thread or on a device of torch's."""
     import torch
 
     from edge_tcur.compare.training import train_and_score
 
     torch.set_num_threads(1)
-    outcome = train_and_score(problem.load(job.seed, work), find_method(job.method), job.rate, job.seed)
+    loaded, kept = problem.load(job.seed, work), work / problem.name
+    outcome = train_and_score(loaded, find_method(job.method), job.rate, job.seed, kept, device)
     return Record(**asdict(job), **asdict(outcome))
 
 
 def run_grid(
-    grid: Grid, folder: Path, *, workers: int, on_record: Callable[[Record, int], None] | None = None
+    grid: Grid,
+    folder: Path,
+    *,
+    workers: int,
+    device: str = "cpu",
+    on_record: Callable[[Record, int], None] | None = None,
 ) -> list[Record]:
     """Does every missing run in worker processes, and returns all records of the grid.
 
     Args:
         folder: of the records, and of what problems keep between runs.
+        workers: runs at once; device: torch's name of where they train, ``cpu`` or ``cuda``.
         on_record: called with each new record and the number of runs known to be missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +213,7 @@ def run_grid(
                 records = read_records(folder)
                 waiting = [job for job in missing_jobs(grid, records) if job not in running.values()]
                 for job in waiting[: workers - len(running)]:
-                    running[pool.submit(run_job, problems[job.problem], job, folder / "work")] = job
+                    running[pool.submit(run_job, problems[job.problem], job, folder / "work", device)] = job
                 if not running:
                     return _of_grid(grid, records)
                 for done in wait(running, return_when=FIRST_COMPLETED).done:

@@ -167,11 +167,11 @@ def train_base(seed: int) -> PageModel:
 def mean_dice(model: nn.Module, data: Samples, _: Task) -> float:
     """Dice coefficient of each digit class over all pages together, averaged over the classes."""
     count = len(LABELS)
-    overlap, sizes = torch.zeros(count), torch.zeros(count)
+    overlap, sizes = torch.zeros(2, count)
     model.eval()
     with torch.no_grad():
-        for inputs, targets in in_batches(data, 64):
-            answers = model(**inputs).argmax(dim=1)
+        for inputs, classes in in_batches(data, 64):
+            answers, targets = model(**inputs).argmax(dim=1).cpu(), classes.cpu()
             overlap += torch.bincount(answers[answers == targets], minlength=count)
             sizes += torch.bincount(answers.flatten(), minlength=count)
             sizes += torch.bincount(targets.flatten(), minlength=count)

@@ -131,7 +131,7 @@ class Injection:
         *,
         keep: tuple[str, ...] = (),
         factors: Mapping[str, AnyFactors] | None = None,
-        gradients: Mapping[str, Tensor] | None = None,
+        directions: Mapping[str, Tensor] | None = None,
     ) -> InjectedAdapter:
         """Adds an adapter and activates it; see `inject`."""
         if name in self.adapters:
@@ -140,7 +140,7 @@ class Injection:
             )
         self._refuse_while_merged()
         with self.disabled():
-            adapter = self._build(config, keep, factors, gradients)
+            adapter = self._build(config, keep, factors, directions)
         self.adapters[name] = adapter
         self.activate(name)
         return adapter
@@ -150,7 +150,7 @@ class Injection:
         config: TCurConfig,
         keep: tuple[str, ...],
         factors: Mapping[str, AnyFactors] | None,
-        gradients: Mapping[str, Tensor] | None,
+        directions: Mapping[str, Tensor] | None,
     ) -> InjectedAdapter:
         with self._plain():
             targets = find_targets(self.model, config, keep=keep)
@@ -160,13 +160,13 @@ class Injection:
             }
             if factors is not None:
                 check_fit(factors, targets, config)
-            elif config.needs_gradients:
-                _check_gradients(gradients, targets)
+            elif config.needs_directions:
+                _check_directions(directions, targets)
             groups = {}
             for spec in targets.groups:
                 members = [_member(self.model, module) for module in spec.modules]
                 own = (
-                    choose_factors(spec, members, config, dict(gradients) if gradients else None)
+                    choose_factors(spec, members, config, directions)
                     if factors is None
                     else factors[spec.name]
                 )
@@ -371,19 +371,19 @@ def _member(model: nn.Module, name: str) -> Member:
     return Member(module, view)
 
 
-def _check_gradients(gradients: Mapping[str, Tensor] | None, targets: Targets) -> None:
+def _check_directions(directions: Mapping[str, Tensor] | None, targets: Targets) -> None:
     missing = [
         module
         for group in targets.groups
         for module in group.modules
-        if gradients is None or module not in gradients
+        if directions is None or module not in directions
     ]
     if missing:
         raise ConfigError(
-            f"no gradient was given for {missing[0]}"
+            f"no direction was given for {missing[0]}"
             + (f" and {len(missing) - 1} more" * (len(missing) > 1)),
             where="selection",
-            hint="compute them with edge_tcur.method.gradients.mean_gradients, or choose another selection",
+            hint="take edge_tcur.method.gradients.mean_gradients, or Rehearsal.updates, or another selection",
         )
 
 
@@ -393,7 +393,7 @@ def inject(
     *,
     keep: tuple[str, ...] = (),
     factors: Mapping[str, AnyFactors] | None = None,
-    gradients: Mapping[str, Tensor] | None = None,
+    directions: Mapping[str, Tensor] | None = None,
     name: str = DEFAULT,
 ) -> Injection:
     """Freezes `model` and replaces its targets by adapted layers.
@@ -402,9 +402,9 @@ def inject(
         model: the base; changed in place, its parameters no longer require gradients.
         config: see `TCurConfig`.
         keep: modules that are not adapted (a head).
-        factors: start from these (an adapter's) instead of from new frozen factors and a zero core.
-        gradients: module name -> mean gradient [n1, n2] of the task's loss, for selections that need it
-            (`edge_tcur.method.gradients`).
+        factors: start from these (an adapter's) instead of from new ones.
+        directions: module name -> [n1, n2], for selections that need them: mean gradients of the task's
+            loss (`edge_tcur.method.gradients`), or a learnt update (`edge_tcur.method.rehearsal`).
         name: of the adapter.
 
     Raises:
@@ -414,7 +414,7 @@ def inject(
     states = {key: value.requires_grad for key, value in model.named_parameters()}
     injection = Injection(model)
     try:
-        injection.add(name, config, keep=keep, factors=factors, gradients=gradients)
+        injection.add(name, config, keep=keep, factors=factors, directions=directions)
     except Exception:
         for key, value in model.named_parameters():
             value.requires_grad_(states[key])

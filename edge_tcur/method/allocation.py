@@ -1,6 +1,7 @@
-"""Ranks by gradient energy: one budget of trained numbers, shared out among single weights.
+"""Ranks by energy: one budget of trained numbers, shared out among single weights.
 
-A core of rank r reaches ``||C^T G R^T||^2`` of the gradient's energy in one step and costs r * r numbers.
+A core of rank r reaches ``||C^T G R^T||^2`` of the gradient's energy in one step and costs r * r numbers;
+of an update learnt before it keeps as much.
 Where that energy lies differs much between weights, so the same rank everywhere wastes numbers.
 """
 
@@ -20,15 +21,15 @@ MAX_RANK = 32
 _LOOKAHEAD = 8  # ranks: a gain may come only after a few more rows and columns
 
 
-def energies_by_rank(weight: Tensor, gradient: Tensor, frame: str) -> list[float]:
-    """Gradient energy that a core of rank 0, 1, 2, ... reaches.
+def energies_by_rank(weight: Tensor, direction: Tensor, frame: str) -> list[float]:
+    """Energy of the gradient or update that a core of rank 0, 1, 2, ... reaches.
 
     Args:
-        weight, gradient: [n1, n2].
-        frame: ``sketch`` for the gradient's singular vectors, else rows and columns chosen by it.
+        weight, direction: [n1, n2].
+        frame: ``sketch`` for its singular vectors, else rows and columns chosen by it.
     """
     limit = min(MAX_RANK, *weight.shape)
-    g = gradient.double()
+    g = direction.double()
     if frame == SKETCH:
         values = torch.linalg.svdvals(g)[:limit]
         return [0.0, *values.square().cumsum(dim=0).tolist()]
@@ -74,12 +75,12 @@ def allocate_ranks(energies: Mapping[str, Sequence[float]], budget: int) -> dict
         ranks[name] = higher
 
 
-def share_out(model: nn.Module, gradients: Mapping[str, Tensor], budget: int, frame: str) -> dict[str, int]:
+def share_out(model: nn.Module, directions: Mapping[str, Tensor], budget: int, frame: str) -> dict[str, int]:
     """Module name -> rank of a core of its own, under a budget of trained numbers.
 
     Args:
         model: the base, without adapters.
-        gradients: module name -> mean gradient [n1, n2] (`edge_tcur.method.gradients`).
+        directions: module name -> mean gradient or learnt update [n1, n2].
         budget: numbers in all cores.
         frame: of the adapter.
 
@@ -87,9 +88,9 @@ def share_out(model: nn.Module, gradients: Mapping[str, Tensor], budget: int, fr
         ConfigError: see `allocate_ranks`.
     """
     energies = {}
-    for name, gradient in gradients.items():
+    for name, direction in directions.items():
         module = model.get_submodule(name)
         view = find_view(module)
         assert isinstance(view, View)
-        energies[name] = energies_by_rank(view.matrix(module).detach(), gradient, frame)
+        energies[name] = energies_by_rank(view.matrix(module).detach(), direction, frame)
     return allocate_ranks(energies, budget)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from edge_tcur.method.selection import GRADIENT, SELECTIONS
+from edge_tcur.method.selection import GRADIENT, SELECTIONS, UPDATE
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.adapter import MAX_ALPHA
 from edge_tcur_runtime.formats.factors import COUPLINGS, FRAMES, SKETCH
@@ -36,7 +36,7 @@ class TCurConfig:
             rows and columns, nothing else); ``auto`` is ``dft``, and ``identity`` without coupling.
         selection: rule that picks rows and columns, see `edge_tcur.method.selection`.
         frame: coordinates of training, ``orthonormal`` or ``raw`` (`edge_tcur_runtime.frame`), or
-            ``sketch``: stored ternary gradient sketches in the place of rows and columns.
+            ``sketch``: stored ternary sketches of the gradient or update in the place of rows and columns.
         targets: ``all-linear`` or comma-separated name patterns (``*`` and ``?``) of modules.
         alpha: scale of the update (and so of the effective learning rate).
         rank_pattern: name pattern of a module -> rank of its group; the first that matches counts.
@@ -94,11 +94,11 @@ class TCurConfig:
                 where="coupling",
                 hint="say coupling none, or another grouping",
             )
-        if self.frame == SKETCH and (self.coupling != "none" or self.selection != GRADIENT):
+        if self.frame == SKETCH and (self.coupling != "none" or not self.needs_directions):
             raise ConfigError(
-                "the sketch frame stores gradient sketches of each weight alone",
+                "the sketch frame stores sketches of each weight's gradient or update",
                 where="frame",
-                hint=f"say coupling none and selection {GRADIENT} with it",
+                hint=f"say coupling none and selection {GRADIENT} or {UPDATE} with it",
             )
 
     @property
@@ -109,9 +109,9 @@ class TCurConfig:
         return "identity" if self.coupling == "none" else "dft"
 
     @property
-    def needs_gradients(self) -> bool:
-        """Whether rows and columns (or sketches) are chosen from gradients on labelled batches."""
-        return self.selection == GRADIENT
+    def needs_directions(self) -> bool:
+        """Whether rows and columns (or sketches) are chosen from gradients or from a learnt update."""
+        return self.selection in (GRADIENT, UPDATE)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -143,6 +143,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "selection": GRADIENT,
         "frame": SKETCH,
     },
+    "update": {
+        "grouping": "projection",
+        "coupling": "none",
+        "transform": "identity",
+        "selection": UPDATE,
+        "frame": "orthonormal",
+    },
+    "update-sketch": {
+        "grouping": "projection",
+        "coupling": "none",
+        "transform": "identity",
+        "selection": UPDATE,
+        "frame": SKETCH,
+    },
 }
 """Named choices of the axes.
 
@@ -151,7 +165,7 @@ tensor, the two feed-forward matrices in one each (grouping by shape gives these
 DFT t-product, columns then rows by norm, the core itself trained (raw), one rank.
 ``curlora``: Fawi, *CURLoRA*, arXiv 2408.14572: each weight alone, rows and columns drawn with
 probabilities inverse to their squared norms.
-``gradient``, ``sketch``: ours, see docs/method.md.
+``gradient``, ``sketch``, ``update``, ``update-sketch``: ours, see docs/method.md.
 """
 
 

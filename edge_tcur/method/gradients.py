@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from edge_tcur.method.group import Member
+from edge_tcur.method.group import Member, members_of
 from edge_tcur.method.targets import Targets
-from edge_tcur.method.views import View, find_view
 
 
 def mean_gradients(
@@ -33,12 +32,7 @@ def mean_gradients(
     Raises:
         FloatingPointError: a gradient is not finite.
     """
-    members = {
-        name: Member(model.get_submodule(name), view)
-        for group in targets.groups
-        for name in group.modules
-        if isinstance(view := find_view(model.get_submodule(name)), View)
-    }
+    members = members_of(model, targets)
     totals = {
         name: torch.zeros_like(member.matrix(), dtype=torch.float32) for name, member in members.items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from edge_tcur.method.config import TCurConfig
+from edge_tcur.method.fit import fit_core
 from edge_tcur.method.forms import Slice
-from edge_tcur.method.selection import SELECTIONS, Choice
-from edge_tcur.method.sketch import sketch_gradient
-from edge_tcur.method.targets import Group
+from edge_tcur.method.selection import SELECTIONS, UPDATE, Choice
+from edge_tcur.method.sketch import sketch_matrix
+from edge_tcur.method.targets import Group, Targets
 from edge_tcur.method.tproduct import coupling_constants, coupling_matrix, flatten_columns, flatten_rows
-from edge_tcur.method.views import View, bias_of
+from edge_tcur.method.views import View, bias_of, find_view
 from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors, SketchFactors
 from edge_tcur_runtime.frame import Frame, build_frame
 from edge_tcur_runtime.transform import from_domain, to_domain
@@ -33,19 +35,41 @@ class Member:
         return self.view.matrix(self.module).detach()
 
 
+def members_of(model: nn.Module, targets: Targets) -> dict[str, Member]:
+    """Module name -> module and view, of every weight that is adapted."""
+    names = (name for group in targets.groups for name in group.modules)
+    found = {name: (model.get_submodule(name), find_view(model.get_submodule(name))) for name in names}
+    return {name: Member(module, view) for name, (module, view) in found.items() if isinstance(view, View)}
+
+
 def choose_factors(
-    group: Group, members: list[Member], config: TCurConfig, gradients: dict[str, Tensor] | None
+    group: Group, members: list[Member], config: TCurConfig, directions: Mapping[str, Tensor] | None
 ) -> AnyFactors:
-    """New frozen factors of a group around a core of zero (no ``U0 = pinv(...)`` and its rounding).
+    """New frozen factors of a group.
+
+    The core is zero (no ``U0 = pinv(...)`` and its rounding); with the selection ``update`` it is the
+    one that comes nearest to the update.
 
     Args:
-        gradients: module name -> mean gradient [n1, n2]; only the rules that need them look at it.
+        directions: module name -> [n1, n2]; only the rules that need them look at them.
     """
+    own = None if directions is None else [directions[name] for name in group.modules]
+    factors = _choose_frozen(group, members, config, own)
+    if config.selection != UPDATE or own is None:
+        return factors
+    update = np.stack([value.double().cpu().numpy() for value in own])
+    columns, lines = _frozen(members, factors, group.size)
+    core = fit_core(update, columns, lines, transform=config.domain, blocks=factors.blocks)
+    return factors.with_core(core.astype(np.float32))
+
+
+def _choose_frozen(
+    group: Group, members: list[Member], config: TCurConfig, own: list[Tensor] | None
+) -> AnyFactors:
     core = np.zeros((len(members), group.rank, group.rank), np.float32)
-    own = None if gradients is None else [gradients[name] for name in group.modules]
     if config.frame == SKETCH:
         assert own is not None
-        pairs = [sketch_gradient(gradient, group.rank) for gradient in own]
+        pairs = [sketch_matrix(value, group.rank) for value in own]
         left, right = (np.stack([part.cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True))
         return SketchFactors(core, left, right)
     picks = []

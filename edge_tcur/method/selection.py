@@ -18,7 +18,7 @@ from edge_tcur_runtime.transform import to_domain
 if TYPE_CHECKING:
     from torch import Tensor
 
-GRADIENT = "gradient"
+GRADIENT, UPDATE = "gradient", "update"
 _TINY = 1e-12  # of the largest energy: a direction below it counts as empty
 
 
@@ -30,13 +30,14 @@ class Choice:
         rank: r, at most min(n1, n2).
         transform: the transform along the slices of the block.
         seed: of the rules that draw at random; the same for the same block of the same base.
-        gradient: mean gradient of the loss with respect to W, [p, n1, n2], or None.
+        directions: what the rows and columns shall span, [p, n1, n2], or None: the mean gradient of the
+            loss with respect to W, or an update of W that was learnt before.
     """
 
     rank: int
     transform: str = "dft"
     seed: int = 0
-    gradient: Tensor | None = None
+    directions: Tensor | None = None
 
 
 Rule = Callable[["Tensor", Choice], tuple["Tensor", "Tensor"]]
@@ -131,21 +132,21 @@ def select_at_random(stack: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
     return rows, columns
 
 
-def select_by_gradient(stack: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
-    """Rows and columns whose spans hold most of the task's gradient.
+def select_by_directions(stack: Tensor, choice: Choice) -> tuple[Tensor, Tensor]:
+    """Rows and columns whose spans hold most of the task's gradient, or of an update learnt before.
 
     With orthonormal factors the gradient of the core is ``C^T G R^T``: the larger its norm, the more of
-    the task one step can reach. Columns are picked one by one, each the one that adds most of ``G``'s
-    energy to the span of those before it (orthogonal matching pursuit); then rows in the same way,
-    on the gradient that the columns span.
+    the task one step can reach; and the core that comes nearest to an update D is ``C^T D R^T``. Columns
+    are picked one by one, each the one that adds most of the energy to the span of those before it
+    (orthogonal matching pursuit); then rows in the same way, on the part that the columns span.
 
     Raises:
-        ValueError: no gradient was given.
+        ValueError: no directions were given.
     """
-    if choice.gradient is None:
-        raise ValueError("gradient-aligned selection needs a gradient")
-    weights, gradient = stack.double(), choice.gradient.double()
-    columns = pursue(weights, gradient, choice.rank)
+    if choice.directions is None:
+        raise ValueError("a selection by gradient or update needs its directions")
+    weights, directions = stack.double(), choice.directions.double()
+    columns = pursue(weights, directions, choice.rank)
     rows = pursue(weights.transpose(1, 2), columns.held.transpose(1, 2), choice.rank)
     return _sorted(rows.taken, stack), _sorted(columns.taken, stack)
 
@@ -163,7 +164,7 @@ class Pursuit:
     Attributes:
         taken: their indices.
         units: [p, count, m], of each the part that those before it do not span, at unit length.
-        held: [p, m, k], the part of the gradient in the span of all.
+        held: [p, m, k], the part of the directions in the span of all.
     """
 
     taken: tuple[int, ...]
@@ -171,11 +172,11 @@ class Pursuit:
     held: Tensor
 
 
-def pursue(weights: Tensor, gradient: Tensor, count: int) -> Pursuit:
-    """Picks, greedily, `count` columns of `weights` [p, m, n] that span most of `gradient` [p, m, k]."""
+def pursue(weights: Tensor, directions: Tensor, count: int) -> Pursuit:
+    """Picks, greedily, `count` columns of `weights` [p, m, n] that span most of `directions` [p, m, k]."""
     import torch
 
-    atoms, rest = weights.clone(), gradient
+    atoms, rest = weights.clone(), directions
     taken: list[int] = []
     units: list[Tensor] = []
     for _ in range(count):
@@ -191,7 +192,7 @@ def pursue(weights: Tensor, gradient: Tensor, count: int) -> Pursuit:
         atoms = atoms - unit[:, :, None] * (unit[:, None, :] @ atoms)
         rest = rest - unit[:, :, None] * (unit[:, None, :] @ rest)
         units.append(unit)
-    return Pursuit(tuple(taken), torch.stack(units, dim=1), gradient - rest)
+    return Pursuit(tuple(taken), torch.stack(units, dim=1), directions - rest)
 
 
 SELECTIONS: dict[str, Rule] = {
@@ -199,6 +200,7 @@ SELECTIONS: dict[str, Rule] = {
     "squared-norm": select_by_squared_norm,
     "inverse-norm": select_by_inverse_norm,
     "leverage": select_by_leverage,
-    GRADIENT: select_by_gradient,
+    GRADIENT: select_by_directions,
+    UPDATE: select_by_directions,
     "random": select_at_random,
 }

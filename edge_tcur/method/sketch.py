@@ -1,4 +1,4 @@
-"""Ternary sketches of a gradient: the frozen factors of the ``sketch`` frame.
+"""Ternary sketches of a gradient or a learnt update: the frozen factors of the ``sketch`` frame.
 
 The core between the leading singular vectors of the task's gradient follows the steepest directions of
 full fine-tuning (the idea of LoRA-SB, arXiv 2411.19557); rounded to -1, 0 and 1 the vectors take two bits an
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 
-def sketch_gradient(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def sketch_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Ternary sketches of the leading singular vectors.
 
     Args:
-        gradient: [n1, n2].
+        matrix: the gradient or update, [n1, n2].
         rank: r, at most min(n1, n2).
 
     Returns:
         left int8 [n1, r] and right int8 [r, n2].
     """
-    left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    left, _, right = torch.linalg.svd(matrix.double(), full_matrices=False)
     # The driver chooses signs; fixed here, so that the sketch does not depend on the machine.
     signs = torch.sign(left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0])
     return round_ternary(left[:, :rank] * signs[:rank]), round_ternary(

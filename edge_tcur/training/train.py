@@ -15,6 +15,7 @@ from edge_tcur import __version__
 from edge_tcur.data import PreparedData, prepare
 from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.allocation import share_out
+from edge_tcur.method.selection import GRADIENT, UPDATE
 from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models import Base, base_digest, load_base
 from edge_tcur.settings import TrainConfig
@@ -22,6 +23,7 @@ from edge_tcur.tasks import Task, find_task
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import History, LoopSettings, fit
+from edge_tcur.training.rehearsal import RATE_RATIO, rehearse
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
 from edge_tcur_runtime.data import Dataset, check_trainable, label_names, load_dataset, split
 from edge_tcur_runtime.errors import ConfigError, OutputExistsError
@@ -107,6 +109,7 @@ def train(
     *,
     force: bool = False,
     on_epoch: Callable[[int, float], None] | None = None,
+    on_rehearsal: Callable[[int, float], None] | None = None,
 ) -> TrainResult:
     """Trains an adapter and writes a run directory, whole or not at all.
 
@@ -114,6 +117,7 @@ def train(
         config: every setting. A base that is a directory is saved with its absolute path.
         out: the run directory; must not exist, or be empty, unless `force`.
         on_epoch: called with the epoch (from 1) and its mean loss, for progress.
+        on_rehearsal: the same of the rehearsal that the selection ``update`` begins with.
 
     Raises:
         DataError, ConfigError, BaseModelError, OutputExistsError, DiskError: before or instead of
@@ -126,7 +130,7 @@ def train(
         config = replace(config, base=str(Path(config.base).resolve()))
     _protect_inputs(config, out)
     with new_directory(out, force=force) as work:
-        result = _train_into(config, work, on_epoch)
+        result = _train_into(config, work, on_epoch, on_rehearsal)
     return replace(result, run=replace(result.run, root=out))
 
 
@@ -169,16 +173,19 @@ def _load(config: TrainConfig, work: Path) -> _Material:
 
 
 def _train_into(
-    config: TrainConfig, work: Path, on_epoch: Callable[[int, float], None] | None
+    config: TrainConfig,
+    work: Path,
+    on_epoch: Callable[[int, float], None] | None,
+    on_rehearsal: Callable[[int, float], None] | None,
 ) -> TrainResult:
     torch.manual_seed(config.seed)
     set_threads(config.threads)
     material = _load(config, work)
     base = material.base
-    gradients = _prepare(config, material)
-    if config.rank_budget and gradients is not None:
-        config = config.with_ranks(share_out(base.model, gradients, config.rank_budget, config.frame))
-    injection = inject(base.model, config.method(), keep=base.head, gradients=gradients)
+    directions = _prepare(config, material, on_rehearsal)
+    if config.rank_budget and directions is not None:
+        config = config.with_ranks(share_out(base.model, directions, config.rank_budget, config.frame))
+    injection = inject(base.model, config.method(), keep=base.head, directions=directions)
     history = _fit(config, material, injection, on_epoch)
     adapter, skipped = build_adapter(base, injection, config, base.labels), injection.targets.skipped
     injection.remove()
@@ -191,14 +198,24 @@ def _train_into(
     return TrainResult(run, skipped, (base.note,) if base.note else ())
 
 
-def _prepare(config: TrainConfig, material: _Material) -> dict[str, torch.Tensor] | None:
-    """Warms up a new head; the gradients of the adapted weights, where the selection needs them."""
+def _prepare(
+    config: TrainConfig, material: _Material, on_rehearsal: Callable[[int, float], None] | None
+) -> dict[str, torch.Tensor] | None:
+    """Warms up a new head; what the selection looks at besides the weights, or None."""
     base, data, task = material.base, material.data, material.task
     targets = find_targets(base.model, config.method(), keep=base.head)
     settings = LoopSettings(config.head_epochs, config.batch_size, seed=config.seed)
     with _divergence(config, base):
         warm_head(base, data, task, settings, config.head_learning_rate)
-        if not config.method().needs_gradients:
+        if config.selection == UPDATE:
+            return rehearse(
+                base, targets, data, task,
+                LoopSettings(config.epochs, config.batch_size, config.weight_decay, seed=config.seed),
+                rate=config.rehearsal_rate or RATE_RATIO * config.learning_rate,
+                head_rate=config.head_learning_rate,
+                on_epoch=on_rehearsal,
+            )  # fmt: skip
+        if config.selection != GRADIENT:
             return None
         return task_gradients(
             base.model, targets, data, task, batch_size=config.batch_size, batches=config.gradient_batches,

@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--problem", action="append", help="only this one; may be said again")
     parser.add_argument("--method", action="append", help="only this one; may be said again")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--device", default="cpu", help="where runs train, such as cuda")
     parser.add_argument("--reduced", action="store_true")
     options = parser.parse_args()
     if options.reduced:
@@ -59,7 +60,7 @@ def main() -> None:
     else:
         problems = [p for p in _problems(options.data) if not options.problem or p.name in options.problem]
         grid = Grid(problems, options.method or (*AIMED, *OTHERS), options.seeds, dict.fromkeys(OTHERS, 3))
-    run_grid(grid, options.out, workers=options.workers, on_record=_show)
+    run_grid(grid, options.out, workers=options.workers, device=options.device, on_record=_show)
     summary = summarize(read_records(options.out))  # of earlier calls too
     draw_plot(summary, options.out / "comparison.png")
     sys.stdout.write(describe(summary) + "\n")

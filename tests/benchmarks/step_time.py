@@ -76,10 +76,10 @@ def build(name: str, base: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     config = WAYS[name]
     if config is not None:
         gradients = None
-        if config.needs_gradients:
+        if config.needs_directions:
             targets = find_targets(model, config)
             gradients = mean_gradients(model, targets, [lambda: loss_of(model, inputs)])
-        inject(model, config, gradients=gradients)
+        inject(model, config, directions=gradients)
     elif name.startswith("LoRA"):
         import peft
 

@@ -56,10 +56,10 @@ def loss_of(model, seed=1):
 
 
 def adapt(model, config, *, loss=loss_of, **options):
-    """`inject`, with gradients of `loss` where the selection needs them."""
-    if config.needs_gradients and "factors" not in options:
+    """`inject`, with gradients of `loss` as directions where the selection needs them."""
+    if config.needs_directions and "factors" not in options:
         targets = find_targets(model, config, keep=options.get("keep", ()))
-        options["gradients"] = mean_gradients(model, targets, [lambda: loss(model)])
+        options["directions"] = mean_gradients(model, targets, [lambda: loss(model)])
     return inject(model, config, **options)
 
 

@@ -1,4 +1,4 @@
-"""Ranks by gradient energy: what a core reaches, and how a budget is shared out."""
+"""Ranks by energy: what a core reaches, and how a budget is shared out."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur.method.allocation import MAX_RANK, allocate_ranks, energies_by_rank
-from edge_tcur.method.selection import Choice, select_by_gradient
+from edge_tcur.method.selection import Choice, select_by_directions
 from edge_tcur_runtime.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def test_the_energy_is_that_of_the_core_gradient_between_the_selected_rows_and_c
     as long as its rows are chosen on the same columns."""
     weight, gradient = pair(0)
     reached = energies_by_rank(weight, gradient, "orthonormal")
-    rows, columns = select_by_gradient(weight[None], Choice(rank, gradient=gradient[None]))
+    rows, columns = select_by_directions(weight[None], Choice(rank, directions=gradient[None]))
     c, _ = torch.linalg.qr(weight[:, columns])
     r, _ = torch.linalg.qr(weight[rows].T)
     own = float((c.T @ gradient @ r).square().sum())

@@ -31,7 +31,7 @@ def test_the_defaults_are_those_of_a_training_run():
     assert (config.coupling, config.selection, config.frame, config.grouping) == (
         "none", "gradient", "orthonormal", "projection",
     )  # fmt: skip
-    assert (config.domain, config.needs_gradients) == ("identity", True)
+    assert (config.domain, config.needs_directions) == ("identity", True)
 
 
 def test_reading_the_settings_imports_no_torch():
@@ -47,7 +47,7 @@ def test_every_preset_is_a_configuration(name):
     for key, value in PRESETS[name].items():
         assert getattr(config, key) == value
     assert config.domain == PRESETS[name]["transform"]
-    assert config.needs_gradients == (name in {"gradient", "sketch"})
+    assert config.needs_directions == (name not in {"paper", "curlora"})
 
 
 def test_presets_that_are_changed_or_unknown():
@@ -104,11 +104,11 @@ def test_a_projection_has_one_weight_a_layer():
 @pytest.mark.parametrize(
     "options",
     [{"coupling": "all"}, {"coupling": "layer", "grouping": "shape"}]
-    + [{"selection": name} for name in sorted(SELECTIONS) if name != "gradient"],
+    + [{"selection": name} for name in sorted(SELECTIONS) if name not in {"gradient", "update"}],
 )
 def test_sketches_are_of_gradients_of_single_weights(options):
-    hint = refused("stores gradient sketches of each weight alone", "frame", frame="sketch", **options)
-    assert hint == "say coupling none and selection gradient with it"
+    hint = refused("stores sketches of each weight's gradient or update", "frame", frame="sketch", **options)
+    assert hint == "say coupling none and selection gradient or update with it"
 
 
 def test_no_other_combination_is_refused():
@@ -120,7 +120,7 @@ def test_no_other_combination_is_refused():
             (coupling == "none" and transform in {"dft", "dct"})
             or (coupling == "layer" and grouping == "projection")
             or (coupling != "none" and grouping == "weight")
-            or (frame == "sketch" and not (coupling == "none" and selection == "gradient"))
+            or (frame == "sketch" and not (coupling == "none" and selection in {"gradient", "update"}))
         )
         options = {
             "grouping": grouping, "coupling": coupling, "transform": transform, "selection": selection,
@@ -132,6 +132,6 @@ def test_no_other_combination_is_refused():
         else:
             config = TCurConfig(**options)
             assert config.domain in TRANSFORMS
-            assert config.needs_gradients == (selection == "gradient")
+            assert config.needs_directions == (selection in {"gradient", "update"})
             taken += 1
-    assert taken == 4 * 2 * (6 * 2 + 1) + 3 * 4 * 12 + 2 * 4 * 12
+    assert taken == 4 * 2 * (7 * 2 + 2) + 3 * 4 * 14 + 2 * 4 * 14

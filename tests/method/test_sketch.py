@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from edge_tcur.method.sketch import round_ternary, sketch_gradient
+from edge_tcur.method.sketch import round_ternary, sketch_matrix
 
 quick = settings(deadline=None, max_examples=60, derandomize=True)
 
@@ -52,7 +52,7 @@ def test_an_empty_column_stays_empty():
 @pytest.mark.parametrize(("n1", "n2", "rank"), [(7, 5, 3), (5, 7, 5), (1, 4, 1), (6, 1, 1)])
 def test_sketches_are_of_the_leading_singular_vectors(n1, n2, rank):
     gradient = np.random.default_rng(n1).normal(size=(n1, n2))
-    left, right = sketch_gradient(torch.from_numpy(gradient), rank)
+    left, right = sketch_matrix(torch.from_numpy(gradient), rank)
     assert (left.shape, right.shape) == ((n1, rank), (rank, n2))
     assert left.dtype == right.dtype == torch.int8
     u, _, v = np.linalg.svd(gradient, full_matrices=False)
@@ -74,7 +74,7 @@ def test_a_sketch_of_a_ternary_gradient_is_exact():
     left = np.array([[1, 0], [1, 0], [0, 1], [0, -1], [0, 0]])
     right = np.array([[1, -1, 0, 0], [0, 0, 1, 0]])
     gradient = torch.from_numpy(left @ np.diag([5.0, 2.0]) @ right)
-    found_left, found_right = sketch_gradient(gradient.float(), 2)
+    found_left, found_right = sketch_matrix(gradient.float(), 2)
     for position in range(2):  # the sign of a pair is free
         found = np.outer(found_left[:, position], found_right[position])
         np.testing.assert_array_equal(found, np.outer(left[:, position], right[position]))
@@ -82,7 +82,7 @@ def test_a_sketch_of_a_ternary_gradient_is_exact():
 
 def test_a_sketch_does_not_depend_on_the_sign_that_the_driver_chose(monkeypatch):
     gradient = torch.from_numpy(np.random.default_rng(0).normal(size=(6, 4)))
-    expected = sketch_gradient(gradient, 3)
+    expected = sketch_matrix(gradient, 3)
     svd = torch.linalg.svd
 
     def other(*arguments, **options):
@@ -90,11 +90,11 @@ def test_a_sketch_does_not_depend_on_the_sign_that_the_driver_chose(monkeypatch)
         return -left, sizes, -right
 
     monkeypatch.setattr(torch.linalg, "svd", other)
-    for one, two in zip(expected, sketch_gradient(gradient, 3), strict=True):
+    for one, two in zip(expected, sketch_matrix(gradient, 3), strict=True):
         assert torch.equal(one, two)
 
 
 def test_a_gradient_of_zero_gives_valid_sketches():
-    left, right = sketch_gradient(torch.zeros(4, 3), 2)
+    left, right = sketch_matrix(torch.zeros(4, 3), 2)
     for value in (left, right):
         assert set(value.unique().tolist()) <= {-1, 0, 1}

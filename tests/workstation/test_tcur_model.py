@@ -77,7 +77,7 @@ def test_saving_and_loading_again_gives_the_same_bytes(kind, bert, batch, tmp_pa
     base = copy.deepcopy(bert)
     config = preset(kind, rank=4, modules_to_save=("classifier",))
     model = get_tcur_model(
-        bert, config, gradients=collect_gradients(bert, config, [lambda: bert(**batch).loss])
+        bert, config, directions=collect_gradients(bert, config, [lambda: bert(**batch).loss])
     )
     train(model, batch, rate=0.01)
     model.save_pretrained(tmp_path / "one")

@@ -1,0 +1,64 @@
+"""The task's rehearsal: a low-rank update and a head, trained before rows and columns are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from edge_tcur.data import Samples
+from edge_tcur.method.rehearsal import Rehearsal
+from edge_tcur.method.targets import Targets
+from edge_tcur.models import Base
+from edge_tcur.tasks import Task
+from edge_tcur.training.loop import LoopSettings, fit
+
+RATE_RATIO = 0.2  # rate of a rehearsal over that of the cores: what suits LoRA over what suits a core
+SMALLEST_RANK = 16
+
+
+def rehearse(
+    base: Base,
+    targets: Targets,
+    data: Samples,
+    task: Task,
+    settings: LoopSettings,
+    *,
+    rate: float,
+    head_rate: float,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> dict[str, Tensor]:
+    """Trains a low-rank update of every target together with the base's own head, which stays trained.
+
+    Args:
+        targets: the update of each weight has the largest rank of their groups, at least 16.
+        rate, head_rate: peak learning rates.
+        on_epoch: called with the epoch (from 1) and its mean loss.
+
+    Returns:
+        module name -> update f32 [n1, n2], for the selection ``update``.
+
+    Raises:
+        FloatingPointError: the loss, a gradient or an update is not finite.
+    """
+    head = list(base.head_parameters().values())
+    for parameter in base.model.parameters():
+        parameter.requires_grad_(False)
+    for parameter in head:
+        parameter.requires_grad_(True)
+    rank = max(SMALLEST_RANK, *(group.rank for group in targets.groups))
+    rehearsal = Rehearsal(base.model, targets, rank, seed=settings.seed)
+    try:
+        with rehearsal.active():
+            fit(
+                base.model,
+                [(rehearsal.parameters(), rate), (head, head_rate)],
+                data,
+                task,
+                settings,
+                on_epoch=on_epoch,
+            )
+    finally:
+        for parameter in head:
+            parameter.requires_grad_(False)
+    return rehearsal.updates()
