@@ -115,16 +115,27 @@ def saved_parameters(model: nn.Module, patterns: Collection[str]) -> dict[str, n
     """The parameters of the modules that `patterns` (`TCurConfig.modules_to_save`) name, by name.
 
     Raises:
-        ConfigError: a pattern matches no module with parameters.
+        ConfigError: a pattern matches no module with parameters, or one of two that are tied.
     """
     result: dict[str, nn.Parameter] = {}
+    owners: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(value), []).append(name)
     for pattern in patterns:
         modules = [name for name, _ in model.named_modules() if name and _matches(name, (pattern,))]
         found = {
             name: value
-            for name, value in model.named_parameters()
+            for name, value in model.named_parameters(remove_duplicate=False)
             if any(name.startswith(f"{module}.") for module in modules)
         }
+        for name, value in found.items():
+            if len(owners[id(value)]) > 1:
+                other = next(owner for owner in owners[id(value)] if owner != name)
+                raise ConfigError(
+                    f"{name} is tied to {other}: training it would change both modules, or untie them",
+                    where="modules_to_save",
+                    hint="leave it frozen, or untie the two in the model first",
+                )
         if not found:
             raise ConfigError(
                 f"the pattern {pattern!r} matches no module with weights", where="modules_to_save"

@@ -77,9 +77,9 @@ def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
 def _pack(cases: list[Case]) -> dict[str, np.ndarray]:
     packed: dict[str, np.ndarray] = {}
     for number, case in enumerate(cases):
-        packed |= {f"{number}/feed/{name}": np.ascontiguousarray(v) for name, v in case.feeds.items()}
-        packed |= {f"{number}/grad/{name}": np.ascontiguousarray(v) for name, v in case.gradients.items()}
-        packed[f"{number}/outputs/"] = np.ascontiguousarray(case.outputs)
+        packed |= {f"{number}/feed/{name}": np.asarray(v, order="C") for name, v in case.feeds.items()}
+        packed |= {f"{number}/grad/{name}": np.asarray(v, order="C") for name, v in case.gradients.items()}
+        packed[f"{number}/outputs/"] = np.asarray(case.outputs, order="C")
         packed[f"{number}/loss/"] = np.array([case.loss])
     return packed
 

@@ -44,11 +44,19 @@ def to_domain(kind: str, value: np.ndarray) -> np.ndarray:
 
 
 def from_domain(kind: str, value: np.ndarray, size: int) -> np.ndarray:
-    """The inverse of `to_domain`: float64 [b, size, ...]."""
+    """The inverse of `to_domain`: float64 [b, size, ...].
+
+    Raises:
+        ValueError: an unknown transform.
+    """
     if kind == "dft":
         result: np.ndarray = np.fft.irfft(value, n=size, axis=1)
         return result
-    return _along_slices(dct_matrix(size).T, value) if kind == "dct" else value
+    if kind == "dct":
+        return _along_slices(dct_matrix(size).T, value)
+    if kind == "identity":
+        return value
+    raise ValueError(f"unknown transform {kind!r}")
 
 
 def _along_slices(matrix: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -60,7 +68,12 @@ def structure(kind: str, size: int) -> np.ndarray:
 
     Slice ``l`` of ``C * U * R`` is the sum over i, j, k of ``structure[l, i, j, k] C[i] U[j] R[k]``:
     for ``dft`` one where ``i + j + k = l (mod size)``, for ``identity`` one where all are equal.
+
+    Raises:
+        ValueError: an unknown transform.
     """
+    if kind not in TRANSFORMS:
+        raise ValueError(f"unknown transform {kind!r}")
     if kind == "dft":
         i, j, k = np.ogrid[:size, :size, :size]
         hits: np.ndarray = ((i + j + k) % size)[None] == np.arange(size)[:, None, None, None]

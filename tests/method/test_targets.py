@@ -318,3 +318,13 @@ def test_quantised_layers_are_targets(kit):
 def test_sizes_of_a_group():
     group = Group("q", ("a", "b", "c", "d"), 4, 4, 2, blocks=2)
     assert group.size == 2
+
+
+@pytest.mark.parametrize("patterns", [("output",), ("embedding",), ("embedding", "output")])
+def test_a_module_that_is_tied_to_another_is_not_trained_in_full(patterns):
+    """A copy of its weight would untie the two without a word."""
+    model = nn.ModuleDict({"embedding": nn.Embedding(5, 4), "output": nn.Linear(4, 5, bias=False)})
+    model["output"].weight = model["embedding"].weight
+    with pytest.raises(ConfigError, match=r"weight is tied to (output|embedding)\.weight") as caught:
+        saved_parameters(model, patterns)
+    assert caught.value.where == "modules_to_save"

@@ -291,6 +291,8 @@ def test_a_file_name_that_leaves_the_directory_is_refused(name):
         (put("groups", GROUP, "blocks", 0), "'blocks' is 0"),
         (put("groups", GROUP, "blocks", 3), "3 blocks do not divide 2 weights"),
         (put("groups", GROUP, "blocks", 4), "4 blocks do not divide 2 weights"),
+        (put("coupling", "none"), "group '16x16': 2 blocks; coupling 'none' has 8"),
+        (put("coupling", "all"), "group '16x16': 2 blocks; coupling 'all' has 1"),
         (put("groups", GROUP, "blocks", True), "must be an integer, not bool"),
         (lambda document: document["groups"][GROUP].pop("blocks"), "'blocks' is missing"),
         (put("parts", ["core"]), "'parts' are core"),

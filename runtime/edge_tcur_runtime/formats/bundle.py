@@ -199,6 +199,12 @@ def _check_references(manifest: Manifest, where: str) -> None:
                 f"the weight {parameter!r} ends behind {BASE_FILE!r}, which has {size} bytes", where=where
             )
     for group, spec in manifest.groups.items():
+        expected = {"none": len(spec.parameters), "all": 1}.get(manifest.coupling, spec.blocks)
+        if spec.blocks != expected:
+            raise FileFormatError(
+                f"group {group!r}: {spec.blocks} blocks; coupling {manifest.coupling!r} has {expected}",
+                where=where,
+            )
         for parameter in spec.parameters:
             found = manifest.tensors.get(parameter)
             shape = (spec.n1, spec.n2)
