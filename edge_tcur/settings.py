@@ -64,9 +64,7 @@ class TrainConfig:
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
     head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
     gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
-    rehearsal_rate: float = setting(
-        0.0, "Peak learning rate of the low-rank update that selection update learns first; 0: a fifth."
-    )
+    rehearsal_rate: float = setting(0.002, "Peak learning rate of what selection update learns first.")
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")
@@ -88,12 +86,11 @@ class TrainConfig:
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         self._check_budget()
-        for name in ("learning_rate", "head_learning_rate"):
+        for name in ("learning_rate", "head_learning_rate", "rehearsal_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
-        for name in ("weight_decay", "rehearsal_rate"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{getattr(self, name)}; expected at least 0", where=name)
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(f"{self.eval_fraction}; expected between 0 and 1", where="eval_fraction")
 

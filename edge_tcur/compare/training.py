@@ -29,7 +29,7 @@ from edge_tcur.method.targets import Targets
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import LoopSettings, fit
-from edge_tcur.training.rehearsal import RATE_RATIO, SMALLEST_RANK, rehearse
+from edge_tcur.training.rehearsal import RATE, SMALLEST_RANK, rehearse
 from edge_tcur_runtime.atomic import write_atomic
 
 _SECONDS = "seconds"
@@ -89,9 +89,9 @@ class Run:
         )
 
     def _rehearsed(self, targets: Targets) -> dict[str, Tensor]:
-        """The update learnt in a rehearsal, made once for all methods of this rank and rate."""
+        """The update learnt in a rehearsal, made once for all methods of this rank."""
         rank = max(SMALLEST_RANK, *(group.rank for group in targets.groups))
-        name = f"rehearsal-{self.problem.epochs}-r{rank}-{self.rate:g}-{self.seed}.safetensors"
+        name = f"rehearsal-{self.problem.epochs}-r{rank}-{self.seed}.safetensors"
         path = self.kept / name
         head = self.problem.base.head_parameters()
         if not path.exists():
@@ -110,7 +110,7 @@ class Run:
             self.train,
             self.problem.task,
             LoopSettings(self.problem.epochs, BATCH_SIZE, seed=self.seed),
-            rate=RATE_RATIO * self.rate,
+            rate=RATE,
             head_rate=HEAD_RATE,
         )
         head = {name: value.detach() for name, value in base.head_parameters().items()}

@@ -16,7 +16,6 @@ from edge_tcur.method.forms import FORMS, possible_forms
 from edge_tcur.method.group import CoreGroup, Member, choose_factors
 from edge_tcur.method.quantized import Int8Linear
 from edge_tcur.method.targets import Targets, find_targets, saved_parameters
-from edge_tcur.method.tproduct import dense_update
 from edge_tcur.method.views import View, find_view, weight_of
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, UsageError
 from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
@@ -75,7 +74,7 @@ class AdaptedLayer(nn.Module):
 
     def _cheapest(self, x: Tensor, slot: Slot) -> str:
         spec = slot.group.spec
-        forms = possible_forms(self.view, has_rows=slot.group.has_rows)
+        forms = possible_forms(self.view, has_rows=slot.group.has_rows, in_block=slot.group.in_block)
         inner, rank = slot.group.columns_t.shape[1], slot.group.core.shape[-1]
         return cheapest_form(forms, Sizes(max(1, x.numel() // spec.n2), spec.n1, spec.n2, inner, rank))
 
@@ -286,9 +285,8 @@ class Injection:
         layer = self._layers[module]
         (slot,) = layer._slot
         part = slot.group.slice(slot.position)
-        update = dense_update(part.rows_t(), part.matrix_t, part.columns_t)
         matrix = layer.view.matrix(layer.base)
-        total = (matrix + update).to(matrix.dtype)  # added in the wider of the two dtypes
+        total = (matrix + part.dense()).to(matrix.dtype)  # added in the wider of the two dtypes
         if not isinstance(layer.base, Int8Linear):
             return None, layer.view.restore(layer.base, total)
         if not dequantize:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
+from math import inf
 
 OPERATIONS_PER_SECOND = 6.0e10
 BYTES_PER_SECOND = 1.0e10
@@ -82,7 +83,22 @@ def _materialised(s: Sizes) -> float:
     return _dense(s) + gradient + _product(s.n2, s.inner, s.inner) + _coupling(s)
 
 
-_COSTS = {"gather": _gather, "factored": _factored, "merged": _merged, "materialised": _materialised}
+def _spectral(s: Sizes) -> float:
+    if 2 * s.inner < max(s.n1, s.n2):
+        return inf  # it would keep an update of every weight where small products do
+    frequencies = 2 * _product(s.n1, s.rank, s.n2)  # half as many as slices, four real products each
+    transform = _product(s.inner // s.rank, s.inner // s.rank, s.n1 * s.n2) / (s.inner // s.rank)
+    dense = 3 * frequencies + 2 * transform + _pass(*[s.n1 * s.n2] * 8)
+    return dense + _product(s.n1, s.tokens, s.n2) + SECONDS_PER_FUNCTION
+
+
+_COSTS = {
+    "gather": _gather,
+    "factored": _factored,
+    "merged": _merged,
+    "materialised": _materialised,
+    "spectral": _spectral,
+}
 
 
 def predict_seconds(form: str, sizes: Sizes) -> float:

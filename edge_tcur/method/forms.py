@@ -5,6 +5,8 @@
                   computes ``W x``: linear layers, convolutions, quantised layers.
 ``factored``      ``y = W x + C_flat M R_flat x``.
 ``materialised``  ``y = (W + dW) x`` with autograd through dW.
+``spectral``      the same with the updates of a coupled block computed together, see
+                  `edge_tcur.method.spectral`; keeps one dense update a weight.
 ``merged``        the same product, but the gradient of the core from ``(dY C_flat)^T (X R_flat^T)``: a full
                   gradient of dW [n1, n2] is never built, and W + dW is rebuilt in the backward pass
                   instead of kept.
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from edge_tcur.method.tproduct import apply_update, dense_update
-from edge_tcur.method.views import View
+from edge_tcur.method.views import View, weight_of
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,28 @@ class Slice:
     """The factors of one weight, frozen ones in the frame's coordinates and float32.
 
     Attributes:
-        matrix_t: f32 [m, m] with a gradient: the transposed coupling matrix of the slice (m = p r), or
+        matrix: gives f32 [m, m] with a gradient: the transposed coupling matrix of the slice (m = p r), or
             of a slice alone the transposed core (m = r).
         rows_t: [n2, m]: R_flat transposed; needed by all forms but ``gather``.
         columns_t: [m, n1]: C_flat transposed.
         rows: int64 [r] for the gather form, or None where the slice has no rows of the base.
         mix_t: [r, r]: what turns raw rows into those of the frame, transposed; for ``gather``.
         bias: [r], the layer's bias at `rows`, or None.
+        update: gives the update [n1, n2], computed together with those of its block, or None for a slice
+            that stands alone.
     """
 
-    matrix_t: Tensor
+    matrix: Callable[[], Tensor]
     rows_t: Callable[[], Tensor]
     columns_t: Tensor
     rows: Tensor | None = None
     mix_t: Tensor | None = None
     bias: Tensor | None = None
+    update: Callable[[], Tensor] | None = None
+
+    def dense(self) -> Tensor:
+        """The update [n1, n2]."""
+        return dense_update(self.rows_t(), self.matrix(), self.columns_t)
 
 
 class _GatherUpdate(torch.autograd.Function):
@@ -84,6 +93,44 @@ class _GatherUpdate(torch.autograd.Function):
         return on_z, on_matrix, None, None, None, None
 
 
+class _FactoredLinear(torch.autograd.Function):
+    """``x W^T + ((x @ rows_t) @ matrix_t) @ columns_t``; keeps only the m products of each token.
+
+    One function for the layer and its update, so that the two sums of a forward and backward pass are
+    made inside matrix products instead of in passes of their own.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix_t: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows_t: Tensor,
+        columns_t: Tensor,
+    ) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        inner = flat @ rows_t
+        ctx.save_for_backward(inner, matrix_t, weight, rows_t, columns_t)
+        output = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        output.addmm_(inner @ matrix_t, columns_t)
+        return output.view(*x.shape[:-1], output.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        inner, matrix_t, weight, rows_t, columns_t = ctx.saved_tensors
+        gradient: Tensor = gradients[0]
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        back = flat @ columns_t.T
+        on_matrix = inner.T @ back if ctx.needs_input_grad[1] else None
+        on_x = None
+        if ctx.needs_input_grad[0]:
+            on_x = (flat @ weight).addmm_(back @ matrix_t.T, rows_t.T)
+            on_x = on_x.view(*gradient.shape[:-1], on_x.shape[-1])
+        return on_x, on_matrix, None, None, None, None
+
+
 class _MergedLinear(torch.autograd.Function):
     """``x (W + dW)^T`` with the projected gradient of the coupling matrix; saves x and the factors only."""
 
@@ -108,6 +155,27 @@ class _MergedLinear(torch.autograd.Function):
         return on_x, on_matrix, None, None, None
 
 
+class _UpdatedLinear(torch.autograd.Function):
+    """``x (W + dW)^T`` for an update that is kept anyway: the sum is made again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, update, weight)
+        return x @ (weight + update.to(weight.dtype)).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gradient: Tensor = gradients[0]
+        x, update, weight = ctx.saved_tensors
+        on_x = on_update = None
+        if ctx.needs_input_grad[0]:
+            on_x = gradient @ (weight + update.to(weight.dtype))
+        if ctx.needs_input_grad[1]:
+            flat = gradient.reshape(-1, gradient.shape[-1])
+            on_update = flat.T.to(update.dtype) @ x.reshape(-1, x.shape[-1]).to(update.dtype)
+        return on_x, on_update, None
+
+
 def gather(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     """See the module's text; the output features may be any axis."""
     assert part.rows is not None
@@ -116,24 +184,46 @@ def gather(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     result = cast(
         "Tensor",
         _GatherUpdate.apply(  # type: ignore[no-untyped-call]
-            output, part.matrix_t, part.mix_t, part.rows, part.columns_t, part.bias
+            output, part.matrix(), part.mix_t, part.rows, part.columns_t, part.bias
         ),
     )
     return result.movedim(-1, view.axis)
 
 
-def factored(module: nn.Module, _: View, x: Tensor, part: Slice) -> Tensor:
+def factored(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     """See the module's text; linear layers only."""
-    output = cast("Tensor", module(x))
-    update = apply_update(x.to(part.matrix_t.dtype), part.rows_t(), part.matrix_t, part.columns_t)
-    return output + update.to(output.dtype)
+    weight, matrix_t = weight_of(module), part.matrix()
+    if not (weight.dtype == x.dtype == matrix_t.dtype):  # half precision, int8
+        output = cast("Tensor", module(x))
+        update = apply_update(x.to(matrix_t.dtype), part.rows_t(), matrix_t, part.columns_t)
+        return output + update.to(output.dtype)
+    bias = cast("Tensor | None", module.bias)
+    return cast(
+        "Tensor",
+        _FactoredLinear.apply(  # type: ignore[no-untyped-call]
+            x,
+            matrix_t,
+            view.matrix(module).detach(),
+            None if bias is None else bias.detach(),
+            part.rows_t(),
+            part.columns_t,
+        ),
+    )
 
 
 def materialised(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     """See the module's text; any module that has a view."""
     matrix = view.matrix(module).detach()
-    update = dense_update(part.rows_t(), part.matrix_t, part.columns_t)
-    return view.call(module, x, matrix + update.to(matrix.dtype))
+    return view.call(module, x, matrix + part.dense().to(matrix.dtype))
+
+
+def spectral(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
+    """See the module's text; linear layers only."""
+    assert part.update is not None
+    weight = view.matrix(module).detach()
+    output = cast("Tensor", _UpdatedLinear.apply(x, part.update(), weight))  # type: ignore[no-untyped-call]
+    bias = cast("Tensor | None", module.bias)
+    return output if bias is None else output + bias
 
 
 def merged(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
@@ -141,7 +231,7 @@ def merged(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     weight = view.matrix(module).detach()
     output = cast(
         "Tensor",
-        _MergedLinear.apply(x, part.matrix_t, weight, part.rows_t(), part.columns_t),  # type: ignore[no-untyped-call]
+        _MergedLinear.apply(x, part.matrix(), weight, part.rows_t(), part.columns_t),  # type: ignore[no-untyped-call]
     )
     bias = cast("Tensor | None", module.bias)
     return output if bias is None else output + bias
@@ -152,16 +242,18 @@ FORMS: dict[str, Form] = {
     "gather": gather,
     "factored": factored,
     "materialised": materialised,
+    "spectral": spectral,
     "merged": merged,
 }
 
 
-def possible_forms(view: View, *, has_rows: bool) -> tuple[str, ...]:
+def possible_forms(view: View, *, has_rows: bool, in_block: bool = False) -> tuple[str, ...]:
     """The forms that can compute a layer.
 
     Args:
         view: of the layer's weight.
         has_rows: whether the slice stands alone, with rows of its own base weight.
+        in_block: whether it is one of a coupled block, whose updates may be computed together.
     """
-    linear = ("factored", "merged") if view.is_linear else ()
+    linear = ("factored", "merged", *(("spectral",) if in_block else ())) if view.is_linear else ()
     return (("gather",) if has_rows else ()) + linear + ("materialised",)

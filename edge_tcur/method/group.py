@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from edge_tcur.method.fit import fit_core
 from edge_tcur.method.forms import Slice
 from edge_tcur.method.selection import SELECTIONS, UPDATE, Choice
 from edge_tcur.method.sketch import sketch_matrix
+from edge_tcur.method.spectral import Batches, Spectrum
 from edge_tcur.method.targets import Group, Targets
 from edge_tcur.method.tproduct import coupling_constants, coupling_matrix, flatten_columns, flatten_rows
 from edge_tcur.method.views import View, bias_of, find_view
@@ -106,6 +107,7 @@ class CoreGroup(nn.Module):
         self.spec = spec
         self._members = tuple(members)
         self._factors = factors
+        self._batches, self._spectra = Batches(), dict[int, Spectrum]()
         self._alone = config.domain == "identity" or spec.size == 1
         device = members[0].matrix().device
         columns, lines = _frozen(members, factors, spec.size)
@@ -149,13 +151,23 @@ class CoreGroup(nn.Module):
             size = self.spec.size
             block, place = divmod(position, size)
             core = self.core[block * size : (block + 1) * size]
-            matrix_t = coupling_matrix(core, self.get_buffer("constants")[place])
-            rows_t = self.get_buffer("rows_t")[block]
-            return Slice(matrix_t, lambda: rows_t, self.columns_t[block])
-        matrix_t, columns_t = self.core[position].T, self.columns_t[position]
+            constants, rows_t = self.get_buffer("constants")[place], self.get_buffer("rows_t")[block]
+
+            def together() -> Tensor:
+                return self._batches.take(
+                    block, place, self.core, lambda: self._spectrum(block).updates(core)
+                )
+
+            return Slice(
+                lambda: coupling_matrix(core, constants),
+                lambda: rows_t,
+                self.columns_t[block],
+                update=together,
+            )
+        matrix, columns_t = self.core[position], self.columns_t[position]
         if not isinstance(self._factors, Factors):
             rows_t = self.get_buffer("rows_t")[position]
-            return Slice(matrix_t, lambda: rows_t, columns_t)
+            return Slice(lambda: matrix.T, lambda: rows_t, columns_t)
         rows, mix_t = self.get_buffer("rows")[position], self.get_buffer("mix_t")[position]
         member = self._members[position]
 
@@ -164,8 +176,33 @@ class CoreGroup(nn.Module):
 
         bias = bias_of(member.module, rows)
         return Slice(
-            matrix_t, from_weight, columns_t, rows, mix_t, None if bias is None else bias.to(mix_t.dtype)
+            lambda: matrix.T,
+            from_weight,
+            columns_t,
+            rows,
+            mix_t,
+            None if bias is None else bias.to(mix_t.dtype),
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoreGroup:
+        """Moved or cast: what was made from the buffers is made again."""
+        self._spectra.clear()
+        result: CoreGroup = super()._apply(fn, recurse)
+        return result
+
+    def _spectrum(self, block: int) -> Spectrum:
+        """The frozen factors of a block in the transform's domain; made when first asked for."""
+        if block not in self._spectra:
+            size, rank = self.spec.size, self.core.shape[1]
+            columns = self.columns_t[block].reshape(size, rank, -1).transpose(1, 2)
+            rows = self.get_buffer("rows_t")[block].T.reshape(size, rank, -1)
+            self._spectra[block] = Spectrum(self.frame.transform, columns, rows)
+        return self._spectra[block]
+
+    @property
+    def in_block(self) -> bool:
+        """Whether a transform couples the slices."""
+        return not self._alone
 
     @property
     def has_rows(self) -> bool:

@@ -13,7 +13,7 @@ from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur.training.loop import LoopSettings, fit
 
-RATE_RATIO = 0.2  # rate of a rehearsal over that of the cores: what suits LoRA over what suits a core
+RATE = 2e-3  # peak learning rate, as suits LoRA; that of the cores is another matter
 SMALLEST_RANK = 16
 
 

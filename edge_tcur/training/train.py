@@ -23,7 +23,7 @@ from edge_tcur.tasks import Task, find_task
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import History, LoopSettings, fit
-from edge_tcur.training.rehearsal import RATE_RATIO, rehearse
+from edge_tcur.training.rehearsal import rehearse
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
 from edge_tcur_runtime.data import Dataset, check_trainable, label_names, load_dataset, split
 from edge_tcur_runtime.errors import ConfigError, OutputExistsError
@@ -211,7 +211,7 @@ def _prepare(
             return rehearse(
                 base, targets, data, task,
                 LoopSettings(config.epochs, config.batch_size, config.weight_decay, seed=config.seed),
-                rate=config.rehearsal_rate or RATE_RATIO * config.learning_rate,
+                rate=config.rehearsal_rate,
                 head_rate=config.head_learning_rate,
                 on_epoch=on_rehearsal,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Holds the cost model's choice of form against measurement: `python tests/benchmarks/forms.py`.
 
-For each cell of a grid of tokens, shapes, ranks and couplings it times forward and backward of one adapted
-linear layer in every form, interleaved, and prints how much slower the chosen one is than the best.
+For each cell of a grid of tokens, shapes, ranks and couplings it times forward and backward of the adapted
+linear layers of a block in every form, interleaved, and prints how much slower the chosen one is than the best.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CELLS = [
 
 
 def measure(cell: Cell, rounds: int) -> tuple[str, dict[str, float]]:
-    """The chosen form, and form -> least processor seconds of a layer's forward and backward pass."""
+    """The chosen form, and form -> least processor seconds of a layer's forward and backward pass, mean of the block."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(cell.n2, cell.n1) for _ in range(cell.size)])
     config = TCurConfig(
@@ -51,20 +51,21 @@ def measure(cell: Cell, rounds: int) -> tuple[str, dict[str, float]]:
         selection="squared-norm",
     )
     injection = inject(model, config)
-    layer = model[0]
-    assert isinstance(layer, AdaptedLayer)
+    layers = [layer for layer in model if isinstance(layer, AdaptedLayer)]
     group = injection.groups[next(iter(injection.groups))]
-    forms = possible_forms(layer.view, has_rows=group.has_rows)
+    forms = possible_forms(layers[0].view, has_rows=group.has_rows, in_block=group.in_block)
     x = torch.randn(cell.tokens, cell.n2, requires_grad=True)
     upstream = torch.randn(cell.tokens, cell.n1)
     seconds = dict.fromkeys(forms, float("inf"))
     for count in range(rounds + 1):
         for form in forms:
-            layer.form = form
+            for layer in layers:
+                layer.form = form
             started = time.process_time()
-            layer(x).backward(upstream)
+            outputs = [layer(x) for layer in layers]
+            torch.autograd.backward(outputs, [upstream] * len(outputs))
             if count:
-                seconds[form] = min(seconds[form], time.process_time() - started)
+                seconds[form] = min(seconds[form], (time.process_time() - started) / len(layers))
     sizes = Sizes(cell.tokens, cell.n1, cell.n2, group.columns_t.shape[1], cell.rank)
     return cheapest_form(forms, sizes), seconds
 

@@ -22,7 +22,11 @@ def test_possible_forms():
     assert possible_forms(linear, has_rows=False) == ("factored", "merged", "materialised")
     assert possible_forms(convolution, has_rows=True) == ("gather", "materialised")
     assert possible_forms(convolution, has_rows=False) == ("materialised",)
-    assert set(FORMS) == {"gather", "factored", "merged", "materialised"}
+    assert possible_forms(linear, has_rows=False, in_block=True) == (
+        "factored", "merged", "spectral", "materialised",
+    )  # fmt: skip
+    assert possible_forms(convolution, has_rows=False, in_block=True) == ("materialised",)
+    assert set(FORMS) == {"gather", "factored", "merged", "spectral", "materialised"}
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))
@@ -58,6 +62,6 @@ def test_a_layer_asks_for_the_form_of_its_sizes(kit, monkeypatch):
 
     monkeypatch.setattr("edge_tcur.method.adapted.cheapest_form", choose)
     model(torch.randn(5, 7, 4))
-    coupled = ("factored", "merged", "materialised")
+    coupled = ("factored", "merged", "spectral", "materialised")
     assert asked[0] == (coupled, Sizes(tokens=35, n1=12, n2=6, inner=6, rank=2))
     assert len(asked) == len([m for m in model.modules() if isinstance(m, AdaptedLayer)]) == 9

@@ -16,6 +16,7 @@ from torch import nn
 
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.spectral import Spectrum
 from edge_tcur.method.tproduct import (
     apply_update,
     coupling_constants,
@@ -261,12 +262,24 @@ def test_every_form_by_finite_differences(kit, case, options):
     layer = model[1]
     part = group.slice(1)
     outputs, gradients = {}, {}
-    for form in possible_forms(layer.view, has_rows=group.has_rows):
+    for form in possible_forms(layer.view, has_rows=group.has_rows, in_block=group.in_block):
 
-        def call(value, matrix_t, form=form):
-            return FORMS[form](layer.base, layer.view, value, replace(part, matrix_t=matrix_t))
+        def call(value, inner, form=form):
+            spectral = replace(
+                part, update=lambda: Spectrum(group.frame.transform, *stacks).updates(inner)[1]
+            )
+            own = spectral if form == "spectral" else replace(part, matrix=lambda: inner)
+            return FORMS[form](layer.base, layer.view, value, own)
 
-        arguments = [x.clone().requires_grad_(), part.matrix_t.detach().clone().requires_grad_()]
+        if form == "spectral":
+            rank, inner = group.core.shape[1], group.core
+            stacks = (
+                group.columns_t[0].reshape(-1, rank, group.spec.n1).transpose(1, 2),
+                group.rows_t[0].T.reshape(-1, rank, group.spec.n2),
+            )
+        else:
+            inner = part.matrix()
+        arguments = [x.clone().requires_grad_(), inner.detach().clone().requires_grad_()]
         assert torch.autograd.gradcheck(call, arguments)
         outputs[form] = call(*arguments)
         weights = torch.linspace(-1, 2, outputs[form].numel(), dtype=torch.float64).reshape(
@@ -280,7 +293,7 @@ def test_every_form_by_finite_differences(kit, case, options):
         assert layer.weight.grad is None
     assert len(outputs) >= 2 if options == {} or layer.view.is_linear else len(outputs) == 1
     first = next(iter(outputs))
-    weight = layer.view.matrix(layer.base) + dense_update(part.rows_t(), part.matrix_t, part.columns_t)
+    weight = layer.view.matrix(layer.base) + part.dense()
     expected = layer.view.call(layer.base, x, weight)
     for form, output in outputs.items():
         torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
