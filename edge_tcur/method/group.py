@@ -187,7 +187,7 @@ class CoreGroup(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoreGroup:
         """Moved or cast: what was made from the buffers is made again."""
         self._spectra.clear()
-        result: CoreGroup = super()._apply(fn, recurse)
+        result: CoreGroup = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
 
     def _spectrum(self, block: int) -> Spectrum:

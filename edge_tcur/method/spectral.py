@@ -50,7 +50,8 @@ class Spectrum:
         if product.is_complex():
             product = torch.view_as_real(product).movedim(3, 1)
         n1, n2 = product.shape[-2:]
-        return (self._back @ product.reshape(-1, n1 * n2)).view(-1, n1, n2)
+        together: Tensor = self._back @ product.reshape(-1, n1 * n2)
+        return together.view(-1, n1, n2)
 
     def adjoint(self, gradient: Tensor) -> Tensor:
         """The gradient of the core [p, r, r] from that of all updates [p, n1, n2]."""
@@ -59,7 +60,7 @@ class Spectrum:
         if self._left.is_complex():
             domain = torch.view_as_complex(domain.view(-1, 2, n1, n2).movedim(1, 3).contiguous())
         inner = self._left.mH @ domain.view(-1, n1, n2) @ self._right.mH
-        found = torch.tensordot(self._forth.mH, inner, dims=1)
+        found: Tensor = torch.tensordot(self._forth.mH, inner, dims=1)
         return found.real if found.is_complex() else found
 
 
@@ -82,7 +83,7 @@ class _Batch:
     def __init__(self, updates: Tensor, version: int) -> None:
         self.version, self.with_grad, self.spent = version, updates.requires_grad, False
         if updates.requires_grad:
-            updates.register_hook(self._spend)
+            updates.register_hook(self._spend)  # type: ignore[no-untyped-call]
         self.parts: dict[int, Tensor] = dict(enumerate(updates.unbind()))
 
     def _spend(self, _: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Holds the cost model's choice of form against measurement: `python tests/benchmarks/forms.py`.
 
 For each cell of a grid of tokens, shapes, ranks and couplings it times forward and backward of the adapted
-linear layers of a block in every form, interleaved, and prints how much slower the chosen one is than the best.
+linear layers of a block in every form, interleaved, and prints how much slower the chosen one is than the
+best.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CELLS = [
 
 
 def measure(cell: Cell, rounds: int) -> tuple[str, dict[str, float]]:
-    """The chosen form, and form -> least processor seconds of a layer's forward and backward pass, mean of the block."""
+    """The chosen form, and form -> least processor seconds of forward and backward, a layer."""
     torch.manual_seed(0)
     model = nn.Sequential(*[nn.Linear(cell.n2, cell.n1) for _ in range(cell.size)])
     config = TCurConfig(

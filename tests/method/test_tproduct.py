@@ -252,6 +252,13 @@ def adapted(kit, module, **options):
     return model, group.double()
 
 
+def spectrum(group):
+    """The frozen factors of the group's one block."""
+    rank = group.core.shape[1]
+    columns = group.columns_t[0].reshape(-1, rank, group.spec.n1).transpose(1, 2)
+    return Spectrum(group.frame.transform, columns, group.rows_t[0].T.reshape(-1, rank, group.spec.n2))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("options", [{}, {"coupling": "all"}, {"coupling": "all", "transform": "dct"}])
 def test_every_form_by_finite_differences(kit, case, options):
@@ -265,20 +272,10 @@ def test_every_form_by_finite_differences(kit, case, options):
     for form in possible_forms(layer.view, has_rows=group.has_rows, in_block=group.in_block):
 
         def call(value, inner, form=form):
-            spectral = replace(
-                part, update=lambda: Spectrum(group.frame.transform, *stacks).updates(inner)[1]
-            )
-            own = spectral if form == "spectral" else replace(part, matrix=lambda: inner)
+            own = replace(part, matrix=lambda: inner, update=lambda: spectrum(group).updates(inner)[1])
             return FORMS[form](layer.base, layer.view, value, own)
 
-        if form == "spectral":
-            rank, inner = group.core.shape[1], group.core
-            stacks = (
-                group.columns_t[0].reshape(-1, rank, group.spec.n1).transpose(1, 2),
-                group.rows_t[0].T.reshape(-1, rank, group.spec.n2),
-            )
-        else:
-            inner = part.matrix()
+        inner = group.core if form == "spectral" else part.matrix()
         arguments = [x.clone().requires_grad_(), inner.detach().clone().requires_grad_()]
         assert torch.autograd.gradcheck(call, arguments)
         outputs[form] = call(*arguments)
