@@ -207,7 +207,8 @@ def _prepare(
     settings = LoopSettings(config.head_epochs, config.batch_size, seed=config.seed)
     with _divergence(config, base):
         warm_head(base, data, task, settings, config.head_learning_rate)
-        if config.selection == UPDATE:
+    if config.selection == UPDATE:
+        with _divergence(config, base, "rehearsal_rate"):
             return rehearse(
                 base, targets, data, task,
                 LoopSettings(config.epochs, config.batch_size, config.weight_decay, seed=config.seed),
@@ -215,8 +216,9 @@ def _prepare(
                 head_rate=config.head_learning_rate,
                 on_epoch=on_rehearsal,
             )  # fmt: skip
-        if config.selection != GRADIENT:
-            return None
+    if config.selection != GRADIENT:
+        return None
+    with _divergence(config, base):
         return task_gradients(
             base.model, targets, data, task, batch_size=config.batch_size, batches=config.gradient_batches,
             seed=config.seed,
@@ -224,14 +226,16 @@ def _prepare(
 
 
 @contextmanager
-def _divergence(config: TrainConfig, base: Base) -> Iterator[None]:
+def _divergence(config: TrainConfig, base: Base, field: str = "learning_rate") -> Iterator[None]:
     try:
         yield
     except FloatingPointError as error:
-        rates = f"{config.learning_rate:g}" + (f" (head {config.head_learning_rate:g})" if base.head else "")
+        rates = f"{getattr(config, field):g}" + (
+            f" (head {config.head_learning_rate:g})" if base.head else ""
+        )
         raise ConfigError(
             f"training diverged at the learning rate {rates}: {error}",
-            where="learning_rate",
+            where=field,
             hint="lower it, for example by a factor of 10, or use the orthonormal frame",
         ) from error
 

@@ -110,7 +110,7 @@ def test_train_shows_every_setting(cli):
         "[raw|orthonormal|sketch]",
         "[none|layer|all]",
         "[auto|dft|dct|identity]",
-        "[norm|squared-norm|inverse-norm|leverage|gradient|random]",
+        "[norm|squared-norm|inverse-norm|leverage|gradient|update|random]",
     ):
         assert choices in text
     assert "[default: 20]" in text

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from edge_tcur.method.config import TCurConfig, preset
-from edge_tcur.tcur_model import TCurModel, collect_gradients, get_tcur_model
+from edge_tcur.tcur_model import TCurModel, collect_gradients, get_tcur_model, rehearsal
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IntegrityError, UsageError
 from edge_tcur_runtime.formats.adapter import read_adapter
 
@@ -66,6 +66,23 @@ def test_only_the_cores_train_and_the_loss_falls(bert, batch):
     assert losses[-1] < losses[0] - 0.05
     plain = model.unload()
     assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_a_rehearsal_gives_the_directions(bert, batch):
+    """A plain loop trains a low-rank update; the adapter starts near it, and the base is as it was."""
+    before, config = copy.deepcopy(bert.state_dict()), preset("update-sketch", rank=8)
+    practice = rehearsal(bert, config)
+    optimizer = torch.optim.AdamW(practice.parameters(), lr=0.02)
+    with practice.active():
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = bert(**batch).loss
+            loss.backward()
+            optimizer.step()
+    base = bert(**batch).loss.item()
+    model = get_tcur_model(bert, config, directions=practice.updates())
+    assert loss.item() < model(**batch).loss.item() < base
+    assert all(torch.equal(value, before[name]) for name, value in model.unload().state_dict().items())
 
 
 def test_what_it_does_not_know_it_asks_the_model(bert):

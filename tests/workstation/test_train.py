@@ -119,6 +119,8 @@ KINDS = {
     "curlora": {"selection": "inverse-norm", "frame": "raw", "learning_rate": 0.5},
     "gradient": {},
     "sketch": {"frame": "sketch"},
+    "update": {"selection": "update"},
+    "update-sketch": {"selection": "update", "frame": "sketch"},
     "layer": {"grouping": "shape", "coupling": "layer", "transform": "dct", "selection": "leverage"},
     "random": {"grouping": "layer", "coupling": "all", "transform": "identity", "selection": "random"},
     "saved": {"modules_to_save": "module.classifier,module.vit.layernorm", "alpha": 0.5},
@@ -170,6 +172,32 @@ def test_modules_to_save_may_name_the_new_head(bert_dir, texts_csv, text_run, tm
     for name, value in adapter.extras.items():
         np.testing.assert_array_equal(value, other.extras[name])
     assert evaluate_run(run, texts_csv).adapter_accuracy == evaluate_run(text_run, texts_csv).adapter_accuracy
+
+
+def test_a_rehearsal_comes_first(bert_dir, texts_csv, tmp_path):
+    """The adapter of a run of next to no steps is the nearest to what the rehearsal learnt."""
+    seen = []
+    config = text_config(bert_dir, texts_csv, selection="update", frame="sketch", learning_rate=1e-9)
+    result = train(
+        config,
+        tmp_path / "run",
+        on_epoch=lambda epoch, _: seen.append(("train", epoch)),
+        on_rehearsal=lambda epoch, _: seen.append(("rehearsal", epoch)),
+    )
+    epochs = range(1, config.epochs + 1)
+    assert seen == [("rehearsal", n) for n in epochs] + [("train", n) for n in epochs]
+    adapter = result.run.adapter()
+    assert all(np.abs(factors.core).max() > 1e-4 for factors in adapter.factors.values())
+    assert adapter.header.provenance["selection"] == "update"
+
+
+def test_a_rehearsal_that_diverges_is_named(bert_dir, texts_csv, tmp_path, monkeypatch):
+    task = find_task(TEXT)
+    original = type(task).loss
+    monkeypatch.setattr(type(task), "loss", lambda *arguments: original(*arguments) * float("inf"))
+    config = text_config(bert_dir, texts_csv, selection="update", rehearsal_rate=0.5, head_epochs=0)
+    error = refused(config, tmp_path / "run", ConfigError, "diverged at the learning rate 0.5")
+    assert error.where == "rehearsal_rate"
 
 
 def test_adapters_of_other_axes_are_refused(image_run, vit_dir, digits_npz, tmp_path):
