@@ -64,7 +64,7 @@ class TrainConfig:
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
     head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
     gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
-    rehearsal_rate: float = setting(0.002, "Peak learning rate of what selection update learns first.")
+    rehearsal_rate: float = setting(0.001, "Peak learning rate of what selection update learns first.")
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")

@@ -43,6 +43,7 @@ class Problem:
         train, validation, test: disjoint; the learning rate is chosen on `validation`.
         control: names of the modules that the head-only control trains where the base has no new head.
         epochs: passes over `train`.
+        rehearsal_rate: learning rate of rehearsals: the one at which LoRA did best in its sweep.
         score: of a model on samples, 0 to 1.
     """
 
@@ -53,6 +54,7 @@ class Problem:
     test: Samples
     control: tuple[str, ...]
     epochs: int
+    rehearsal_rate: float
     score: Callable[[nn.Module, Samples, Task], float] = accuracy
 
 
@@ -73,6 +75,7 @@ class TextProblem:
     test: Path
     shots: int
     epochs: int = 10
+    rehearsal_rate: float = 1e-3
 
     def prepare(self, work: Path) -> None:
         """Nothing: the encoder is read from where it is."""
@@ -95,7 +98,9 @@ class TextProblem:
         train, held, test = (
             prepare(part, labels, spec, folder) for part in (few, validation, later.select(pick))
         )
-        return Problem(base, task, train, held, test, control=(), epochs=self.epochs)
+        return Problem(
+            base, task, train, held, test, (), epochs=self.epochs, rehearsal_rate=self.rehearsal_rate
+        )
 
 
 def _read(path: Path) -> Dataset:
@@ -134,6 +139,7 @@ class DigitsProblem:
 
     name: str = "digits"
     epochs: int = 60
+    rehearsal_rate: float = 4e-3
 
     def prepare(self, work: Path) -> None:
         """Writes the scans and trains the base, once, into `work`; before any `load`."""
@@ -158,7 +164,16 @@ class DigitsProblem:
         train, held, test = (
             prepare(scans.select(np.sort(cut)), labels, base.preprocessing, folder) for cut in cuts
         )
-        return Problem(base, task, train, held, test, control=("module.classifier",), epochs=self.epochs)
+        return Problem(
+            base,
+            task,
+            train,
+            held,
+            test,
+            control=("module.classifier",),
+            epochs=self.epochs,
+            rehearsal_rate=self.rehearsal_rate,
+        )
 
 
 def _join(parts: list[Dataset]) -> Dataset:
@@ -174,6 +189,7 @@ class SegmentationProblem:
 
     name: str = "segmentation"
     epochs: int = 40
+    rehearsal_rate: float = 4e-3
 
     def prepare(self, work: Path) -> None:
         """Trains the base, once, into `work`; before any `load`."""
@@ -196,6 +212,7 @@ class SegmentationProblem:
             test,
             control=("head",),
             epochs=self.epochs,
+            rehearsal_rate=self.rehearsal_rate,
             score=segmentation.mean_dice,
         )
 

@@ -128,6 +128,31 @@ def describe(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
+def markdown(summary: Summary) -> str:
+    """The rows as Markdown tables, as docs/results.md holds them."""
+    parts = []
+    for problem in dict.fromkeys(row.problem for row in summary.rows):
+        gain = summary.matters.get(problem)
+        verdict = (
+            "" if gain is None else f" (full fine-tuning beats a trained head by {100 * gain:.1f} points)"
+        )
+        lines = [
+            f"**{problem}**{verdict}",
+            "",
+            "| method | score | seeds | trained | shipped | rate | seconds |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in (row for row in summary.rows if row.problem == problem):
+            spread = f" +- {100 * row.deviation:.1f}" if row.seeds > 1 else ""
+            lines.append(
+                f"| {row.method} | {100 * row.mean:.1f}{spread} | {row.seeds} | {row.trained_numbers:,} "
+                f"| {format_size(row.shipped_bytes)} | {row.rate:g}{' (edge)' if row.at_edge else ''} "
+                f"| {row.seconds:.0f} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
 def draw_plot(summary: Summary, path: Path) -> None:
     """Score against trained numbers and against shipped bytes, a row of panels for each problem."""
     import matplotlib
@@ -168,7 +193,7 @@ def _draw_panel(panel: Any, rows: Sequence[Row], what: str, colours: Mapping[str
             panel.axhline(score, color="grey", linestyle=":", label=f"{row.method} ({score:.1f})")
             continue
         size = getattr(row, what)
-        ours = row.method.startswith(("gradient-r", "gradient-shared", "sketch", "paper"))
+        ours = row.method.startswith(("gradient-r", "gradient-shared", "sketch", "update", "paper"))
         colour = colours[row.method]
         panel.errorbar(size, score, yerr=spread, fmt="o" if ours else "s", capsize=3, color=colour)
         panel.annotate(row.method, (size, score), textcoords="offset points", xytext=(6, 4), fontsize=8)

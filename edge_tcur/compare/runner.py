@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -166,6 +168,18 @@ def best_rate(records: Iterable[Record]) -> float:
     return max(swept, key=lambda record: (record.validation, -record.rate)).rate
 
 
+def end_with_parent() -> None:
+    """Ends this worker when its parent ends, however that ends: a killed one cannot say goodbye."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def prepare_problem(problem: AnyProblem, work: Path) -> None:
     """What all runs of a problem share, made once, on one thread as they are."""
     import torch
@@ -205,7 +219,7 @@ def run_grid(
     problems = {problem.name: problem for problem in grid.problems}
     context = multiprocessing.get_context("spawn")
     running: dict[Future[Record], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
             for name in {job.problem for job in missing_jobs(grid, read_records(folder))}:
                 pool.submit(prepare_problem, problems[name], folder / "work").result()

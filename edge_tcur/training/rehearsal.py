@@ -13,7 +13,6 @@ from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur.training.loop import LoopSettings, fit
 
-RATE = 2e-3  # peak learning rate, as suits LoRA; that of the cores is another matter
 SMALLEST_RANK = 16
 
 

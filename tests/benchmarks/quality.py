@@ -3,7 +3,8 @@
     python tests/benchmarks/quality.py --data DIR --out docs/data/quality
 
 `DIR` holds ``trec``, ``sst2`` and ``banking77``, each with train.csv and test.csv; without it the built-in
-problems run alone. Resumes where it stopped. ``--reduced`` is a grid of minutes, for continuous integration.
+problems run alone. Writes records.jsonl, comparison.png and tables.md. Resumes where it stopped.
+``--reduced`` is a grid of minutes, for continuous integration.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from edge_tcur.compare.problems import AnyProblem, DigitsProblem, SegmentationProblem, TextProblem
-from edge_tcur.compare.report import describe, draw_plot, summarize
+from edge_tcur.compare.report import describe, draw_plot, markdown, summarize
 from edge_tcur.compare.runner import Grid, Record, read_records, run_grid
 
 BASE = "all-MiniLM-L6-v2"
@@ -22,19 +23,22 @@ AIMED = (
     "head",
     "full",
     "lora-r8",
+    "update-sketch-r8",
+    "update-sketch-r16",
+    "update-sketch-shared-r3",
+    "update-r8",
     "gradient-r8",
     "gradient-shared-r8",
-    "sketch-r8",
-    "sketch-shared-r8",
-    "sketch-r16",
-    "sketch-shared-r16",
     "lora-xs-r8",
     "curlora-r8",
 )
 OTHERS = (
     "paper-r8",
+    "update-shared-r8",
+    "update-sketch-r32",
+    "sketch-r8",
+    "sketch-r16",
     "gradient-r16",
-    "sketch-r32",
     "lora-r1",
     "dora-r8",
     "vera-r256",
@@ -63,6 +67,7 @@ def main() -> None:
     run_grid(grid, options.out, workers=options.workers, device=options.device, on_record=_show)
     summary = summarize(read_records(options.out))  # of earlier calls too
     draw_plot(summary, options.out / "comparison.png")
+    (options.out / "tables.md").write_text(markdown(summary), encoding="utf-8")
     sys.stdout.write(describe(summary) + "\n")
 
 

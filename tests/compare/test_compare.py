@@ -2,7 +2,13 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +19,7 @@ from edge_tcur.cli import edge_tcur
 from edge_tcur.compare import segmentation
 from edge_tcur.compare.methods import METHODS, find_method
 from edge_tcur.compare.problems import DigitsProblem, TextProblem
-from edge_tcur.compare.report import describe, draw_plot, summarize
+from edge_tcur.compare.report import describe, draw_plot, markdown, summarize
 from edge_tcur.compare.runner import Grid, Job, Record, best_rate, missing_jobs, read_records, write_record
 from edge_tcur_runtime.errors import ConfigError, DataError, FileFormatError, UsageError
 
@@ -224,3 +230,49 @@ def test_without_a_problem_the_command_says_what_to_name():
 def test_the_methods_can_be_listed():
     result = CliRunner().invoke(edge_tcur, ["compare", "--list", "--json"])
     assert set(json.loads(result.stdout)["methods"]) == set(METHODS)
+
+
+def test_the_tables_of_the_documentation_are_those_of_its_records():
+    """docs/results.md holds what `markdown` makes of docs/data/quality, and names no other table."""
+    docs = Path(__file__).parents[2] / "docs"
+    tables = markdown(summarize(read_records(docs / "data" / "quality")))
+    assert tables == (docs / "data" / "quality" / "tables.md").read_text(encoding="utf-8")
+    text = (docs / "results.md").read_text(encoding="utf-8")
+    assert tables in text
+    assert "| method | score" not in text.replace(tables, "")
+
+
+ORPHANS = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from edge_tcur.compare.runner import end_with_parent
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 300)
+    time.sleep(300)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+        parent.wait()
+        for _ in range(100):
+            if not Path(f"/proc/{worker}").exists() or "Z (" in _state(worker):
+                return
+            time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def _state(pid):
+    try:
+        return Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "Z ("
