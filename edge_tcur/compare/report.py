@@ -15,7 +15,7 @@ from edge_tcur_runtime.output import table
 from edge_tcur_runtime.units import format_size
 
 MATTERS = 0.02  # adaptation matters where full fine-tuning beats a trained head by this much
-FULL, HEAD = "full", "head"
+FULL, HEAD, LORA = "full", "head", "lora-r8"
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ class Summary:
             "rows": [{**asdict(row), "scores": list(row.scores)} for row in self.rows],
             "full_minus_head": self.matters,
             "judged_on": sorted(name for name, gain in self.matters.items() if gain >= MATTERS),
+            "standings": [asdict(one) for one in standings(self)],
         }
 
 
@@ -128,9 +129,80 @@ def describe(summary: Summary) -> str:
     return "\n\n".join(parts)
 
 
+@dataclass(frozen=True)
+class Standing:
+    """One method against LoRA r8 and full fine-tuning, over the problems on which adaptation matters.
+
+    Attributes:
+        problems: on which all three are measured.
+        to_lora, to_full: differences over the seeds that both have, mean over the problems; above 0 is ahead.
+        worst: the smallest difference to LoRA.
+        share: largest part of LoRA's trained numbers; shipped: most bytes.
+        seeds: fewest of any problem.
+    """
+
+    method: str
+    problems: tuple[str, ...]
+    to_lora: float
+    to_full: float
+    worst: float
+    share: float
+    shipped: int
+    seeds: int
+
+
+def standings(summary: Summary) -> list[Standing]:
+    """Every method's standing, those measured on most problems first, then the best."""
+    cells = {(row.problem, row.method): row for row in summary.rows}
+    judged = sorted(problem for problem, gain in summary.matters.items() if gain >= MATTERS)
+    judged = [problem for problem in judged if (problem, LORA) in cells]
+    found = []
+    for method in dict.fromkeys(row.method for row in summary.rows):
+        own = [(cells[p, method], cells[p, LORA], cells[p, FULL]) for p in judged if (p, method) in cells]
+        if not own:
+            continue
+        to_lora = [_ahead(row, lora) for row, lora, _ in own]
+        found.append(
+            Standing(
+                method,
+                tuple(row.problem for row, *_ in own),
+                float(np.mean(to_lora)),
+                float(np.mean([_ahead(row, full) for row, _, full in own])),
+                min(to_lora),
+                max(row.trained_numbers / lora.trained_numbers for row, lora, _ in own),
+                max(row.shipped_bytes for row, *_ in own),
+                min(row.seeds for row, *_ in own),
+            )
+        )
+    return sorted(found, key=lambda one: (-len(one.problems), -one.to_lora))
+
+
+def _ahead(row: Row, other: Row) -> float:
+    """Mean difference over the seeds that both have."""
+    return float(np.mean([mine - its for mine, its in zip(row.scores, other.scores, strict=False)]))
+
+
+def _standings(summary: Summary) -> str:
+    lines = [
+        "**Together** (points ahead of LoRA r8 and of full fine-tuning, mean over the problems on which "
+        "adaptation matters)",
+        "",
+        "| method | problems | to LoRA | worst | to full | part of LoRA's numbers | shipped, at most "
+        "| seeds, at least |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for one in standings(summary):
+        share = "0" if not one.share else f"1/{1 / one.share:.0f}" if one.share < 1 else f"{one.share:.0f} x"
+        lines.append(
+            f"| {one.method} | {', '.join(one.problems)} | {100 * one.to_lora:+.1f} | {100 * one.worst:+.1f} "
+            f"| {100 * one.to_full:+.1f} | {share} | {format_size(one.shipped)} | {one.seeds} |"
+        )
+    return "\n".join(lines)
+
+
 def markdown(summary: Summary) -> str:
     """The rows as Markdown tables, as docs/results.md holds them."""
-    parts = []
+    parts = [_standings(summary)]
     for problem in dict.fromkeys(row.problem for row in summary.rows):
         gain = summary.matters.get(problem)
         verdict = (

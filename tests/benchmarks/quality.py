@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--reduced", action="store_true")
     options = parser.parse_args()
     if options.reduced:
-        grid = Grid([DigitsProblem(epochs=4)], ("head", "lora-r8", "gradient-r8"), 1)
+        grid = Grid([DigitsProblem(epochs=4)], ("head", "lora-r8", "gradient-r8", "update-sketch-r8"), 1)
     else:
         problems = [p for p in _problems(options.data) if not options.problem or p.name in options.problem]
         grid = Grid(problems, options.method or (*AIMED, *OTHERS), options.seeds, dict.fromkeys(OTHERS, 3))

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from edge_tcur.cli import edge_tcur
 from edge_tcur.compare import segmentation
 from edge_tcur.compare.methods import METHODS, find_method
 from edge_tcur.compare.problems import DigitsProblem, TextProblem
-from edge_tcur.compare.report import describe, draw_plot, markdown, summarize
+from edge_tcur.compare.report import describe, draw_plot, markdown, standings, summarize
 from edge_tcur.compare.runner import Grid, Job, Record, best_rate, missing_jobs, read_records, write_record
 from edge_tcur_runtime.errors import ConfigError, DataError, FileFormatError, UsageError
 
@@ -107,6 +107,28 @@ def test_the_report_takes_the_chosen_rate_and_the_deviation_of_a_sample(tmp_path
     assert "beats a trained head by 35.0 points" in describe(summary)
     draw_plot(summary, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_standings_compare_the_seeds_that_both_have():
+    """LoRA's second seed, which the other method lacks, does not count; nor does a problem without a gap."""
+    records = [record("full", 0.1, 0, 0.9, test=0.9), record("head", 0.0, 0, 0.5, test=0.5, numbers=0)]
+    records += [
+        record("lora-r8", 0.1, seed, 0.9, test=test, numbers=400) for seed, test in ((0, 0.8), (1, 0.4))
+    ]
+    records += [record("update-r8", 0.1, 0, 0.9, test=0.85, numbers=100)]
+    even = [record(name, 0.1, 0, 0.9, test=0.9) for name in ("full", "head", "lora-r8", "update-r8")]
+    records += [replace(item, problem="even") for item in even]
+    found = {one.method: one for one in standings(summarize(records))}
+    one = found["update-r8"]
+    assert (one.problems, one.seeds, one.share) == (("digits",), 1, 0.25)
+    assert (one.to_lora, one.worst, one.to_full) == (
+        pytest.approx(0.05),
+        pytest.approx(0.05),
+        pytest.approx(-0.05),
+    )
+    assert (found["lora-r8"].to_lora, found["full"].to_full) == (0, 0)
+    text = markdown(summarize(records))
+    assert "| update-r8 | digits | +5.0 | +5.0 | -5.0 | 1/4 |" in text
 
 
 def test_where_a_trained_head_does_as_well_nothing_is_judged():
