@@ -14,7 +14,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.fit import fit_core
 from edge_tcur.method.forms import Slice
 from edge_tcur.method.selection import SELECTIONS, UPDATE, Choice
-from edge_tcur.method.sketch import sketch_matrix
+from edge_tcur.method.sketch import sketch_gradient, sketch_update
 from edge_tcur.method.spectral import Batches, Spectrum
 from edge_tcur.method.targets import Group, Targets
 from edge_tcur.method.tproduct import coupling_constants, coupling_matrix, flatten_columns, flatten_rows
@@ -70,7 +70,8 @@ def _choose_frozen(
     core = np.zeros((len(members), group.rank, group.rank), np.float32)
     if config.frame == SKETCH:
         assert own is not None
-        pairs = [sketch_matrix(value, group.rank) for value in own]
+        sketch = sketch_update if config.selection == UPDATE else sketch_gradient
+        pairs = [sketch(value, group.rank) for value in own]
         left, right = (np.stack([part.cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True))
         return SketchFactors(core, left, right)
     picks = []

@@ -2,9 +2,11 @@
 
 The core between the leading singular vectors of the task's gradient follows the steepest directions of
 full fine-tuning (the idea of LoRA-SB, arXiv 2411.19557); rounded to -1, 0 and 1 the vectors take two bits an
-entry and ship with the adapter. What rounding loses of one vector the next ones can hold, so they are chosen
-one after another on what is left (Kolda and O'Leary's semidiscrete decomposition, ACM TOMS 1998, with
-a core in the place of their diagonal).
+entry and ship with the adapter.
+
+A gradient names directions to start in, and every vector is another one. An update is there to be kept: what
+rounding loses of one vector the next ones hold, chosen one after another on what is left (Kolda and O'Leary's
+semidiscrete decomposition, ACM TOMS 1998, with a core in the place of their diagonal).
 """
 
 from __future__ import annotations
@@ -16,17 +18,35 @@ _DIRECTIONS = 4  # times the rank: leading singular directions that are looked a
 _TINY = 1e-12  # of the largest energy: a part below it counts as empty
 
 
-def sketch_matrix(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Ternary vectors whose spans hold most of a matrix.
+def sketch_gradient(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Ternary sketches of the leading singular vectors.
 
     Args:
-        matrix: the gradient or update, [n1, n2].
+        gradient: [n1, n2].
         rank: r, at most min(n1, n2).
 
     Returns:
         left int8 [n1, r] and right int8 [r, n2].
     """
-    target = matrix.double()
+    left, _, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+    # The driver chooses signs; fixed here, so that the sketch does not depend on the machine.
+    signs = torch.sign(left.gather(0, left.abs().argmax(dim=0, keepdim=True))[0])
+    return round_ternary(left[:, :rank] * signs[:rank]), round_ternary(
+        (right[:rank] * signs[:rank, None]).T
+    ).T.contiguous()
+
+
+def sketch_update(update: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Ternary vectors whose spans hold most of an update.
+
+    Args:
+        update: [n1, n2].
+        rank: r, at most min(n1, n2).
+
+    Returns:
+        left int8 [n1, r] and right int8 [r, n2].
+    """
+    target = update.double()
     left, basis = _pursue(target, rank)
     right, _ = _pursue(target.T @ basis, rank)  # on the part that the left vectors span
     return left, right.T.contiguous()
