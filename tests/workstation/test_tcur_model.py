@@ -81,7 +81,7 @@ def test_a_rehearsal_gives_the_directions(bert, batch):
             optimizer.step()
     base = bert(**batch).loss.item()
     model = get_tcur_model(bert, config, directions=practice.updates())
-    assert loss.item() < model(**batch).loss.item() < base
+    assert model(**batch).loss.item() < 0.2 * base  # of which the rehearsal left less still
     assert all(torch.equal(value, before[name]) for name, value in model.unload().state_dict().items())
 
 
