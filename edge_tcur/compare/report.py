@@ -251,6 +251,27 @@ def draw_plot(summary: Summary, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _name_points(panel: Any, points: Sequence[tuple[float, float, str]]) -> None:
+    """Names beside the points; those of neighbours are moved apart, downwards, with a line to their point."""
+    height = 9.0 * panel.figure.dpi / 72  # pixels of a line of text
+    taken: list[tuple[float, float]] = []
+    for size, score, name in sorted((point for point in points if point[0]), key=lambda one: -one[1]):
+        x, y = panel.transData.transform((size, score))
+        place = y
+        while any(abs(place - other) < height and abs(x - across) < 14 * height for across, other in taken):
+            place -= height / 4
+        taken.append((x, place))
+        shift = (place - y) * 72 / panel.figure.dpi
+        panel.annotate(
+            name,
+            (size, score),
+            textcoords="offset points",
+            xytext=(8, shift - 3),
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "color": "grey", "linewidth": 0.5} if shift < -4 else None,
+        )
+
+
 def _draw_panel(panel: Any, rows: Sequence[Row], what: str, colours: Mapping[str, Any]) -> None:
     """Methods as points with the deviation over seeds; the head alone, which has no size, as a line."""
     sizes = [getattr(row, what) for row in rows if getattr(row, what)] or [1]
@@ -268,6 +289,6 @@ def _draw_panel(panel: Any, rows: Sequence[Row], what: str, colours: Mapping[str
         ours = row.method.startswith(("gradient-r", "gradient-shared", "sketch", "update", "paper"))
         colour = colours[row.method]
         panel.errorbar(size, score, yerr=spread, fmt="o" if ours else "s", capsize=3, color=colour)
-        panel.annotate(row.method, (size, score), textcoords="offset points", xytext=(6, 4), fontsize=8)
+    _name_points(panel, [(getattr(row, what), 100 * row.mean, row.method) for row in rows])
     if any(not getattr(row, what) for row in rows):
         panel.legend(loc="lower right", fontsize=8)
