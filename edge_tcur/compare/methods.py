@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.allocation import share_out
 from edge_tcur.method.config import PRESETS, TCurConfig, preset
-from edge_tcur.method.group import Member
+from edge_tcur.method.group import Member, member_of
 from edge_tcur.method.selection import GRADIENT
 from edge_tcur.method.targets import Targets, find_targets
-from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
 from edge_tcur_runtime.errors import ConfigError
+from edge_tcur_runtime.formats.factors import AnyFactors, SketchFactors
 from edge_tcur_runtime.formats.schema import nearest
 
 _RATES = {"core": (5e-3, 1e-2, 2e-2), "lora": (5e-4, 1e-3, 2e-3), "full": (5e-5, 1e-4, 2e-4)}
@@ -99,26 +99,11 @@ def _count(parameters: list[nn.Parameter]) -> int:
 
 
 @dataclass(frozen=True)
-class DenseFactors:
-    """A core between frozen float32 vectors: what LoRA-XS ships or recomputes. Not a format of ours.
+class DenseFactors(SketchFactors):
+    """As sketches, between float32 vectors that are used as they are: what LoRA-XS ships or recomputes.
 
-    Attributes:
-        core: f32 [n3, r, r]; left: f32 [n3, n1, r]; right: f32 [n3, r, n2].
+    Not a format of ours: it cannot be stored.
     """
-
-    core: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
-
-    @property
-    def rank(self) -> int:
-        """r."""
-        return int(self.core.shape[-1])
-
-    @property
-    def blocks(self) -> int:
-        """Every slice has vectors of its own."""
-        return len(self.core)
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """The frozen vectors."""
@@ -137,21 +122,18 @@ def core_between(
     def prepare(base: Base, find: Directions) -> Prepared:
         targets = find_targets(base.model, config, keep=base.head)
         found = find(GRADIENT, targets) if gradients else {}
-        factors: dict[str, Any] = {}
+        factors: dict[str, AnyFactors] = {}
+        frozen = 0
         for group in targets.groups:
-            pairs = []
-            for name in group.modules:
-                view = find_view(base.model.get_submodule(name))
-                assert isinstance(view, View)
-                pairs.append(vectors(Member(base.model.get_submodule(name), view), found.get(name), rank))
+            pairs = [vectors(member_of(base.model, name), found.get(name), rank) for name in group.modules]
             left, right = (
                 np.stack([part.float().cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True)
             )
             factors[group.name] = DenseFactors(np.zeros((len(pairs), rank, rank), np.float32), left, right)
+            frozen += (left.nbytes + right.nbytes) * gradients
         injection = Injection(base.model)
         injection.add("dense", config, keep=base.head, factors=factors)
         parameters = injection.parameters()
-        frozen = sum(part.left.nbytes + part.right.nbytes for part in factors.values()) if gradients else 0
         return Prepared(parameters, _count(parameters), 4 * _count(parameters) + frozen)
 
     return prepare

@@ -29,7 +29,7 @@ from edge_tcur.method.targets import Targets
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import LoopSettings, fit
-from edge_tcur.training.rehearsal import SMALLEST_RANK, rehearse
+from edge_tcur.training.rehearsal import rehearsal_rank, rehearse
 from edge_tcur_runtime.atomic import write_atomic
 
 _SECONDS = "seconds"
@@ -91,7 +91,7 @@ class Run:
     def _rehearsed(self, targets: Targets) -> dict[str, Tensor]:
         """The update learnt in a rehearsal, made once for all methods of this rank."""
         rate = self.problem.rehearsal_rate
-        rank = max(SMALLEST_RANK, *(group.rank for group in targets.groups))
+        rank = rehearsal_rank(targets)
         name = f"rehearsal-{self.problem.epochs}-r{rank}-{rate:g}-{self.seed}.safetensors"
         path = self.kept / name
         head = self.problem.base.head_parameters()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.cost import Sizes, cheapest_form
 from edge_tcur.method.forms import FORMS, possible_forms
-from edge_tcur.method.group import CoreGroup, Member, choose_factors
+from edge_tcur.method.group import CoreGroup, choose_factors, member_of
 from edge_tcur.method.quantized import Int8Linear
 from edge_tcur.method.targets import Targets, find_targets, saved_parameters
-from edge_tcur.method.views import View, find_view, weight_of
+from edge_tcur.method.views import View, weight_of
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, UsageError
 from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
 
@@ -163,7 +163,7 @@ class Injection:
                 _check_directions(directions, targets)
             groups = {}
             for spec in targets.groups:
-                members = [_member(self.model, module) for module in spec.modules]
+                members = [member_of(self.model, module) for module in spec.modules]
                 own = (
                     choose_factors(spec, members, config, directions)
                     if factors is None
@@ -173,7 +173,7 @@ class Injection:
             for spec in targets.groups:
                 for module in spec.modules:
                     if module not in self._layers:
-                        member = _member(self.model, module)
+                        member = member_of(self.model, module)
                         self._layers[module] = AdaptedLayer(member.module, member.view)
         return InjectedAdapter(config, targets, groups, saved)
 
@@ -360,13 +360,6 @@ def _set_parameter(model: nn.Module, name: str, value: nn.Parameter) -> nn.Param
     old = owner.get_parameter(leaf)
     owner.register_parameter(leaf, value)
     return old
-
-
-def _member(model: nn.Module, name: str) -> Member:
-    module = model.get_submodule(name)
-    view = find_view(module)
-    assert isinstance(view, View)
-    return Member(module, view)
 
 
 def _check_directions(directions: Mapping[str, Tensor] | None, targets: Targets) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from edge_tcur.method.group import member_of
 from edge_tcur.method.selection import pursue
-from edge_tcur.method.views import View, find_view
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import SKETCH
 
@@ -89,8 +89,5 @@ def share_out(model: nn.Module, directions: Mapping[str, Tensor], budget: int, f
     """
     energies = {}
     for name, direction in directions.items():
-        module = model.get_submodule(name)
-        view = find_view(module)
-        assert isinstance(view, View)
-        energies[name] = energies_by_rank(view.matrix(module).detach(), direction, frame)
+        energies[name] = energies_by_rank(member_of(model, name).matrix(), direction, frame)
     return allocate_ranks(energies, budget)

@@ -36,11 +36,17 @@ class Member:
         return self.view.matrix(self.module).detach()
 
 
+def member_of(model: nn.Module, name: str) -> Member:
+    """The module of that name, which can be adapted, and the view of its weight."""
+    module = model.get_submodule(name)
+    view = find_view(module)
+    assert isinstance(view, View)
+    return Member(module, view)
+
+
 def members_of(model: nn.Module, targets: Targets) -> dict[str, Member]:
     """Module name -> module and view, of every weight that is adapted."""
-    names = (name for group in targets.groups for name in group.modules)
-    found = {name: (model.get_submodule(name), find_view(model.get_submodule(name))) for name in names}
-    return {name: Member(module, view) for name, (module, view) in found.items() if isinstance(view, View)}
+    return {name: member_of(model, name) for group in targets.groups for name in group.modules}
 
 
 def choose_factors(

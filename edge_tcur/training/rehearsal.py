@@ -13,7 +13,12 @@ from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur.training.loop import LoopSettings, fit
 
-SMALLEST_RANK = 16
+_SMALLEST_RANK = 16
+
+
+def rehearsal_rank(targets: Targets) -> int:
+    """Rank of every update of a rehearsal: the largest of the adapter's groups, at least 16."""
+    return max(_SMALLEST_RANK, *(group.rank for group in targets.groups))
 
 
 def rehearse(
@@ -30,7 +35,7 @@ def rehearse(
     """Trains a low-rank update of every target together with the base's own head, which stays trained.
 
     Args:
-        targets: the update of each weight has the largest rank of their groups, at least 16.
+        targets: the weights that are adapted; see `rehearsal_rank`.
         rate, head_rate: peak learning rates.
         on_epoch: called with the epoch (from 1) and its mean loss.
 
@@ -45,8 +50,7 @@ def rehearse(
         parameter.requires_grad_(False)
     for parameter in head:
         parameter.requires_grad_(True)
-    rank = max(SMALLEST_RANK, *(group.rank for group in targets.groups))
-    rehearsal = Rehearsal(base.model, targets, rank, seed=settings.seed)
+    rehearsal = Rehearsal(base.model, targets, rehearsal_rank(targets), seed=settings.seed)
     try:
         with rehearsal.active():
             fit(

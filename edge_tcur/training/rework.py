@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from edge_tcur.arithmetic import Fit, move_to_base, reduce_rank, refit
 from edge_tcur.errors import BaseModelError
 from edge_tcur.method.adapted import DEFAULT
+from edge_tcur.method.group import member_of
 from edge_tcur.method.targets import find_targets
-from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base, load_base
 from edge_tcur.models.huggingface import quiet_transformers
 from edge_tcur.tasks import find_task
@@ -125,10 +125,7 @@ def _stacks(base: Base, run: Run, adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def _matrix(model: nn.Module, name: str) -> np.ndarray:
-    module = model.get_submodule(name)
-    view = find_view(module)
-    assert isinstance(view, View)
-    value: np.ndarray = view.matrix(module).detach().double().cpu().numpy()
+    value: np.ndarray = member_of(model, name).matrix().double().cpu().numpy()
     return value
 
 
