@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
@@ -19,8 +21,12 @@ EPILOG = """\b
 Examples:
   edge-tcur export run/ --out bundle/
   edge-tcur export run/ --out bundle/ --target onnx --target step --device raspberry-pi-5-8gb
+  edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
 TARGETS = ("onnx", "ort-training", "step")
+EXECUTORCH = "executorch"
+BACKENDS = ("portable", "xnnpack")
+_SHOWN = 6  # operators in one line
 
 
 @click.command("export", epilog=EPILOG)
@@ -29,36 +35,72 @@ TARGETS = ("onnx", "ort-training", "step")
 @click.option(
     "--target",
     "targets",
-    type=click.Choice(TARGETS),
+    type=click.Choice((*TARGETS, EXECUTORCH)),
     multiple=True,
-    help="What to export; say it once for each. By default all of them.",
+    help="What to export; say it once for each. By default all that run on ONNX Runtime.",
+)
+@click.option(
+    "--backend",
+    "backends",
+    type=click.Choice(BACKENDS),
+    multiple=True,
+    help="Kernels of ExecuTorch's programs; say it once for each. By default both.",
+)
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    help="Samples that ExecuTorch's programs reserve memory for.  [default: the run's batch size]",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    help="Tokens that they reserve memory for.  [default: the base's, at most 128]",
 )
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
 @output_options
 def export(
-    run: Path, out: Path, targets: tuple[str, ...], device: str | None, verify: bool, force: bool, sink: Sink
+    run: Path,
+    out: Path,
+    targets: tuple[str, ...],
+    backends: tuple[str, ...],
+    max_batch: int | None,
+    max_length: int | None,
+    sink: Sink,
+    **options: Any,
 ) -> None:
     """Export the frozen base of RUN, once, and the factors that are small enough to be sent often.
 
     The bundle appears whole or not at all.
     """
     from edge_tcur.training import open_run
-    from edge_tcur_export.bundle import export_run
+    from edge_tcur_export.bundle import ProgramSettings, export_run
 
-    opened = open_run(run)
     chosen = tuple(dict.fromkeys(targets)) or TARGETS
+    _refuse_idle(chosen, {"--backend": backends, "--max-batch": max_batch, "--max-length": max_length})
+    opened = open_run(run)
+    programs = ProgramSettings(tuple(dict.fromkeys(backends)) or BACKENDS, max_batch or 0, max_length or 0)
     with stage_bar(sink, "exporting") as bar:
-        report = export_run(
-            opened, out, targets=chosen, device=device, verify=verify, force=force, on_stage=bar.stage
-        )
+        report = export_run(opened, out, targets=chosen, programs=programs, on_stage=bar.stage, **options)
     sink.result(report.to_dict(), _describe(report, out))
+
+
+def _refuse_idle(targets: tuple[str, ...], options: Mapping[str, object]) -> None:
+    """Options of a target that was not asked for would do nothing."""
+    for name, value in options.items():
+        if value and EXECUTORCH not in targets:
+            raise UsageError(f"{name} is for ExecuTorch's programs", hint=f"add --target {EXECUTORCH}")
 
 
 def _describe(report: ExportReport, out: Path) -> str:
     sizes = [("base, shared by all graphs", format_size(report.base_bytes))]
     sizes += [(name, format_size(size)) for name, size in report.graph_bytes.items()]
+    sizes += [(name, format_size(size)) for name, size in report.executorch.bytes.items()]
+    reserved = [
+        (name, format_size(program.memory), ", ".join(f"{n} {axis}" for axis, n in program.limits.items()))
+        for name, program in report.manifest.programs.items()
+    ]
     errors = [
         (target, quantity, f"{value:.1e}")
         for target, values in report.parity.items()
@@ -69,9 +111,21 @@ def _describe(report: ExportReport, out: Path) -> str:
         [
             table(("File", "Size"), sizes),
             "",
+            *([table(("Program", "Reserves", "For at most"), reserved), ""] if reserved else []),
+            *_outside(report),
             parity,
             "",
             f"wrote {out} in {report.seconds:.1f} s",
             f"next: edge-tcur-device doctor --bundle {out}",
         ]
     )
+
+
+def _outside(report: ExportReport) -> list[str]:
+    """A line for each program with delegates: the operators that are left outside them."""
+    lines = [
+        f"{name}: outside its delegates {sum(counts.values())} operators, "
+        + ", ".join(f"{operator} {count}" for operator, count in list(counts.items())[:_SHOWN])
+        for name, counts in report.executorch.left_over.items()
+    ]
+    return [*lines, ""] if lines else []

@@ -24,8 +24,15 @@ from edge_tcur.training.train import set_threads, value_of
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
+from edge_tcur_export.executorch import (
+    BACKENDS,
+    ProgramReport,
+    ProgramWriter,
+    require_executorch,
+    tensor_file,
+)
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
-from edge_tcur_export.parity import Case, verify_bundle
+from edge_tcur_export.parity import OPTIMIZER, STEPS, Case, verify_bundle
 from edge_tcur_export.trace import (
     Example,
     FactorModel,
@@ -52,9 +59,15 @@ from edge_tcur_runtime.installed import version_of
 from edge_tcur_runtime.preprocess import build_preprocessor
 
 TARGETS = ("onnx", "step", "ort-training")
+EXECUTORCH = "executorch"
+ALL_TARGETS = (*TARGETS, EXECUTORCH)
+ADAPTER_PTD = "adapter.ptd"
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
-_VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu")
+_VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
+_LONGEST = 128  # tokens that ExecuTorch's programs reserve memory for unless told otherwise
+_SHORTEST = 16  # tokens of the example that is traced
+_SAMPLES = 3  # of the example that is traced
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
 
@@ -70,6 +83,7 @@ class ExportReport:
         base_bytes: bytes of ``base.bin``.
         adapter_bytes: bytes of the adapter file.
         seconds: of the whole export; `stages`: of each stage.
+        executorch: ExecuTorch's programs; empty where they were not asked for.
     """
 
     root: Path
@@ -80,6 +94,7 @@ class ExportReport:
     adapter_bytes: int
     seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
+    executorch: ProgramReport = field(default_factory=ProgramReport)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -93,7 +108,45 @@ class ExportReport:
             "files": {name: asdict(entry) for name, entry in self.manifest.files.items()},
             "seconds": self.seconds,
             "stages": dict(self.stages),
+            "executorch": asdict(self.executorch),
         }
+
+
+@dataclass(frozen=True)
+class ProgramSettings:
+    """What the target ``executorch`` is given.
+
+    Attributes:
+        backends: out of `BACKENDS`.
+        max_batch: samples that memory is reserved for; 0: the batch size of the run.
+        max_length: tokens that memory is reserved for; 0: the base's, at most 128.
+    """
+
+    backends: tuple[str, ...] = BACKENDS
+    max_batch: int = 0
+    max_length: int = 0
+
+    def limits(self, run: Run, base: Base, *, batch: int) -> dict[str, int]:
+        """Largest size of each dynamic axis, none below that of the example that is traced.
+
+        Args:
+            batch: of the example.
+
+        Raises:
+            UsageError: an unknown backend, or a limit below the example's or above the base's.
+        """
+        unknown = set(self.backends) - set(BACKENDS)
+        if unknown or not self.backends:
+            raise UsageError(f"the backends are {', '.join(self.backends)}; expected {', '.join(BACKENDS)}")
+        limits = {"batch": self.max_batch or max(batch, run.config.batch_size)}
+        if limits["batch"] < batch:
+            raise UsageError(f"--max-batch {self.max_batch}: expected at least {batch}")
+        if "max_length" in base.preprocessing:
+            longest = int(base.preprocessing["max_length"])
+            limits["sequence"] = self.max_length or min(longest, _LONGEST)
+            if not min(_SHORTEST, longest) <= limits["sequence"] <= longest:
+                raise UsageError(f"--max-length {self.max_length}: expected {_SHORTEST} to {longest}")
+        return limits
 
 
 class _Stages:
@@ -123,6 +176,7 @@ def export_run(
     device: str | None = None,
     verify: bool = True,
     force: bool = False,
+    programs: ProgramSettings | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Exports the frozen base and the factors of a run separately.
@@ -130,10 +184,11 @@ def export_run(
     Args:
         run: a finished training run.
         out: the bundle's directory; appears whole or not at all.
-        targets: out of `TARGETS`; the inference graph (``onnx``) is always written.
+        targets: out of `ALL_TARGETS`; the inference graph (``onnx``) is always written.
         device: name of a device profile, or the path of one; recorded, and its memory compared.
         verify: compare every graph with torch in a fresh process before the bundle appears.
         force: replace what is at `out`.
+        programs: of the target ``executorch``; None takes the defaults.
         on_stage: called with the name of each stage, for progress.
 
     Raises:
@@ -141,21 +196,23 @@ def export_run(
         ExportError: the model cannot be traced, or a graph does not agree with torch.
         OutputExistsError, DiskError: `out` cannot be written; nothing is left behind.
     """
-    unknown = set(targets) - set(TARGETS)
+    unknown = set(targets) - set(ALL_TARGETS)
     if unknown:
-        raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(TARGETS)}")
+        raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
+    if EXECUTORCH in targets:
+        require_executorch()
     stages = _Stages(on_stage)
     stages.begin("loading the base")
     profile = load_profile(device) if device is not None else None
     set_threads(run.config.threads)
     adapter, base = run.adapter(), load_run_base(run)
     with new_directory(out, force=force) as work:
-        writer = _Writer(run, base, adapter, work, stages)
+        writer = _Writer(run, base, adapter, work, stages, programs or ProgramSettings())
         manifest = writer.write(targets, None if profile is None else profile.name)
         parity = {}
         if verify:
             stages.begin("comparing with torch in a fresh process")
-            parity = verify_bundle(work, writer.cases)
+            parity = verify_bundle(work, writer.cases, programs=bool(manifest.programs))
         stages.begin("moving the bundle into place")
     stages.begin(None)
     sizes = {name: entry.size for name, entry in manifest.files.items()}
@@ -168,14 +225,24 @@ def export_run(
         adapter_bytes=sizes[ADAPTER_FILE],
         seconds=time.perf_counter() - stages.started,
         stages=stages.seconds,
+        executorch=writer.programs,
     )
 
 
 class _Writer:
     """Writes one bundle into `work`."""
 
-    def __init__(self, run: Run, base: Base, adapter: Adapter, work: Path, stages: _Stages) -> None:
+    def __init__(
+        self,
+        run: Run,
+        base: Base,
+        adapter: Adapter,
+        work: Path,
+        stages: _Stages,
+        settings: ProgramSettings,
+    ) -> None:
         self._run, self._base, self._adapter, self._work, self._stages = run, base, adapter, work, stages
+        self._settings, self.programs = settings, ProgramReport()
         self._task = find_task(run.config.task)
         self._groups: tuple[Group, ...] = find_targets(base.model, run.config.method(), keep=base.head).groups
         if base.tokenizer is not None:
@@ -191,9 +258,9 @@ class _Writer:
             return make_example(base, self._groups, rank_of, batch=batch, seed=seed, config=self._config)
 
         # Sizes of 1 are taken as constants by the tracer, so it is shown larger ones.
-        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), 3, 0)
+        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), _SAMPLES, 0)
         self._tests = [
-            make(rank, 3, 0),
+            make(rank, _SAMPLES, 0),
             make(lambda group: max(1, rank(group) // 2), 5, 1),
             make(rank, 1, 2),
         ]
@@ -206,6 +273,7 @@ class _Writer:
     def write(self, targets: tuple[str, ...], device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages = self._stages
+        limits = self._settings.limits(self._run, self._base, batch=_SAMPLES)
         stages.begin("tracing the forward pass")
         model = FactorModel(self._base, self._groups, self._task, self._config)
         example = self._example
@@ -225,6 +293,8 @@ class _Writer:
             values = self._trained_values()
             training = graphs.inputs_to_initializers(converted, values)
             roles |= write_artifacts(training, values, base_file, self._work)
+        if EXECUTORCH in targets:
+            self._write_programs(model, limits)
         stages.begin("writing the manifest")
         if self._saved:
             (self._work / EXTRAS).write_bytes(save(self._saved))
@@ -254,6 +324,22 @@ class _Writer:
         base_file.externalize(model)
         ir.save(model, self._work / "step.onnx")
         return "step.onnx"
+
+    def _write_programs(self, model: FactorModel, limits: Mapping[str, int]) -> None:
+        """ExecuTorch's programs and the adapter as they read it."""
+        writer = ProgramWriter(
+            model,
+            self._base,
+            self._task,
+            self._tests[0],
+            values=self._trained_values(),
+            limits=limits,
+            directory=self._work,
+        )
+        self.programs = writer.write(self._settings.backends, self._stages.begin)
+        content = tensor_file(self._adapter.feeds())
+        (self._work / ADAPTER_PTD).write_bytes(content)
+        self.programs.bytes[ADAPTER_PTD] = len(content)
 
     def _trained_values(self) -> dict[str, np.ndarray]:
         """The run's cores and head: the parameters of ONNX Runtime Training."""
@@ -304,6 +390,7 @@ class _Writer:
             base_extras=EXTRAS if self._saved else None,
             versions=_versions(),
             device=device,
+            programs=self.programs.programs,
         )
 
     def _group(self, group: Group) -> BundleGroup:
@@ -336,16 +423,43 @@ def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorP
 
 
 def _case(model: FactorModel, example: Example) -> Case:
-    """What torch computes for one example: outputs, loss and the gradient of every core and extra."""
-    loss, outputs = model(*example.arguments())
+    """What torch computes for one example: outputs, loss, the gradient of every core and extra, and the
+    loss after some steps of the optimiser."""
+    feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
     trained = example.trained()
+    loss, outputs = model(*example.arguments())
     gradients = torch.autograd.grad(loss, list(trained.values()))
+    later = _later_loss(model, example)
     return Case(
-        feeds={name: value.detach().numpy() for name, value in example.named().items()},
+        feeds=feeds,
         outputs=outputs.numpy(),
         loss=loss.item(),
         gradients={name: value.numpy() for name, value in zip(trained, gradients, strict=True)},
+        later=later,
     )
+
+
+def _later_loss(model: FactorModel, example: Example) -> float:
+    """The loss after torch's own AdamW; the example's factors are as before afterwards."""
+    trained = example.trained()
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    optimizer = torch.optim.AdamW(
+        list(trained.values()),
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.epsilon,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(*example.arguments())[0].backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        loss = model(*example.arguments())[0].item()
+        for name, value in trained.items():
+            value.copy_(before[name])
+    return float(loss)
 
 
 def _versions() -> dict[str, str]:

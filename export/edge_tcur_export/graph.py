@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from edge_tcur.errors import ExportError
 from edge_tcur_export.operators import remember_modules
-from edge_tcur_export.trace import PREFIX, TARGETS, Traced, quiet_torch
+from edge_tcur_export.quiet import quiet_torch
+from edge_tcur_export.trace import PREFIX, TARGETS, Traced
 
 OPSET = 20
 _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")

@@ -1,7 +1,8 @@
 """Parity: every exported graph against torch, in a fresh process that runs the device's own engines.
 
 The parent writes what torch computed (`Case`) and starts this module again; the child imports the
-runtime only, never torch, opens the bundle as a device would and reports relative errors.
+runtime only, never torch, opens the bundle as a device would and reports relative errors. ExecuTorch's
+Python interface needs torch, so its programs run in a process of their own (`program_parity`).
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from safetensors.numpy import load_file, save
 
+from edge_tcur_runtime.engines import StepResult
+from edge_tcur_runtime.optimizer import AdamW
+from edge_tcur_runtime.settings import AdamWSettings
+
 if TYPE_CHECKING:
-    from edge_tcur_runtime.engines import TrainingEngine
     from edge_tcur_runtime.formats.bundle import Bundle
 
 # Relative to the largest entry of each tensor, fp32.
-TOLERANCES = {"outputs": 1e-4, "loss": 1e-4, "gradients": 1e-3}
+TOLERANCES = {"outputs": 1e-4, "loss": 1e-4, "gradients": 1e-3, "steps": 1e-3}
+STEPS, RATE = 3, 1e-3  # of the optimiser, after which the loss is compared once more
+OPTIMIZER = AdamWSettings(learning_rate=RATE, max_gradient_norm=0)
+_PROGRAMS = "edge_tcur_export.program_parity"
 _ENGINES = {"step": "ort-step", "train": "ort-training"}
 
 
@@ -36,19 +43,35 @@ class Case:
         outputs: f32 [batch, classes].
         loss: mean loss.
         gradients: by name of each core and extra.
+        later: mean loss on the same batch after `STEPS` steps of `OPTIMIZER`.
     """
 
     feeds: Mapping[str, np.ndarray]
     outputs: np.ndarray
     loss: float
     gradients: Mapping[str, np.ndarray]
+    later: float
 
 
-def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
-    """Compares the bundle at `root` with torch in a fresh process.
+class Stepper(Protocol):
+    """What is compared: a training engine, or an ExecuTorch program."""
+
+    def step(
+        self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]
+    ) -> StepResult:
+        """See `edge_tcur_runtime.engines.TrainingEngine`."""
+        ...
+
+
+def verify_bundle(root: Path, cases: list[Case], *, programs: bool) -> dict[str, dict[str, float]]:
+    """Compares the bundle at `root` with torch in fresh processes.
+
+    Args:
+        programs: whether the bundle has ExecuTorch programs.
 
     Returns:
-        target (``infer``, ``step``, ``train``) -> quantity -> largest relative error.
+        target (``infer``, ``step``, ``train``, or the name of an ExecuTorch program) -> quantity ->
+        largest relative error.
 
     Raises:
         ExportError: a target could not be run, or is beyond `TOLERANCES`.
@@ -58,12 +81,9 @@ def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
     with TemporaryDirectory() as work:
         reference = Path(work) / "reference.safetensors"
         reference.write_bytes(save(_pack(cases)))
-        command = [sys.executable, "-m", __name__, str(root), str(reference)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ExportError(f"the exported graphs do not run: {lines[-1] if lines else 'no reason given'}")
-    errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+        errors = _run(__name__, root, reference)
+        if programs:
+            errors |= _run(_PROGRAMS, root, reference)
     for target, quantities in errors.items():
         for quantity, error in quantities.items():
             if not error <= TOLERANCES[quantity]:
@@ -74,28 +94,47 @@ def verify_bundle(root: Path, cases: list[Case]) -> dict[str, dict[str, float]]:
     return errors
 
 
+def _run(module: str, root: Path, reference: Path) -> dict[str, dict[str, float]]:
+    from edge_tcur.errors import ExportError
+
+    command = [sys.executable, "-m", module, str(root), str(reference)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ExportError(f"the exported graphs do not run: {lines[-1] if lines else 'no reason given'}")
+    errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+    return errors
+
+
 def _pack(cases: list[Case]) -> dict[str, np.ndarray]:
     packed: dict[str, np.ndarray] = {}
     for number, case in enumerate(cases):
         packed |= {f"{number}/feed/{name}": np.asarray(v, order="C") for name, v in case.feeds.items()}
         packed |= {f"{number}/grad/{name}": np.asarray(v, order="C") for name, v in case.gradients.items()}
         packed[f"{number}/outputs/"] = np.asarray(case.outputs, order="C")
-        packed[f"{number}/loss/"] = np.array([case.loss])
+        packed[f"{number}/loss/"] = np.array([case.loss, case.later])
     return packed
 
 
-def _unpack(path: Path) -> list[Case]:
+def read_cases(path: Path) -> list[Case]:
+    """The cases in the file that the parent wrote."""
     parts: dict[int, dict[str, dict[str, np.ndarray]]] = {}
     for key, value in load_file(path).items():
         number, kind, name = key.split("/", 2)
         parts.setdefault(int(number), {}).setdefault(kind, {})[name] = value
     return [
-        Case(part["feed"], part["outputs"][""], float(part["loss"][""][0]), part.get("grad", {}))
+        Case(
+            part["feed"],
+            part["outputs"][""],
+            float(part["loss"][""][0]),
+            part.get("grad", {}),
+            float(part["loss"][""][1]),
+        )
         for _, part in sorted(parts.items())
     ]
 
 
-def _distance(actual: np.ndarray, expected: np.ndarray) -> float:
+def distance(actual: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference relative to the largest expected entry; infinity where not finite."""
     if not np.isfinite(actual).all():
         return float("inf")
@@ -114,29 +153,43 @@ def _compare_infer(bundle: Bundle, cases: list[Case]) -> dict[str, float]:
     worst = 0.0
     for case in cases:
         feeds = {name: value for name, value in case.feeds.items() if name != "labels"}
-        worst = max(worst, _distance(session.run(["logits"], feeds)[0], case.outputs))
+        worst = max(worst, distance(session.run(["logits"], feeds)[0], case.outputs))
     canary = load_file(bundle.path(bundle.manifest.canary))
     inputs = {name.removeprefix("input."): v for name, v in canary.items() if name.startswith("input.")}
-    return {"outputs": max(worst, _distance(session.run(["logits"], inputs)[0], canary["output.base"]))}
+    return {"outputs": max(worst, distance(session.run(["logits"], inputs)[0], canary["output.base"]))}
 
 
-def _compare_engine(engine: TrainingEngine, bundle: Bundle, cases: list[Case]) -> dict[str, float]:
+def compare_steps(stepper: Stepper, bundle: Bundle, cases: list[Case]) -> dict[str, float]:
+    """Largest relative error of each quantity in `TOLERANCES`."""
     worst = dict.fromkeys(TOLERANCES, 0.0)
     for case in cases:
         inputs = {name: case.feeds[name] for name in bundle.manifest.inputs}
         feeds = {n: v for n, v in case.feeds.items() if n not in inputs and n != "labels"}
-        result = engine.step(inputs, case.feeds["labels"], feeds)
+        result = stepper.step(inputs, case.feeds["labels"], feeds)
         found = {
-            "outputs": _distance(result.outputs, case.outputs),
-            "loss": abs(result.loss - case.loss) / max(abs(case.loss), 1e-6),
-            "gradients": max(_distance(result.gradients[n], v) for n, v in case.gradients.items()),
+            "outputs": distance(result.outputs, case.outputs),
+            "loss": _relative(result.loss, case.loss),
+            "gradients": max(distance(result.gradients[n], v) for n, v in case.gradients.items()),
         }
+        optimizer = AdamW(OPTIMIZER)
+        for _ in range(STEPS):
+            values = {name: feeds[name].astype(np.float64) for name in case.gradients}
+            gradients = {name: result.gradients[name].astype(np.float64) for name in values}
+            stepped = optimizer.step(values, gradients, dict.fromkeys(values, RATE))
+            feeds |= {name: value.astype(np.float32) for name, value in stepped.items()}
+            result = stepper.step(inputs, case.feeds["labels"], feeds)
+        found["steps"] = _relative(result.loss, case.later)
         worst = {name: max(worst[name], found[name]) for name in worst}
     return worst
 
 
-def _has_exported_rank(case: Case, bundle: Bundle) -> bool:
-    """Whether ONNX Runtime Training's parameters, which have fixed shapes, can take the case's cores."""
+def _relative(actual: float, expected: float) -> float:
+    return abs(actual - expected) / max(abs(expected), 1e-6) if np.isfinite(actual) else float("inf")
+
+
+def has_exported_rank(case: Case, bundle: Bundle) -> bool:
+    """Whether what has fixed shapes (ONNX Runtime Training's parameters, ExecuTorch's programs) can take
+    the case's cores."""
     groups = bundle.manifest.groups.items()
     return all(case.feeds[f"{name}.core"].shape[1] == group.rank for name, group in groups)
 
@@ -145,12 +198,12 @@ def _work(root: Path, reference: Path) -> dict[str, dict[str, float]]:
     from edge_tcur_runtime.engines import open_engine
     from edge_tcur_runtime.formats.bundle import open_bundle
 
-    bundle, cases = open_bundle(root), _unpack(reference)
+    bundle, cases = open_bundle(root), read_cases(reference)
     errors = {"infer": _compare_infer(bundle, cases)}
     for role, engine in _ENGINES.items():
         if bundle.graph(role) is not None:
-            usable = [case for case in cases if role == "step" or _has_exported_rank(case, bundle)]
-            errors[role] = _compare_engine(open_engine(engine, bundle, threads=1), bundle, usable)
+            usable = [case for case in cases if role == "step" or has_exported_rank(case, bundle)]
+            errors[role] = compare_steps(open_engine(engine, bundle, threads=1), bundle, usable)
     return errors
 
 

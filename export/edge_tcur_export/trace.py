@@ -7,15 +7,9 @@ core and rank stay free in the exported graphs.
 
 from __future__ import annotations
 
-import logging
-import sys
-import sysconfig
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +17,6 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree
 
-import edge_tcur
 from edge_tcur.errors import ExportError
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.targets import Group
@@ -32,13 +25,13 @@ from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
+from edge_tcur_export.quiet import explained
 from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 
 # core [n3, r, r] and the frozen factors: rows, cols int32 [b, r], or left [n3, n1, r], right [n3, r, n2]
 GroupFactors = tuple[Tensor, Tensor, Tensor]
 PREFIX = "model."  # what `FactorModel` puts before the names of the base
 TARGETS = "labels"  # name of the targets in every graph
-_TORCH_LOGGERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx")
 _FORWARD_HINT = (
     "control flow that depends on tensor values, and fused attention, cannot be traced: "
     "write attention out (attn_implementation='eager') and use tensor operations"
@@ -181,13 +174,20 @@ class FactorModel(nn.Module):
         extras: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Mean loss (scalar) and outputs; the outputs are detached: only the loss has a backward."""
+        outputs = self.outputs(inputs, factors, extras)
+        return self._task.loss(outputs, targets), outputs.detach()
+
+    def outputs(
+        self, inputs: dict[str, Tensor], factors: dict[str, GroupFactors], extras: dict[str, Tensor]
+    ) -> Tensor:
+        """Outputs of the base under the factors and extras."""
         for group, layers in self._layers.items():
             self._updates.by_group[group] = self._update(
                 self._groups[group], [layer.weight_t for layer in layers], factors[group]
             )
-        outputs = torch.func.functional_call(self.model, extras, kwargs=inputs)
+        outputs: Tensor = torch.func.functional_call(self.model, extras, kwargs=inputs)
         self._updates.by_group.clear()
-        return self._task.loss(outputs, targets), outputs.detach()
+        return outputs
 
     def _update(self, group: Group, weights_t: list[Tensor], factors: GroupFactors) -> _Update:
         if self._config.frame == SKETCH:
@@ -311,14 +311,21 @@ def make_example(
     return example
 
 
-def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: Example) -> tuple[Any, ...]:
-    axes: dict[str, Any] = {"batch": Dim("batch", min=1, max=2**16)}
+def free_axes(base: Base, limits: Mapping[str, int]) -> Callable[[tuple[int | str, ...]], dict[int, Any]]:
+    """From the axes of an input to its dynamic shape.
+
+    Args:
+        limits: largest size of ``batch``, and of ``sequence`` where that is below the base's.
+    """
+    axes: dict[str, Any] = {"batch": Dim("batch", min=1, max=limits["batch"])}
     if "max_length" in base.preprocessing:
-        axes["sequence"] = Dim("sequence", min=2, max=int(base.preprocessing["max_length"]))
+        longest = int(base.preprocessing["max_length"])
+        axes["sequence"] = Dim("sequence", min=2, max=min(longest, limits.get("sequence", longest)))
+    return lambda shape: {place: axes[axis] for place, axis in enumerate(shape) if isinstance(axis, str)}
 
-    def dynamic(shape: tuple[int | str, ...]) -> dict[int, Any]:
-        return {place: axes[axis] for place, axis in enumerate(shape) if isinstance(axis, str)}
 
+def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: Example) -> tuple[Any, ...]:
+    dynamic = free_axes(base, {"batch": 2**16})
     factors: dict[str, tuple[dict[int, Any], ...]] = {}
     for position, group in enumerate(groups):
         rank = Dim(f"rank_{position}", min=1, max=min(group.n1, group.n2))
@@ -337,18 +344,40 @@ def trace_forward(
         ExportError: torch.export cannot trace the model; the module and line are named.
     """
     shapes = _dynamic_shapes(base, groups, task, example)
-    program = _trace(lambda: _export(model, example, shapes), "the model", _FORWARD_HINT)
+    program = trace_program(model, example.arguments(), shapes)
     return Traced(program, Signature(tuple(example.named()), ("loss", "logits")))
 
 
-def _export(model: FactorModel, example: Example, shapes: tuple[Any, ...]) -> ExportedProgram:
-    return torch.export.export(
-        model,
-        example.arguments(),
-        dynamic_shapes=shapes,
-        # A guard such as min(4 r, 4 r^2) == 4 r holds for every rank but cannot be solved by the
-        # tracer; as an assertion at run time it is dropped by the ONNX conversion.
-        prefer_deferred_runtime_asserts_over_guards=True,
+def trace_program(model: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
+    """Traces one call of a module.
+
+    Raises:
+        ExportError: torch.export cannot trace it; the module and line are named.
+    """
+
+    def export() -> ExportedProgram:
+        return torch.export.export(
+            model,
+            arguments,
+            dynamic_shapes=shapes,
+            # A guard such as min(4 r, 4 r^2) == 4 r holds for every rank but cannot be solved by the
+            # tracer; as an assertion at run time it is dropped by the conversions.
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+
+    return explained(export, "the model", _FORWARD_HINT)
+
+
+def trace_backward(program: ExportedProgram) -> ExportedProgram:
+    """The joint program of a traced one: its outputs, the first of them the loss, and then the gradients.
+
+    Raises:
+        ExportError: an operator of the model has no backward that can be traced.
+    """
+    from torch.export.experimental import _export_forward_backward
+
+    return explained(
+        lambda: _export_forward_backward(program), "the backward pass of the model", _BACKWARD_HINT
     )
 
 
@@ -359,11 +388,7 @@ def trace_step(forward: Traced, example: Example) -> Traced:
     Raises:
         ExportError: an operator of the model has no backward that can be traced.
     """
-    from torch.export.experimental import _export_forward_backward
-
-    program = _trace(
-        lambda: _export_forward_backward(forward.program), "the backward pass of the model", _BACKWARD_HINT
-    )
+    program = trace_backward(forward.program)
     order = _gradient_order(program, forward.signature)
     if set(order) != set(example.trained()):
         raise ExportError(f"gradients came out for {order}; expected {list(example.trained())}")
@@ -383,75 +408,6 @@ def _gradient_order(program: ExportedProgram, signature: Signature) -> list[str]
         names.setdefault(f"arg{position}_1", names.get(getattr(spec.arg, "name", ""), ""))
     kinds = (OutputKind.GRADIENT_TO_USER_INPUT, OutputKind.GRADIENT_TO_PARAMETER)
     return [names[str(spec.target)] for spec in program.graph_signature.output_specs if spec.kind in kinds]
-
-
-def _trace(action: Callable[[], ExportedProgram], what: str, hint: str) -> ExportedProgram:
-    try:
-        with quiet_torch():
-            return action()
-    except Exception as error:
-        raise ExportError(
-            f"torch.export cannot trace {what}: {_summary(error)}", where=_place(error), hint=hint
-        ) from error
-
-
-class _WithoutGraphs:
-    """stderr without the graph that torch prints beside an error. Everything else passes: a progress
-    bar may be drawn there at the same time."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._dropped = False
-
-    def write(self, text: str) -> int:
-        """See `io.TextIOBase.write`; the line end of a dropped graph is dropped too."""
-        drop = "def forward(self" in text or (self._dropped and text == "\n")
-        self._dropped = drop and text != "\n"
-        return len(text) if drop else self._stream.write(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-@contextmanager
-def quiet_torch() -> Iterator[None]:
-    """torch warns of its own internals and of torchvision, and prints a graph beside each failure; what
-    matters of that to the user is in the exceptions."""
-    loggers = [logging.getLogger(name) for name in _TORCH_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(cast("TextIO", _WithoutGraphs(sys.stderr))):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-def _summary(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _place(error: Exception) -> str | None:
-    """File and line of the last frame that is neither torch's, nor ours, nor Python's own."""
-    place, trace = None, error.__traceback__
-    while trace is not None:
-        path = Path(trace.tb_frame.f_code.co_filename)
-        if path.is_file() and not _is_machinery(path):
-            place = f"{path}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
-
-
-def _is_machinery(path: Path) -> bool:
-    own = (Path(torch.__file__).parent, Path(edge_tcur.__file__).parent, Path(__file__).parent)
-    python = Path(sysconfig.get_path("stdlib"))
-    return any(path.is_relative_to(root) for root in own) or (
-        path.is_relative_to(python) and "site-packages" not in path.relative_to(python).parts
-    )
 
 
 def stored_weight(parameter: str) -> tuple[str, str]:

@@ -51,9 +51,9 @@ class Exported:
         return onnxruntime.InferenceSession(self.bundle.graph("infer"), providers=["CPUExecutionProvider"])
 
 
-def export(config, root, targets=TARGETS):
+def export(config, root, targets=TARGETS, programs=None):
     run = train(config, root / "run").run
-    report = export_run(run, root / "bundle", targets=targets)
+    report = export_run(run, root / "bundle", targets=targets, programs=programs)
     return Exported(run, report, open_bundle(root / "bundle"))
 
 
@@ -247,6 +247,7 @@ def check_other_factors(exported, rank, samples):
 def kit():
     """The functions of this file, for the tests."""
     return SimpleNamespace(
+        export=export,
         without_torch=without_torch,
         inputs_of=inputs_of,
         random_factors=random_factors,

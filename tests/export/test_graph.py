@@ -15,7 +15,8 @@ from torch.export import Dim
 from edge_tcur.errors import ExportError
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.ort_training import _generate
-from edge_tcur_export.trace import Signature, Traced, quiet_torch
+from edge_tcur_export.quiet import quiet_torch
+from edge_tcur_export.trace import Signature, Traced
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 

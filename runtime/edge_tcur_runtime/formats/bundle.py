@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_FILE = "base.bin"
 MAX_MANIFEST_BYTES = 4 * 2**20
+BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
 
 
@@ -71,6 +72,26 @@ class BundleGroup:
 
 
 @dataclass(frozen=True)
+class ProgramSpec:
+    """An ExecuTorch program; its frozen tensors lie in `base.ptd`.
+
+    Attributes:
+        file: its name.
+        inputs: names of its inputs in order: the model's inputs, then ``labels`` and the frozen factors
+            (training) or all factors and extras (inference).
+        outputs: names of its outputs in order, gradients and parameters not included.
+        limits: largest size of each dynamic axis; memory is reserved for it.
+        memory: bytes that are reserved when it is loaded, the base not included.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    limits: Mapping[str, int]
+    memory: int
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
 
@@ -98,6 +119,7 @@ class Manifest:
         base_extras: file of the base's own values of those extras that are not a new head, if any.
         versions: of the tool and the libraries that wrote the bundle.
         device: the device profile it was exported for, if any.
+        programs: ``<infer or train>-<backend>`` -> ExecuTorch program; empty where none was exported.
     """
 
     base_digest: str
@@ -120,6 +142,7 @@ class Manifest:
     base_extras: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
+    programs: Mapping[str, ProgramSpec] = field(default_factory=dict)
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -182,6 +205,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         base_extras=fields.optional_text("base_extras"),
         versions={key: versions.text(key) for key in versions.mapping_keys()},
         device=fields.optional_text("device"),
+        programs={name: _parse_program(child) for name, child in _optional_children(fields, "programs")},
     )
     _check_references(manifest, where)
     return manifest
@@ -189,6 +213,8 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
 def _check_references(manifest: Manifest, where: str) -> None:
     named = [*manifest.graphs.values(), manifest.canary, manifest.adapter, manifest.base_extras, BASE_FILE]
+    named += [program.file for program in manifest.programs.values()]
+    named += [BASE_PTD] if manifest.programs else []
     for name in named:
         if name is not None and name not in manifest.files:
             raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
@@ -220,6 +246,22 @@ def _parse_file(name: str, fields: Fields) -> FileEntry:
         raise FileFormatError(f"the file name {name!r} is not allowed", where=fields.where)
     fields.only("size", "sha256")
     return FileEntry(fields.integer("size"), fields.text("sha256"))
+
+
+def _optional_children(fields: Fields, key: str) -> Iterable[tuple[str, Fields]]:
+    return fields.children(key).items() if key in fields.mapping_keys() else ()
+
+
+def _parse_program(fields: Fields) -> ProgramSpec:
+    fields.only("file", "inputs", "outputs", "limits", "memory")
+    limits = fields.child("limits")
+    return ProgramSpec(
+        fields.text("file"),
+        fields.texts("inputs"),
+        fields.texts("outputs"),
+        {axis: limits.integer(axis, low=1) for axis in limits.mapping_keys()},
+        fields.integer("memory"),
+    )
 
 
 def _shape(fields: Fields, key: str) -> tuple[int, ...]:

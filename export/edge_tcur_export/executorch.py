@@ -1,0 +1,260 @@
+"""ExecuTorch's programs: inference, and the joint forward and backward, over one base file.
+
+The inference program takes every factor as an input, as the ONNX graph does. The training program holds
+cores and extras as parameters of its own (`executorch.extension.training` finds them by name, with their
+gradients) and takes the frozen factors as inputs. Frozen weights of all programs lie in `base.ptd`, and
+the factors of an adapter in a ``.ptd`` of their own (`tensor_file`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edge_tcur.errors import ExportError
+from edge_tcur.models import Base
+from edge_tcur.tasks import Task
+from edge_tcur_export.lowering import batch_products, drop_idle, import_executorch, left_over, lower, xnnpack
+from edge_tcur_export.quiet import quiet_torch
+from edge_tcur_export.trace import (
+    TARGETS,
+    Example,
+    FactorModel,
+    GroupFactors,
+    free_axes,
+    trace_backward,
+    trace_program,
+)
+from edge_tcur_runtime.formats.bundle import BASE_PTD, ProgramSpec
+
+BACKENDS = ("portable", "xnnpack")
+INFER, TRAIN = "infer", "train"
+PREFIX = "trained."  # of a parameter of the training program, before the name of the core or extra
+_BASE = BASE_PTD.removesuffix(".ptd")
+_ALIGNMENT = 128  # bytes, of each tensor in a .ptd file
+_HINT = "pip install 'edge-tcur[executorch]'"
+
+
+@dataclass(frozen=True)
+class ProgramReport:
+    """What was written.
+
+    Attributes:
+        programs: for the manifest.
+        bytes: file name -> size.
+        left_over: program -> operator -> how many of them run outside the backend's delegates; of the
+            portable programs, which have no delegates, empty.
+    """
+
+    programs: dict[str, ProgramSpec] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+    left_over: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class InferProgram(nn.Module):
+    """``forward(inputs, factors, extras) -> outputs``."""
+
+    def __init__(self, base: FactorModel) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(
+        self, inputs: dict[str, Tensor], factors: dict[str, GroupFactors], extras: dict[str, Tensor]
+    ) -> Tensor:
+        """See `FactorModel.outputs`."""
+        return self.base.outputs(inputs, factors, extras)
+
+
+class TrainProgram(nn.Module):
+    """``forward(inputs, targets, frozen) -> (loss, outputs)``: cores and extras are parameters.
+
+    Args:
+        base: the frozen base and its adapted layers.
+        values: core or extra by its name in the graphs -> start value f32.
+        extras: names of the extras among them.
+    """
+
+    def __init__(self, base: FactorModel, values: Mapping[str, np.ndarray], extras: Sequence[str]) -> None:
+        super().__init__()
+        self.base = base
+        self.trained = nn.Module()
+        self._extras = tuple(extras)
+        for name, value in values.items():
+            *path, leaf = name.split(".")
+            module = self.trained
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module.get_submodule(part)
+            module.register_parameter(leaf, nn.Parameter(torch.from_numpy(np.array(value, np.float32))))
+
+    def forward(
+        self, inputs: dict[str, Tensor], targets: Tensor, frozen: dict[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """See `FactorModel.forward`."""
+        trained = dict(self.trained.named_parameters())
+        factors = {group: (trained[f"{group}.core"], *parts) for group, parts in frozen.items()}
+        extras = {name: trained[name] for name in self._extras}
+        loss, outputs = self.base(inputs, targets, factors, extras)
+        return loss, outputs
+
+
+def require_executorch() -> None:
+    """Checks that ExecuTorch is installed.
+
+    Raises:
+        ExportError: it is not; says how to get it.
+    """
+    if importlib.util.find_spec("executorch") is None:
+        raise ExportError("ExecuTorch is not installed", where="--target executorch", hint=_HINT)
+
+
+class ProgramWriter:
+    """Writes the programs of one bundle, and the base file that they share.
+
+    Args:
+        model: the base and its adapted layers.
+        example: arguments at the ranks of the run; its sizes lie within the limits.
+        values: start values of the training program (`TrainProgram`).
+        limits: largest ``batch``, and ``sequence`` where the base has one.
+        directory: the bundle being written.
+    """
+
+    def __init__(
+        self,
+        model: FactorModel,
+        base: Base,
+        task: Task,
+        example: Example,
+        *,
+        values: Mapping[str, np.ndarray],
+        limits: Mapping[str, int],
+        directory: Path,
+    ) -> None:
+        self._model, self._base, self._task, self._example = model, base, task, example
+        self._values, self._limits, self._directory = values, limits, directory
+        self._tensors: dict[str, Tensor] = {}
+        self.report = ProgramReport()
+
+    def write(self, backends: Sequence[str], on_program: Callable[[str], None]) -> ProgramReport:
+        """Writes all programs for each of `backends`, then the base file.
+
+        Raises:
+            ExportError: ExecuTorch cannot take the model.
+        """
+        example, named = self._example, self._example.named()
+        frozen = [name for name in named if name not in {*example.inputs, TARGETS, *example.trained()}]
+        inputs = {
+            INFER: tuple(name for name in named if name != TARGETS),
+            TRAIN: (*example.inputs, TARGETS, *frozen),
+        }
+        outputs = {INFER: ("logits",), TRAIN: ("loss", "logits")}
+        makers = {INFER: self._trace_infer, TRAIN: self._trace_train}
+        for kind, make in makers.items():
+            for backend in backends:
+                on_program(f"writing ExecuTorch's programs ({kind}, {backend})")
+                name = f"{kind}-{backend}"
+                file, memory = self._write(make(), name, backend)
+                self.report.programs[name] = ProgramSpec(
+                    file, inputs[kind], outputs[kind], dict(self._limits), memory
+                )
+        content = tensor_file({name: value.numpy() for name, value in sorted(self._tensors.items())})
+        (self._directory / BASE_PTD).write_bytes(content)
+        self.report.bytes[BASE_PTD] = len(content)
+        return self.report
+
+    def _shapes(self) -> tuple[dict[str, Any], dict[int, Any]]:
+        """Dynamic shapes of the model's inputs and of the targets."""
+        dynamic = free_axes(self._base, self._limits)
+        inputs = {name: dynamic(spec.shape) for name, spec in self._base.inputs.items()}
+        return inputs, dynamic(self._task.target_axes)
+
+    def _trace_infer(self) -> ExportedProgram:
+        example, (inputs, _) = self._example, self._shapes()
+        shapes: tuple[Any, ...] = (
+            inputs,
+            {group: ({}, {}, {}) for group in example.factors},
+            {n: {} for n in example.extras},
+        )
+        with torch.no_grad():
+            arguments = (example.inputs, example.factors, example.extras)
+            return trace_program(InferProgram(self._model), arguments, shapes)
+
+    def _trace_train(self) -> ExportedProgram:
+        example, (inputs, targets) = self._example, self._shapes()
+        program = TrainProgram(self._model, self._values, tuple(example.extras))
+        frozen = {group: parts[1:] for group, parts in example.factors.items()}
+        shapes: tuple[Any, ...] = (inputs, targets, {group: ({}, {}) for group in frozen})
+        return trace_backward(trace_program(program, (example.inputs, example.targets, frozen), shapes))
+
+    def _write(self, traced: ExportedProgram, name: str, backend: str) -> tuple[str, int]:
+        """Writes one program; its file's name and the bytes that it reserves."""
+        exir = import_executorch()
+        with quiet_torch():
+            try:
+                edge = lower(_prepare(traced, backend), xnnpack() if backend == "xnnpack" else ())
+                if backend != "portable":
+                    self.report.left_over[name] = left_over(edge.exported_program())
+                frozen = self._frozen(edge.exported_program())
+                config = exir.ExecutorchBackendConfig(external_constants=lambda node: frozen.get(node.name))
+                program = edge.to_executorch(config=config)
+            except Exception as error:
+                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                raise ExportError(
+                    f"ExecuTorch cannot take the {name} program: {reason}",
+                    hint="export for ONNX alone (--target onnx --target step); --debug shows all of it",
+                ) from error
+        file = f"{name.removesuffix('-portable')}.pte"
+        (self._directory / file).write_bytes(program.buffer)
+        self.report.bytes[file] = len(program.buffer)
+        plan = program.executorch_program.execution_plan[0]
+        return file, sum(plan.non_const_buffer_sizes)
+
+    def _frozen(self, program: ExportedProgram) -> dict[str, str]:
+        """Placeholders of frozen tensors -> the file that they go into; keeps the tensors for it."""
+        found = {}
+        for placeholder, target in program.graph_signature.inputs_to_buffers.items():
+            value = program.state_dict.get(target, program.constants.get(target))
+            assert isinstance(value, Tensor)
+            self._tensors[target] = value
+            found[placeholder] = _BASE
+        return found
+
+
+def _prepare(program: ExportedProgram, backend: str) -> ExportedProgram:
+    drop_idle(program)
+    return program if backend == "portable" else batch_products(program)
+
+
+def tensor_file(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """The bytes of a ``.ptd`` file: ExecuTorch's FlatTensor format, for `base.ptd` and for factors.
+
+    Args:
+        tensors: by name: float32, int32, int64, int8, uint8 or bool, in C order.
+    """
+    import_executorch()
+    with quiet_torch():
+        from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
+        from executorch.exir.schema import ScalarType
+        from executorch.exir.tensor_layout import TensorLayout
+        from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+        kinds = {
+            "float32": ScalarType.FLOAT, "int32": ScalarType.INT, "int64": ScalarType.LONG,
+            "int8": ScalarType.CHAR, "uint8": ScalarType.BYTE, "bool": ScalarType.BOOL,
+        }  # fmt: skip
+        buffers: list[bytes] = []
+        entries = {}
+        for name, value in tensors.items():
+            layout = TensorLayout(kinds[value.dtype.name], list(value.shape), list(range(value.ndim)))
+            entries[name] = DataEntry(len(buffers), _ALIGNMENT, layout)
+            buffers.append(np.ascontiguousarray(value).tobytes())
+        return bytes(FlatTensorSerializer().serialize(DataPayload(buffers, entries)))

@@ -1,0 +1,165 @@
+"""Passes between torch's traced programs and ExecuTorch, each with its test in tests/export/test_lowering.py.
+
+ExecuTorch 1.5.1 takes the joint forward and backward program, with what these passes repair: see
+docs/traps.md.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edge_tcur_export.quiet import quiet_torch
+
+_IDLE = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
+_ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
+# Copies in ExecuTorch's edge dialect: without effect where shape and dtype stay.
+_COPIES = frozenset({
+    "_clone_dim_order", "_to_dim_order_copy", "alias_copy", "expand_copy", "slice_copy", "view_copy",
+})  # fmt: skip
+_SMALLEST = 64  # a matrix product with a smaller side is no faster in XNNPACK than outside
+_SWALLOWING = (
+    "AddmmConfig",
+    "BatchNormConfig",
+    "ConvolutionConfig",
+    "LinearConfig",
+    "MMConfig",
+    "PreluConfig",
+)
+
+
+def drop_idle(program: ExportedProgram) -> ExportedProgram:
+    """Removes aliases and assertions: ExecuTorch has no kernel for either."""
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in _IDLE:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.op == "call_function" and node.target in _ASSERTIONS:
+            graph.erase_node(node)
+    results = graph.output_node().args[0]
+    for spec, node in zip(program.graph_signature.output_specs, results, strict=True):
+        spec.arg.name = node.name  # an output that was an alias has another name now
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def batch_products(program: ExportedProgram) -> ExportedProgram:
+    """Writes large matrix products as batches of one.
+
+    XNNPACK takes an ``mm`` only where the second matrix is a constant that it packs into the program, a
+    second copy of the weight for the forward pass and a third for the backward one. A ``bmm`` takes both
+    from outside, so that weights stay in the one base file.
+    """
+    graph = program.graph_module.graph
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target == torch.ops.aten.mm.default and _is_large(node):
+            _batch(graph, node)
+    program.graph_module.recompile()
+    return program
+
+
+def _is_large(node: fx.Node) -> bool:
+    sizes = [size for argument in node.args for size in argument.meta["val"].shape]  # type: ignore[union-attr]
+    return all(not isinstance(size, int) or size >= _SMALLEST for size in sizes)
+
+
+def _batch(graph: fx.Graph, node: fx.Node) -> None:
+    def add(target: Callable[..., Any], *arguments: Any) -> fx.Node:
+        added = graph.call_function(target, arguments)
+        values = [item.meta["val"] if isinstance(item, fx.Node) else item for item in arguments]
+        added.meta = {**node.meta, "val": target(*values)}
+        return added
+
+    with graph.inserting_before(node):
+        left, right = (add(torch.ops.aten.unsqueeze.default, argument, 0) for argument in node.args)
+        product = add(torch.ops.aten.squeeze.dim, add(torch.ops.aten.bmm.default, left, right), 0)
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+
+
+def drop_copies(module: fx.GraphModule) -> fx.GraphModule:
+    """Removes copies that change neither shape nor dtype, in the edge dialect.
+
+    XNNPACK removes them itself after it has cut the program into parts, and then refuses a part that hands
+    one of its inputs on as an output: the joint program of a BERT has such parts, around its softmax.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or _short_name(node) not in _COPIES:
+            continue
+        before, after = node.args[0].meta["val"], node.meta["val"]
+        if before.shape == after.shape and before.dtype == after.dtype:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.recompile()
+    return module
+
+
+def _short_name(node: fx.Node) -> str:
+    """``view_copy`` of ``aten.view_copy.default``."""
+    parts = getattr(node.target, "__name__", "").split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def import_executorch() -> Any:
+    """`executorch.exir`, without what its import says: libraries that are missing and not needed here.
+
+    It must come before any other part of ExecuTorch: its modules import each other in circles.
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with quiet_torch():
+            import executorch.exir
+
+            return executorch.exir
+    finally:
+        logging.disable(disabled)
+
+
+def xnnpack() -> list[Any]:
+    """Partitioners for XNNPACK, without the operators that would pack a copy of a weight."""
+    import_executorch()
+    with quiet_torch():
+        from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+
+    configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in _SWALLOWING]
+    return [XnnpackPartitioner(configs=configs)]
+
+
+def left_over(program: ExportedProgram) -> dict[str, int]:
+    """Operators outside every delegate, with how often, the most frequent first."""
+    names = Counter(
+        _short_name(node)
+        for node in program.graph_module.graph.nodes
+        if node.op == "call_function" and _short_name(node) not in {"executorch_call_delegate", "getitem"}
+    )
+    return dict(names.most_common())
+
+
+def lower(program: ExportedProgram, partitioners: Sequence[Any]) -> Any:
+    """The edge program of a traced one (executorch.exir.EdgeProgramManager)."""
+    exir = import_executorch()
+    from executorch.exir.pass_base import ExportPass, PassResult
+
+    class DropCopies(ExportPass):  # type: ignore[misc]
+        """See `drop_copies`."""
+
+        def call(self, graph_module: fx.GraphModule) -> Any:
+            return PassResult(drop_copies(graph_module), True)
+
+    return exir.to_edge_transform_and_lower(
+        program,
+        transform_passes=[DropCopies()],
+        partitioner=list(partitioners),
+        # The joint program has operators of the backward pass that are not in the core set.
+        compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
+    )

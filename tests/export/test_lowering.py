@@ -1,0 +1,140 @@
+"""The passes between torch's programs and ExecuTorch's: each alone, and what goes wrong without it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from edge_tcur_export.lowering import (
+    batch_products,
+    drop_idle,
+    import_executorch,
+    left_over,
+    lower,
+    xnnpack,
+)
+from edge_tcur_export.quiet import quiet_torch
+
+SIZE = 96
+
+
+def traced(module, *arguments):
+    return torch.export.export(module, arguments)
+
+
+def operators(program):
+    names = (getattr(node.target, "__name__", "") for node in program.graph_module.graph.nodes)
+    return [name.removesuffix(".default") for name in names]
+
+
+def lowered(program, partitioners):
+    """The operators outside delegates, and the bytes of the program."""
+    with quiet_torch():
+        edge = lower(program, partitioners)
+        return left_over(edge.exported_program()), edge.to_executorch().buffer
+
+
+def run(content, *arguments):
+    import_executorch()
+    with quiet_torch():
+        from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
+
+        return _load_for_executorch_from_buffer(content).run_method("forward", arguments)
+
+
+class Product(nn.Module):
+    """A product with a frozen matrix, and of the outcome with its transpose, as a backward pass has."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(size, size, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x):
+        return torch.mm(torch.mm(x, self.weight).relu(), self.weight.t())
+
+
+class Handed(nn.Module):
+    """Expands to the shape that it has, as traced attention does."""
+
+    def forward(self, x):
+        y = torch.erf(x)
+        return torch.erf(y.expand(x.shape)), y * 2
+
+
+def test_large_products_become_batches_of_one():
+    module, x = Product(SIZE), torch.randn(SIZE, SIZE)
+    program = batch_products(traced(module, x))
+    found = operators(program)
+    assert found.count("bmm") == 2
+    assert "mm" not in found
+    torch.testing.assert_close(program.module()(x), module(x), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [8, SIZE])
+def test_small_products_stay(rows):
+    module = Product(SIZE if rows == 8 else 8)
+    x = torch.randn(rows, len(module.weight))
+    assert operators(batch_products(traced(module, x))).count("mm") == 2
+
+
+def test_xnnpack_takes_products_without_a_copy_of_the_weight():
+    module, x = Product(SIZE), torch.randn(SIZE, SIZE)
+    weight = module.weight.numpy().tobytes()
+    turned = module.weight.t().contiguous().numpy().tobytes()
+    left, content = lowered(batch_products(traced(module, x)), xnnpack())
+    assert not {"mm", "bmm"} & set(left)
+    assert (content.count(weight), content.count(turned)) == (1, 0)
+    torch.testing.assert_close(run(content, x)[0], module(x), rtol=0, atol=1e-4)
+
+
+def test_without_the_pass_xnnpack_leaves_products_to_slower_kernels():
+    module, x = Product(SIZE), torch.randn(SIZE, SIZE)
+    left, _ = lowered(traced(module, x), xnnpack())
+    assert left["mm"] == 2
+
+
+def test_convolutions_are_left_outside():
+    module = nn.Conv2d(3, 8, 3).requires_grad_(False)
+    left, _ = lowered(traced(module, torch.randn(1, 3, 8, 8)), xnnpack())
+    assert left["convolution"] == 1
+
+
+def test_copies_that_change_nothing_go(monkeypatch):
+    x = torch.randn(4, 8)
+    left, content = lowered(traced(Handed(), x), ())
+    assert "expand_copy" not in left
+    for found, expected in zip(run(content, x), Handed()(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    monkeypatch.setattr("edge_tcur_export.lowering.drop_copies", lambda module: module)
+    assert lowered(traced(Handed(), x), ())[0]["expand_copy"] == 1
+
+
+def test_a_copy_that_changes_something_stays():
+    class Wide(nn.Module):
+        def forward(self, x):
+            return x.expand(4, 8) * 2, x.to(torch.int32) + 1
+
+    x = torch.arange(8.0)[None]
+    left, content = lowered(traced(Wide(), x), ())
+    assert {"expand_copy", "_to_dim_order_copy"} <= set(left)
+    for found, expected in zip(run(content, x), Wide()(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_aliases_and_assertions_go():
+    class Detached(nn.Module):
+        def forward(self, x):
+            torch._check(x.shape[0] > 0)
+            y = torch.ops.aten.alias.default(x * 2)
+            return y.detach(), y + 1
+
+    x = torch.arange(3.0)
+    program = drop_idle(traced(Detached(), x))
+    assert not [
+        name for name in operators(program) if "alias" in name or "detach" in name or "assert" in name
+    ]
+    names = [node.name for node in program.graph_module.graph.output_node().args[0]]
+    assert [spec.arg.name for spec in program.graph_signature.output_specs] == names
+    for found, expected in zip(program.module()(x), (x * 2, x * 2 + 1), strict=True):
+        assert torch.equal(found, expected)
