@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from edge_tcur.errors import BaseModelError
 from edge_tcur.models.base import Base, LogitsOnly, check_outputs, image_inputs
+from edge_tcur.models.quiet import import_quietly
 from edge_tcur.tasks import Task
 from edge_tcur_runtime.errors import ConfigError, NetworkError
 from edge_tcur_runtime.formats.bundle import InputSpec
@@ -101,6 +102,7 @@ def _left_out_head(config: Any, kind: str, classes: int) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Neither bars nor reports on stderr: what matters of them is raised as an error here."""
+    import_quietly("torchao")
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -12,6 +12,7 @@ import torch
 
 from edge_tcur.data import prepare
 from edge_tcur.models import load_base
+from edge_tcur.models.quiet import import_quietly
 from edge_tcur.tasks import find_task
 from edge_tcur.training.loop import LoopSettings, fit
 from edge_tcur_runtime.data import label_names, load_dataset
@@ -71,6 +72,7 @@ def write_digits(folder: Path, seed: int) -> Digits:
 
 def train_base(data: Path, folder: Path, seed: int, on_epoch: Callable[[int, float], None]) -> None:
     """Trains a Vision Transformer of 136,000 parameters and saves it in the Hugging Face layout."""
+    import_quietly("torchao")
     from transformers import ViTConfig, ViTForImageClassification
     from transformers.utils import logging
 

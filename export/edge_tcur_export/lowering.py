@@ -6,7 +6,6 @@ docs/traps.md.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from edge_tcur.models.quiet import import_quietly
 from edge_tcur_export.quiet import quiet_torch
 
 _IDLE = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
@@ -113,15 +113,7 @@ def import_executorch() -> Any:
 
     It must come before any other part of ExecuTorch: its modules import each other in circles.
     """
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with quiet_torch():
-            import executorch.exir
-
-            return executorch.exir
-    finally:
-        logging.disable(disabled)
+    return import_quietly("executorch.exir")
 
 
 def xnnpack() -> list[Any]:
