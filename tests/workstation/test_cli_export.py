@@ -7,7 +7,10 @@ import json
 import pytest
 
 from edge_tcur.cli import edge_tcur
+from edge_tcur.cli import export as command
 from edge_tcur.training import TrainConfig, train
+from edge_tcur_export.bundle import ALL_TARGETS, TARGETS
+from edge_tcur_export.executorch import BACKENDS
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.formats.digest import digest_file
 
@@ -36,7 +39,7 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     report = json.loads(out)
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
-        "files", "seconds", "stages",
+        "files", "seconds", "stages", "executorch",
     }  # fmt: skip
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}
@@ -76,3 +79,18 @@ def damaged(bundle, capsys):
     code, out, _ = call(capsys, "inspect", bundle, "--json")
     assert code == 6
     assert list(json.loads(out)["damaged"]) == ["base.bin"]
+
+
+def test_options_of_executorch_need_its_target(trained, tmp_path, capsys):
+    for option in (("--backend", "xnnpack"), ("--max-batch", "4"), ("--max-length", "16")):
+        code, out, err = call(capsys, "export", trained, "--out", tmp_path / "bundle", *option)
+        assert (code, out) == (2, "")
+        assert option[0] in err
+        assert "--target executorch" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_offers_what_there_is():
+    assert set(command.TARGETS) == set(TARGETS)
+    assert {*command.TARGETS, command.EXECUTORCH} == set(ALL_TARGETS)
+    assert command.BACKENDS == BACKENDS
