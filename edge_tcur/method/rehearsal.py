@@ -47,14 +47,24 @@ class Rehearsal:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the model computes with the updates."""
+        """Inside, the model computes with the updates.
+
+        A ``forward`` that somebody put on a module (accelerate's hooks do) is called, and there again after.
+        """
+        before = {
+            name: vars(member.module)["forward"]
+            for name, member in self.members.items()
+            if "forward" in vars(member.module)
+        }
         for name, member in self.members.items():
             member.module.forward = _updated(member, *self._pairs[name])
         try:
             yield
         finally:
-            for member in self.members.values():
+            for name, member in self.members.items():
                 del member.module.forward  # the class's own is seen again
+                if name in before:
+                    member.module.forward = before[name]
 
     def updates(self) -> dict[str, Tensor]:
         """Module name -> the update learnt, f32 [n1, n2].
@@ -71,11 +81,11 @@ class Rehearsal:
 
 
 def _updated(member: Member, b: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]:
-    own = type(member.module).forward
+    own: Callable[[Tensor], Tensor] = member.module.forward
 
     def through_factors(x: Tensor) -> Tensor:
         low: Tensor = functional.linear(functional.linear(x.to(a.dtype), a), b)
-        output: Tensor = own(member.module, x)
+        output = own(x)
         return output + (_SCALE * low).to(output.dtype)
 
     def through_matrix(x: Tensor) -> Tensor:

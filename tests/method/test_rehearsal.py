@@ -144,3 +144,20 @@ def test_the_full_rank_keeps_the_whole_update():
     inject(model, config, directions=rehearsal.updates())
     with torch.no_grad():
         torch.testing.assert_close(model(data()[0]), outputs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forward_that_a_hook_put_there_is_called_and_comes_back():
+    model = Mixed().requires_grad_(False)
+    calls, own = [], model.linear.forward
+
+    def hooked(x):
+        calls.append(len(x))
+        return own(x)
+
+    model.linear.forward = hooked
+    rehearsal = Rehearsal(model, find_targets(model, TCurConfig(rank=1, targets=PATTERNS)), 2)
+    with rehearsal.active(), torch.no_grad():
+        model(data()[0])
+    assert calls == [8]
+    assert model.linear.forward is hooked
+    assert "forward" not in vars(model.conv1d)
