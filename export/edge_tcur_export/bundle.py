@@ -34,6 +34,7 @@ from edge_tcur_export.executorch import (
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
 from edge_tcur_export.parity import OPTIMIZER, STEPS, Case, verify_bundle
 from edge_tcur_export.trace import (
+    EXAMPLE_LENGTH,
     Example,
     FactorModel,
     Traced,
@@ -66,7 +67,6 @@ CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
 _LONGEST = 128  # tokens that ExecuTorch's programs reserve memory for unless told otherwise
-_SHORTEST = 16  # tokens of the example that is traced
 _SAMPLES = 3  # of the example that is traced
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
@@ -144,8 +144,8 @@ class ProgramSettings:
         if "max_length" in base.preprocessing:
             longest = int(base.preprocessing["max_length"])
             limits["sequence"] = self.max_length or min(longest, _LONGEST)
-            if not min(_SHORTEST, longest) <= limits["sequence"] <= longest:
-                raise UsageError(f"--max-length {self.max_length}: expected {_SHORTEST} to {longest}")
+            if not min(EXAMPLE_LENGTH, longest) <= limits["sequence"] <= longest:
+                raise UsageError(f"--max-length {self.max_length}: expected {EXAMPLE_LENGTH} to {longest}")
         return limits
 
 

@@ -32,6 +32,7 @@ from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 GroupFactors = tuple[Tensor, Tensor, Tensor]
 PREFIX = "model."  # what `FactorModel` puts before the names of the base
 TARGETS = "labels"  # name of the targets in every graph
+EXAMPLE_LENGTH = 16  # tokens of an example, where the base takes as many
 _FORWARD_HINT = (
     "control flow that depends on tensor values, and fused attention, cannot be traced: "
     "write attention out (attn_implementation='eager') and use tensor operations"
@@ -281,7 +282,8 @@ def make_example(
         config: says which factors and extras there are.
     """
     generator = torch.Generator().manual_seed(seed)
-    inputs = example_inputs(base.inputs, {"batch": batch, "sequence": 16}, seed)
+    length = min(EXAMPLE_LENGTH, int(base.preprocessing.get("max_length", EXAMPLE_LENGTH)))
+    inputs = example_inputs(base.inputs, {"batch": batch, "sequence": length}, seed)
     with torch.no_grad():
         classes = base.model(**inputs).shape[-1]
 

@@ -19,6 +19,7 @@ from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
+from edge_tcur.training import TrainConfig
 from edge_tcur_export.base_file import read_tensor
 from edge_tcur_export.parity import TOLERANCES
 from edge_tcur_runtime.feeds import build_feeds
@@ -204,6 +205,16 @@ def test_nothing_fed_is_the_base_and_the_adapter_fed_is_the_adapter(exported, ki
     inject(base.model, exported.run.config.method(), keep=base.head, factors=adapter.factors)
     np.testing.assert_allclose(found, kit.torch_outputs(base, inputs), atol=1e-5)
     assert {value.name for value in session.get_inputs()} == set(inputs)  # the rest has defaults
+
+
+def test_a_base_of_few_tokens(bert_dir, texts_csv, tmp_path, kit):
+    config = TrainConfig(
+        str(bert_dir), str(texts_csv), rank=2, epochs=1, batch_size=4, threads=1, max_length=8
+    )
+    exported = kit.export(config, tmp_path, ("onnx", "step"))
+    inputs = kit.inputs_of(exported, 3, 8)
+    found = exported.session().run(["logits"], inputs)[0]
+    kit.close(found, kit.torch_outputs(exported.base(), inputs))
 
 
 @pytest.mark.parametrize("start", ["base", "adapter"])
