@@ -99,7 +99,7 @@ def _describe(report: ExportReport, out: Path) -> str:
     sizes += [(name, format_size(size)) for name, size in report.executorch.bytes.items()]
     reserved = [
         (name, format_size(program.memory), ", ".join(f"{n} {axis}" for axis, n in program.limits.items()))
-        for name, program in report.manifest.programs.items()
+        for name, program in report.executorch.programs.items()
     ]
     errors = [
         (target, quantity, f"{value:.1e}")

@@ -225,9 +225,9 @@ def test_a_graph_that_does_not_agree_with_torch(run_of, tmp_path, monkeypatch):
 
 
 def test_a_bundle_that_does_not_open(run_of, tmp_path, monkeypatch):
-    def damage(root, cases):
+    def damage(root, cases, **options):
         (root / "infer.onnx").write_bytes(b"no graph")
-        return verify_bundle(root, cases)
+        return verify_bundle(root, cases, **options)
 
     monkeypatch.setattr(bundles, "verify_bundle", damage)
     error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "do not run", targets=("onnx",))

@@ -17,9 +17,19 @@ import pytest
 from edge_tcur import __version__
 from edge_tcur.cli import COMMANDS, edge_tcur
 from edge_tcur.cli.progress import stage_bar
+from edge_tcur_export import bundle as bundles
+from edge_tcur_export.bundle import ProgramSettings
+from edge_tcur_export.executorch import ProgramReport
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import ExitCode
-from edge_tcur_runtime.formats.bundle import BundleGroup, FileEntry, Manifest, TensorPlace, serialize_manifest
+from edge_tcur_runtime.formats.bundle import (
+    BundleGroup,
+    FileEntry,
+    Manifest,
+    ProgramSpec,
+    TensorPlace,
+    serialize_manifest,
+)
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.output import Mode, Sink
 
@@ -338,6 +348,7 @@ class Report:
     seconds: float = 1.5
     graph_bytes: dict = field(default_factory=lambda: {"infer.onnx": 2048})
     base_bytes: int = 4096
+    executorch: ProgramReport = field(default_factory=ProgramReport)
 
     def to_dict(self):
         return {"bundle": "b", "base_bytes": self.base_bytes, "graph_bytes": self.graph_bytes}
@@ -346,15 +357,18 @@ class Report:
 @pytest.fixture
 def exported(monkeypatch):
     """Calls that reached `export_run`, which is tested in tests/export."""
-    bundle = pytest.importorskip("edge_tcur_export.bundle")
     calls = []
+    program = ProgramSpec("train-xnnpack.pte", (), (), {"batch": 4}, 2**20)
+    programs = ProgramReport(
+        {"train-xnnpack": program}, {"train.pte": 2048}, {"train-xnnpack": {"mm": 2, "erf": 1}}
+    )
 
     def export_run(run, out, *, on_stage, **options):
         on_stage("tracing")
         calls.append((run.root, out, options))
-        return Report()
+        return Report(executorch=programs) if "executorch" in options["targets"] else Report()
 
-    monkeypatch.setattr(bundle, "export_run", export_run)
+    monkeypatch.setattr(bundles, "export_run", export_run)
     return calls
 
 
@@ -370,7 +384,26 @@ def test_export_passes_everything_on(cli, trained, tmp_path, exported):
         assert part in text
     everything = {"targets": ("onnx", "ort-training", "step"), "device": None, "verify": True, "force": False}
     chosen = {"targets": ("step", "onnx"), "device": "x", "verify": False, "force": True}
-    assert exported == [(trained, out, everything), (trained, out, chosen)]
+    usual = {"programs": ProgramSettings()}
+    assert exported == [(trained, out, everything | usual), (trained, out, chosen | usual)]
+
+
+def test_export_to_executorch_passes_its_settings_on(cli, trained, tmp_path, exported):
+    options = ("--target", "executorch", "--backend", "xnnpack", "--max-batch", "4", "--max-length", "16")
+    code, text, _ = cli("export", trained, "--out", tmp_path / "bundle", *options)
+    assert code == 0
+    assert exported[0][2]["targets"] == ("executorch",)
+    assert exported[0][2]["programs"] == ProgramSettings(("xnnpack",), 4, 16)
+    for part in (
+        "train.pte",
+        "2.0 KiB",
+        "train-xnnpack",
+        "1.0 MiB",
+        "4 batch",
+        "outside its delegates 3",
+        "mm 2",
+    ):
+        assert part in text
 
 
 def test_export_refuses(cli, trained, tmp_path, exported):

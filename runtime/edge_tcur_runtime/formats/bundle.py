@@ -169,6 +169,8 @@ class Bundle:
 def serialize_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`."""
     document = {"format_version": FORMAT_VERSION, "kind": "edge-tcur-bundle", **asdict(manifest)}
+    if not manifest.programs:  # an optional field: bundles without programs are as they were before it
+        del document["programs"]
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
