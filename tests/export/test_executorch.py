@@ -84,6 +84,13 @@ def test_the_frozen_weights_lie_in_one_file(bert):
                 assert not [file for file, content in programs.items() if turned.tobytes() in content]
 
 
+def test_no_path_of_this_machine_is_in_a_program(bert):
+    secrets = (str(bert.bundle.root.parent), sys.prefix, "/tmp/", "/home/", "site-packages", 'File "')
+    for path in (*bert.bundle.root.glob("*.pte"), *bert.bundle.root.glob("*.ptd")):
+        content = path.read_bytes()
+        assert not [text for text in secrets if text.encode() in content], path.name
+
+
 def test_the_adapter_file_holds_what_the_programs_are_fed(bert, vit):
     for exported in (bert, vit):
         found = read_tensors(exported.bundle.path("adapter.ptd"))
