@@ -15,7 +15,8 @@ from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
-    from edge_tcur_export.bundle import ExportReport
+    from edge_tcur_export.report import ExportReport
+    from edge_tcur_export.settings import ExportSettings
 
 EPILOG = """\b
 Examples:
@@ -60,30 +61,33 @@ _SHOWN = 6  # operators in one line
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
 @output_options
-def export(
-    run: Path,
-    out: Path,
-    targets: tuple[str, ...],
-    backends: tuple[str, ...],
-    max_batch: int | None,
-    max_length: int | None,
-    sink: Sink,
-    **options: Any,
-) -> None:
+def export(run: Path, out: Path, force: bool, sink: Sink, **options: Any) -> None:
     """Export the frozen base of RUN, once, and the factors that are small enough to be sent often.
 
     The bundle appears whole or not at all.
     """
     from edge_tcur.training import open_run
-    from edge_tcur_export.bundle import ProgramSettings, export_run
+    from edge_tcur_export.bundle import export_run
 
-    chosen = tuple(dict.fromkeys(targets)) or TARGETS
-    _refuse_idle(chosen, {"--backend": backends, "--max-batch": max_batch, "--max-length": max_length})
-    opened = open_run(run)
-    programs = ProgramSettings(tuple(dict.fromkeys(backends)) or BACKENDS, max_batch or 0, max_length or 0)
+    settings, opened = _settings(options), open_run(run)
     with stage_bar(sink, "exporting") as bar:
-        report = export_run(opened, out, targets=chosen, programs=programs, on_stage=bar.stage, **options)
+        report = export_run(opened, out, settings, force=force, on_stage=bar.stage)
     sink.result(report.to_dict(), _describe(report, out))
+
+
+def _settings(options: Mapping[str, Any]) -> ExportSettings:
+    """The settings of an export from the command's options."""
+    from edge_tcur_export.settings import ExportSettings, ProgramSettings
+
+    targets = tuple(dict.fromkeys(options["targets"])) or TARGETS
+    for_programs = {f"--{name.replace('_', '-')}": options[name] for name in ("max_batch", "max_length")}
+    _refuse_idle(targets, {"--backend": options["backends"], **for_programs})
+    programs = ProgramSettings(
+        tuple(dict.fromkeys(options["backends"])) or BACKENDS,
+        options["max_batch"] or 0,
+        options["max_length"] or 0,
+    )
+    return ExportSettings(targets, options["device"], options["verify"], programs)
 
 
 def _refuse_idle(targets: tuple[str, ...], options: Mapping[str, object]) -> None:

@@ -13,7 +13,8 @@ from edge_tcur.quickstart.device import run_device, torch_is_absent
 from edge_tcur.quickstart.digits import BASE_EPOCHS, TASK, Digits, train_base, write_digits
 from edge_tcur.training.config import TrainConfig
 from edge_tcur.training.train import TrainResult, set_threads, train
-from edge_tcur_export.bundle import ExportReport, export_run
+from edge_tcur_export.bundle import export_run
+from edge_tcur_export.report import ExportReport
 
 EPOCHS = 100  # of the adapter and of its rivals
 DEVICE_EPOCHS = 60

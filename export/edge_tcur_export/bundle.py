@@ -5,12 +5,10 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-import torch
 from safetensors.numpy import save
 
 from edge_tcur import __version__
@@ -18,23 +16,19 @@ from edge_tcur.errors import ExportError
 from edge_tcur.method.targets import Group, find_targets, saved_parameters
 from edge_tcur.models import Base
 from edge_tcur.tasks import find_task
-from edge_tcur.training.evaluate import apply_adapter, load_run_base
+from edge_tcur.training.evaluate import load_run_base
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory
 from edge_tcur.training.train import set_threads, value_of
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
-from edge_tcur_export.executorch import (
-    BACKENDS,
-    ProgramReport,
-    ProgramWriter,
-    require_executorch,
-    tensor_file,
-)
+from edge_tcur_export.cases import make_canary, make_case
+from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
-from edge_tcur_export.parity import OPTIMIZER, STEPS, Case, verify_bundle
+from edge_tcur_export.parity import Case, verify_bundle
+from edge_tcur_export.report import ExportReport, Stages
+from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.trace import (
-    EXAMPLE_LENGTH,
     Example,
     FactorModel,
     Traced,
@@ -43,7 +37,6 @@ from edge_tcur_export.trace import (
     trace_forward,
     trace_step,
 )
-from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
     BASE_FILE,
@@ -57,126 +50,20 @@ from edge_tcur_runtime.formats.bundle import (
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.installed import version_of
-from edge_tcur_runtime.preprocess import build_preprocessor
 
-TARGETS = ("onnx", "step", "ort-training")
-EXECUTORCH = "executorch"
-ALL_TARGETS = (*TARGETS, EXECUTORCH)
 ADAPTER_PTD = "adapter.ptd"
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
-_LONGEST = 128  # tokens that ExecuTorch's programs reserve memory for unless told otherwise
 _SAMPLES = 3  # of the example that is traced
-_CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        root: the bundle.
-        manifest: its manifest.
-        parity: target -> largest relative error against torch per quantity; empty when not verified.
-        graph_bytes: graph file -> bytes without the base.
-        base_bytes: bytes of ``base.bin``.
-        adapter_bytes: bytes of the adapter file.
-        seconds: of the whole export; `stages`: of each stage.
-        executorch: ExecuTorch's programs; empty where they were not asked for.
-    """
-
-    root: Path
-    manifest: Manifest
-    parity: Mapping[str, Mapping[str, float]]
-    graph_bytes: Mapping[str, int]
-    base_bytes: int
-    adapter_bytes: int
-    seconds: float
-    stages: Mapping[str, float] = field(default_factory=dict)
-    executorch: ProgramReport = field(default_factory=ProgramReport)
-
-    def to_dict(self) -> dict[str, object]:
-        """JSON values; sizes in bytes."""
-        return {
-            "bundle": str(self.root),
-            "base_digest": self.manifest.base_digest,
-            "parity": {target: dict(errors) for target, errors in self.parity.items()},
-            "graph_bytes": dict(self.graph_bytes),
-            "base_bytes": self.base_bytes,
-            "adapter_bytes": self.adapter_bytes,
-            "files": {name: asdict(entry) for name, entry in self.manifest.files.items()},
-            "seconds": self.seconds,
-            "stages": dict(self.stages),
-            "executorch": asdict(self.executorch),
-        }
-
-
-@dataclass(frozen=True)
-class ProgramSettings:
-    """What the target ``executorch`` is given.
-
-    Attributes:
-        backends: out of `BACKENDS`.
-        max_batch: samples that memory is reserved for; 0: the batch size of the run.
-        max_length: tokens that memory is reserved for; 0: the base's, at most 128.
-    """
-
-    backends: tuple[str, ...] = BACKENDS
-    max_batch: int = 0
-    max_length: int = 0
-
-    def limits(self, run: Run, base: Base, *, batch: int) -> dict[str, int]:
-        """Largest size of each dynamic axis, none below that of the example that is traced.
-
-        Args:
-            batch: of the example.
-
-        Raises:
-            UsageError: an unknown backend, or a limit below the example's or above the base's.
-        """
-        unknown = set(self.backends) - set(BACKENDS)
-        if unknown or not self.backends:
-            raise UsageError(f"the backends are {', '.join(self.backends)}; expected {', '.join(BACKENDS)}")
-        limits = {"batch": self.max_batch or max(batch, run.config.batch_size)}
-        if limits["batch"] < batch:
-            raise UsageError(f"--max-batch {self.max_batch}: expected at least {batch}")
-        if "max_length" in base.preprocessing:
-            longest = int(base.preprocessing["max_length"])
-            limits["sequence"] = self.max_length or min(longest, _LONGEST)
-            if not min(EXAMPLE_LENGTH, longest) <= limits["sequence"] <= longest:
-                raise UsageError(f"--max-length {self.max_length}: expected {EXAMPLE_LENGTH} to {longest}")
-        return limits
-
-
-class _Stages:
-    """Names each stage as it begins, and keeps its seconds."""
-
-    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
-        self._on_stage = on_stage
-        self._name: str | None = None
-        self._since = self.started = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    def begin(self, name: str | None) -> None:
-        """Ends the stage that runs and begins the next one; None ends the last."""
-        now = time.perf_counter()
-        if self._name is not None:
-            self.seconds[self._name] = now - self._since
-        self._name, self._since = name, now
-        if name is not None and self._on_stage is not None:
-            self._on_stage(name)
 
 
 def export_run(
     run: Run,
     out: Path,
+    settings: ExportSettings | None = None,
     *,
-    targets: tuple[str, ...] = TARGETS,
-    device: str | None = None,
-    verify: bool = True,
     force: bool = False,
-    programs: ProgramSettings | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Exports the frozen base and the factors of a run separately.
@@ -184,11 +71,8 @@ def export_run(
     Args:
         run: a finished training run.
         out: the bundle's directory; appears whole or not at all.
-        targets: out of `ALL_TARGETS`; the inference graph (``onnx``) is always written.
-        device: name of a device profile, or the path of one; recorded, and its memory compared.
-        verify: compare every graph with torch in a fresh process before the bundle appears.
+        settings: None takes the defaults.
         force: replace what is at `out`.
-        programs: of the target ``executorch``; None takes the defaults.
         on_stage: called with the name of each stage, for progress.
 
     Raises:
@@ -196,21 +80,19 @@ def export_run(
         ExportError: the model cannot be traced, or a graph does not agree with torch.
         OutputExistsError, DiskError: `out` cannot be written; nothing is left behind.
     """
-    unknown = set(targets) - set(ALL_TARGETS)
-    if unknown:
-        raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
-    if EXECUTORCH in targets:
+    settings = settings or ExportSettings()
+    if EXECUTORCH in settings.targets:
         require_executorch()
-    stages = _Stages(on_stage)
+    stages = Stages(on_stage)
     stages.begin("loading the base")
-    profile = load_profile(device) if device is not None else None
+    profile = None if settings.device is None else load_profile(settings.device)
     set_threads(run.config.threads)
     adapter, base = run.adapter(), load_run_base(run)
     with new_directory(out, force=force) as work:
-        writer = _Writer(run, base, adapter, work, stages, programs or ProgramSettings())
-        manifest = writer.write(targets, None if profile is None else profile.name)
+        writer = _Writer(run, base, adapter, work, stages, settings)
+        manifest = writer.write(None if profile is None else profile.name)
         parity = {}
-        if verify:
+        if settings.verify:
             stages.begin("comparing with torch in a fresh process")
             parity = verify_bundle(work, writer.cases, programs=bool(manifest.programs))
         stages.begin("moving the bundle into place")
@@ -238,8 +120,8 @@ class _Writer:
         base: Base,
         adapter: Adapter,
         work: Path,
-        stages: _Stages,
-        settings: ProgramSettings,
+        stages: Stages,
+        settings: ExportSettings,
     ) -> None:
         self._run, self._base, self._adapter, self._work, self._stages = run, base, adapter, work, stages
         self._settings, self.programs = settings, ProgramReport()
@@ -248,7 +130,8 @@ class _Writer:
         if base.tokenizer is not None:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
-        self._write_canary()
+        # Written by Python: safetensors' own writer hides why a write failed.
+        (work / CANARY).write_bytes(save(make_canary(base, run, adapter, work)))
         self._config = run.config.method()
 
         def rank(group: Group) -> int:
@@ -270,15 +153,15 @@ class _Writer:
         self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
 
-    def write(self, targets: tuple[str, ...], device: str | None) -> Manifest:
+    def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
-        stages = self._stages
-        limits = self._settings.limits(self._run, self._base, batch=_SAMPLES)
+        stages, targets = self._stages, self._settings.targets
+        limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
         stages.begin("tracing the forward pass")
         model = FactorModel(self._base, self._groups, self._task, self._config)
         example = self._example
         forward = trace_forward(model, self._base, self._groups, self._task, example)
-        self.cases = [_case(model, test) for test in self._tests]
+        self.cases = [make_case(model, test) for test in self._tests]
         stages.begin("writing the inference graph")
         converted = graphs.to_graph(forward)
         if "ort-training" in targets:
@@ -336,7 +219,7 @@ class _Writer:
             limits=limits,
             directory=self._work,
         )
-        self.programs = writer.write(self._settings.backends, self._stages.begin)
+        self.programs = writer.write(self._settings.programs.backends, self._stages.begin)
         content = tensor_file(self._adapter.feeds())
         (self._work / ADAPTER_PTD).write_bytes(content)
         self.programs.bytes[ADAPTER_PTD] = len(content)
@@ -345,24 +228,6 @@ class _Writer:
         """The run's cores and head: the parameters of ONNX Runtime Training."""
         values = {f"{name}.core": factors.core for name, factors in self._adapter.factors.items()}
         return values | dict(self._adapter.extras)
-
-    def _write_canary(self) -> None:
-        """Fixed inputs and torch's outputs of base and adapter on them."""
-        preprocess = build_preprocessor(self._base.preprocessing, self._work)
-        inputs = preprocess(_canary_samples(self._base))
-        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        with torch.no_grad():
-            base_outputs = self._base.model(**tensors).numpy()
-            head = {name: value.clone() for name, value in self._base.head_parameters().items()}
-            injection = apply_adapter(self._base, self._run, self._adapter)
-            adapter_outputs = self._base.model(**tensors).numpy()
-            injection.remove()
-            for name, value in self._base.head_parameters().items():
-                value.copy_(head[name])
-        content = {f"input.{name}": value for name, value in inputs.items()}
-        content |= {"output.base": base_outputs, "output.adapter": adapter_outputs}
-        # Written by Python: safetensors' own writer hides why a write failed.
-        (self._work / CANARY).write_bytes(save(content))
 
     def _manifest(self, roles: dict[str, str], base_file: BaseFile, device: str | None) -> Manifest:
         files = {
@@ -400,16 +265,6 @@ class _Writer:
         )
 
 
-def _canary_samples(base: Base) -> list[str] | np.ndarray:
-    spec = base.preprocessing
-    if spec["kind"] == "text":
-        return list(_CANARY_TEXTS)
-    shape = (2, spec["height"], spec["width"], spec["channels"])
-    generator = np.random.Generator(np.random.PCG64(0))
-    scans = generator.random(shape) / max(float(spec["scale"]), 1e-6)
-    return np.asarray(scans, dtype=np.float32)
-
-
 def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorPlace]:
     result = {}
     for group in groups:
@@ -420,46 +275,6 @@ def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorP
             offset = base_file.offsets[stored]
             result[f"{name}.weight"] = TensorPlace(offset, "float32", (group.n2, group.n1), True)
     return result
-
-
-def _case(model: FactorModel, example: Example) -> Case:
-    """What torch computes for one example: outputs, loss, the gradient of every core and extra, and the
-    loss after some steps of the optimiser."""
-    feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
-    trained = example.trained()
-    loss, outputs = model(*example.arguments())
-    gradients = torch.autograd.grad(loss, list(trained.values()))
-    later = _later_loss(model, example)
-    return Case(
-        feeds=feeds,
-        outputs=outputs.numpy(),
-        loss=loss.item(),
-        gradients={name: value.numpy() for name, value in zip(trained, gradients, strict=True)},
-        later=later,
-    )
-
-
-def _later_loss(model: FactorModel, example: Example) -> float:
-    """The loss after torch's own AdamW; the example's factors are as before afterwards."""
-    trained = example.trained()
-    before = {name: value.detach().clone() for name, value in trained.items()}
-    optimizer = torch.optim.AdamW(
-        list(trained.values()),
-        lr=OPTIMIZER.learning_rate,
-        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
-        eps=OPTIMIZER.epsilon,
-        weight_decay=OPTIMIZER.weight_decay,
-    )
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        model(*example.arguments())[0].backward()
-        optimizer.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        loss = model(*example.arguments())[0].item()
-        for name, value in trained.items():
-            value.copy_(before[name])
-    return float(loss)
 
 
 def _versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ from edge_tcur.tasks import find_task
 from edge_tcur.training.loop import LoopSettings, fit
 from edge_tcur.training.train import train
 from edge_tcur_export.bundle import export_run
+from edge_tcur_export.settings import ExportSettings
 from edge_tcur_runtime.data import label_names, load_dataset
 
 TASK = "image-classification"
@@ -117,7 +118,7 @@ def main(out: Path) -> None:
             modules_to_save="*classifier",
         )
         run = train(config, root / "sketch").run
-        export_run(run, out / "sketch-v1", targets=("onnx", "step"), force=True)
+        export_run(run, out / "sketch-v1", ExportSettings(("onnx", "step")), force=True)
     user, user_labels = pictures(80, seed=3)
     write_pictures(out / "user.npz", mirrored(dim(user)), user_labels)
     shutil.copyfile(out / "bundle-v1" / "adapter.safetensors", out / "adapter-v1.safetensors")

@@ -19,8 +19,9 @@ from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur.training.evaluate import apply_adapter
-from edge_tcur_export.bundle import TARGETS, export_run
+from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES
+from edge_tcur_export.settings import TARGETS, ExportSettings, ProgramSettings
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import read_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
@@ -53,7 +54,7 @@ class Exported:
 
 def export(config, root, targets=TARGETS, programs=None):
     run = train(config, root / "run").run
-    report = export_run(run, root / "bundle", targets=targets, programs=programs)
+    report = export_run(run, root / "bundle", ExportSettings(targets, programs=programs or ProgramSettings()))
     return Exported(run, report, open_bundle(root / "bundle"))
 
 

@@ -14,10 +14,11 @@ import torch
 from edge_tcur.errors import ExportError
 from edge_tcur.training import TrainConfig
 from edge_tcur_export import executorch
-from edge_tcur_export.bundle import ProgramSettings, export_run
+from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES, Case, compare_steps, distance
 from edge_tcur_export.program_parity import ProgramStepper, load_program
 from edge_tcur_export.quiet import quiet_torch
+from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import FileFormatError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
@@ -269,14 +270,14 @@ def test_the_delegates_take_the_products(bert):
 )
 def test_settings_that_cannot_be_met_are_refused_early(bert, tmp_path, settings, message):
     with pytest.raises(UsageError, match=message):
-        export_run(bert.run, tmp_path / "out", targets=("onnx", "executorch"), programs=settings)
+        export_run(bert.run, tmp_path / "out", ExportSettings(("onnx", "executorch"), programs=settings))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_executorch_the_target_is_refused(bert, tmp_path, monkeypatch):
     monkeypatch.setattr(executorch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ExportError, match="not installed") as caught:
-        export_run(bert.run, tmp_path / "out", targets=("onnx", "executorch"))
+        export_run(bert.run, tmp_path / "out", ExportSettings(("onnx", "executorch")))
     assert "edge-tcur[executorch]" in caught.value.hint
     assert not list(tmp_path.iterdir())
 
@@ -287,5 +288,5 @@ def test_a_failure_of_executorch_leaves_nothing(bert, tmp_path, monkeypatch):
 
     monkeypatch.setattr(executorch, "lower", fail)
     with pytest.raises(ExportError, match="infer-portable program: no such kernel"):
-        export_run(bert.run, tmp_path / "out", targets=("onnx", "executorch"))
+        export_run(bert.run, tmp_path / "out", ExportSettings(("onnx", "executorch")))
     assert not list(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from edge_tcur_export import bundle as bundles
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.ort_training import _failure
 from edge_tcur_export.parity import verify_bundle
+from edge_tcur_export.settings import TARGETS, ExportSettings
 from edge_tcur_export.trace import FactorModel, make_example, trace_forward, trace_step
 from edge_tcur_runtime.errors import BaseMismatchError, DiskError, ExitCode, OutputExistsError, UsageError
 from edge_tcur_runtime.formats.bundle import open_bundle
@@ -107,11 +108,11 @@ def run_of(workshop, tmp_path, monkeypatch):
     return call
 
 
-def refused(run, out, error, match, **options):
+def refused(run, out, error, match, targets=TARGETS, **options):
     """`export_run` raises, and nothing is at `out` nor beside it."""
     before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
     with pytest.raises(error, match=match) as caught:
-        export_run(run, out, **options)
+        export_run(run, out, ExportSettings(targets), **options)
     assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
     return caught.value
 
@@ -142,7 +143,7 @@ def test_an_output_that_is_there(run_of, tmp_path):
     assert "--force" in error.hint
     refused(run, out, OutputExistsError, "this is neither", targets=("onnx",), force=True)
     (out / "manifest.json").write_text("an earlier bundle")
-    report = export_run(run, out, targets=("onnx",), force=True, verify=False)
+    report = export_run(run, out, ExportSettings(("onnx",), verify=False), force=True)
     assert report.parity == {}
     assert open_bundle(out).manifest.graphs == {"infer": "infer.onnx"}
     assert not (out / "precious.txt").exists()
@@ -178,7 +179,7 @@ def test_an_operator_without_gradient_in_onnx_runtime_training(run_of, tmp_path,
     assert "from the module module.between)" in error.message
     assert "--target onnx --target step" in error.hint
     assert not [stage for stage in stages if "step graph" in stage]  # found before the long work
-    report = export_run(run, out, targets=("onnx", "step"))
+    report = export_run(run, out, ExportSettings(("onnx", "step")))
     assert set(report.parity) == {"infer", "step"}
     assert report.parity["step"]["gradients"] <= 1e-3
 
@@ -189,7 +190,7 @@ def test_a_convolution_that_is_adapted(run_of, tmp_path):
     assert set(run.adapter().factors) == {"module.stem", "module.blocks"}
     error = refused(run, tmp_path / "bundle", ExportError, "update of a Conv2d has no form in the graphs")
     assert (error.where, "--targets" in error.hint) == ("module.stem", True)
-    report = export_run(run_of("convolutional"), tmp_path / "bundle", targets=("onnx",))
+    report = export_run(run_of("convolutional"), tmp_path / "bundle", ExportSettings(("onnx",)))
     assert report.parity["infer"]["outputs"] <= 1e-4
 
 

@@ -18,8 +18,8 @@ from edge_tcur import __version__
 from edge_tcur.cli import COMMANDS, edge_tcur
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_export import bundle as bundles
-from edge_tcur_export.bundle import ProgramSettings
 from edge_tcur_export.executorch import ProgramReport
+from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import ExitCode
 from edge_tcur_runtime.formats.bundle import (
@@ -363,10 +363,10 @@ def exported(monkeypatch):
         {"train-xnnpack": program}, {"train.pte": 2048}, {"train-xnnpack": {"mm": 2, "erf": 1}}
     )
 
-    def export_run(run, out, *, on_stage, **options):
+    def export_run(run, out, settings, *, on_stage, **options):
         on_stage("tracing")
-        calls.append((run.root, out, options))
-        return Report(executorch=programs) if "executorch" in options["targets"] else Report()
+        calls.append((run.root, out, settings, options))
+        return Report(executorch=programs) if "executorch" in settings.targets else Report()
 
     monkeypatch.setattr(bundles, "export_run", export_run)
     return calls
@@ -382,18 +382,17 @@ def test_export_passes_everything_on(cli, trained, tmp_path, exported):
     assert code == 0
     for part in ("4.0 KiB", "infer.onnx", "1.0e-07", "1.5 s"):
         assert part in text
-    everything = {"targets": ("onnx", "ort-training", "step"), "device": None, "verify": True, "force": False}
-    chosen = {"targets": ("step", "onnx"), "device": "x", "verify": False, "force": True}
-    usual = {"programs": ProgramSettings()}
-    assert exported == [(trained, out, everything | usual), (trained, out, chosen | usual)]
+    everything = ExportSettings(("onnx", "ort-training", "step"))
+    chosen = ExportSettings(("step", "onnx"), "x", verify=False)
+    assert exported == [(trained, out, everything, {"force": False}), (trained, out, chosen, {"force": True})]
 
 
 def test_export_to_executorch_passes_its_settings_on(cli, trained, tmp_path, exported):
     options = ("--target", "executorch", "--backend", "xnnpack", "--max-batch", "4", "--max-length", "16")
     code, text, _ = cli("export", trained, "--out", tmp_path / "bundle", *options)
     assert code == 0
-    assert exported[0][2]["targets"] == ("executorch",)
-    assert exported[0][2]["programs"] == ProgramSettings(("xnnpack",), 4, 16)
+    assert exported[0][2].targets == ("executorch",)
+    assert exported[0][2].programs == ProgramSettings(("xnnpack",), 4, 16)
     for part in (
         "train.pte",
         "2.0 KiB",

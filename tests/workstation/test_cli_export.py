@@ -9,8 +9,8 @@ import pytest
 from edge_tcur.cli import edge_tcur
 from edge_tcur.cli import export as command
 from edge_tcur.training import TrainConfig, train
-from edge_tcur_export.bundle import ALL_TARGETS, TARGETS
 from edge_tcur_export.executorch import BACKENDS
+from edge_tcur_export.settings import ALL_TARGETS, TARGETS
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.formats.digest import digest_file
 

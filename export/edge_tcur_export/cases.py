@@ -1,0 +1,88 @@
+"""What torch computes for fixed inputs: the cases that parity compares with, and the canary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edge_tcur.models import Base
+from edge_tcur.training.evaluate import apply_adapter
+from edge_tcur.training.run import Run
+from edge_tcur_export.parity import OPTIMIZER, STEPS, Case
+from edge_tcur_export.trace import Example, FactorModel
+from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.preprocess import build_preprocessor
+
+_CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
+
+
+def make_case(model: FactorModel, example: Example) -> Case:
+    """What torch computes for one example: outputs, loss, the gradient of every core and extra, and the
+    loss after some steps of the optimiser."""
+    feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
+    trained = example.trained()
+    loss, outputs = model(*example.arguments())
+    gradients = torch.autograd.grad(loss, list(trained.values()))
+    later = _later_loss(model, example)
+    return Case(
+        feeds=feeds,
+        outputs=outputs.numpy(),
+        loss=loss.item(),
+        gradients={name: value.numpy() for name, value in zip(trained, gradients, strict=True)},
+        later=later,
+    )
+
+
+def _later_loss(model: FactorModel, example: Example) -> float:
+    """The loss after torch's own AdamW; the example's factors are as before afterwards."""
+    trained = example.trained()
+    before = {name: value.detach().clone() for name, value in trained.items()}
+    optimizer = torch.optim.AdamW(
+        list(trained.values()),
+        lr=OPTIMIZER.learning_rate,
+        betas=(OPTIMIZER.beta1, OPTIMIZER.beta2),
+        eps=OPTIMIZER.epsilon,
+        weight_decay=OPTIMIZER.weight_decay,
+    )
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        model(*example.arguments())[0].backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        loss = model(*example.arguments())[0].item()
+        for name, value in trained.items():
+            value.copy_(before[name])
+    return float(loss)
+
+
+def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict[str, np.ndarray]:
+    """Fixed inputs (``input.*``) and torch's outputs of base and adapter on them (``output.*``).
+
+    Args:
+        directory: holds the tokenizer.
+    """
+    inputs = build_preprocessor(base.preprocessing, directory)(_canary_samples(base))
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    with torch.no_grad():
+        base_outputs = base.model(**tensors).numpy()
+        head = {name: value.clone() for name, value in base.head_parameters().items()}
+        injection = apply_adapter(base, run, adapter)
+        adapter_outputs = base.model(**tensors).numpy()
+        injection.remove()
+        for name, value in base.head_parameters().items():
+            value.copy_(head[name])
+    content = {f"input.{name}": value for name, value in inputs.items()}
+    return content | {"output.base": base_outputs, "output.adapter": adapter_outputs}
+
+
+def _canary_samples(base: Base) -> list[str] | np.ndarray:
+    spec = base.preprocessing
+    if spec["kind"] == "text":
+        return list(_CANARY_TEXTS)
+    shape = (2, spec["height"], spec["width"], spec["channels"])
+    generator = np.random.Generator(np.random.PCG64(0))
+    scans = generator.random(shape) / max(float(spec["scale"]), 1e-6)
+    return np.asarray(scans, dtype=np.float32)

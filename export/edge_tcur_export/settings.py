@@ -1,0 +1,75 @@
+"""What an export is asked for: targets, and the settings of each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge_tcur.models import Base
+from edge_tcur.training.run import Run
+from edge_tcur_export.executorch import BACKENDS
+from edge_tcur_export.trace import EXAMPLE_LENGTH
+from edge_tcur_runtime.errors import UsageError
+
+TARGETS = ("onnx", "step", "ort-training")
+EXECUTORCH = "executorch"
+ALL_TARGETS = (*TARGETS, EXECUTORCH)
+_LONGEST = 128  # tokens that ExecuTorch's programs reserve memory for unless told otherwise
+
+
+@dataclass(frozen=True)
+class ProgramSettings:
+    """What the target ``executorch`` is given.
+
+    Attributes:
+        backends: out of `BACKENDS`.
+        max_batch: samples that memory is reserved for; 0: the batch size of the run.
+        max_length: tokens that memory is reserved for; 0: the base's, at most 128.
+    """
+
+    backends: tuple[str, ...] = BACKENDS
+    max_batch: int = 0
+    max_length: int = 0
+
+    def limits(self, run: Run, base: Base, *, batch: int) -> dict[str, int]:
+        """Largest size of each dynamic axis, none below that of the example that is traced.
+
+        Args:
+            batch: of the example.
+
+        Raises:
+            UsageError: an unknown backend, or a limit below the example's or above the base's.
+        """
+        unknown = set(self.backends) - set(BACKENDS)
+        if unknown or not self.backends:
+            raise UsageError(f"the backends are {', '.join(self.backends)}; expected {', '.join(BACKENDS)}")
+        limits = {"batch": self.max_batch or max(batch, run.config.batch_size)}
+        if limits["batch"] < batch:
+            raise UsageError(f"--max-batch {self.max_batch}: expected at least {batch}")
+        if "max_length" in base.preprocessing:
+            longest = int(base.preprocessing["max_length"])
+            limits["sequence"] = self.max_length or min(longest, _LONGEST)
+            if not min(EXAMPLE_LENGTH, longest) <= limits["sequence"] <= longest:
+                raise UsageError(f"--max-length {self.max_length}: expected {EXAMPLE_LENGTH} to {longest}")
+        return limits
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What `export_run` is asked for.
+
+    Attributes:
+        targets: out of `ALL_TARGETS`; the inference graph (``onnx``) is always written.
+        device: name of a device profile, or the path of one; recorded, and its memory compared.
+        verify: compare every graph with torch in a fresh process before the bundle appears.
+        programs: of the target ``executorch``.
+    """
+
+    targets: tuple[str, ...] = TARGETS
+    device: str | None = None
+    verify: bool = True
+    programs: ProgramSettings = field(default_factory=ProgramSettings)
+
+    def __post_init__(self) -> None:
+        unknown = set(self.targets) - set(ALL_TARGETS)
+        if unknown:
+            raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
