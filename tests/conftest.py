@@ -4,6 +4,10 @@ runtime's tests run where neither is installed."""
 from __future__ import annotations
 
 import json
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numpy start their threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
