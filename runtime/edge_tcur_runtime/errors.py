@@ -21,6 +21,7 @@ class ExitCode(IntEnum):
     INTEGRITY = 6
     DISK = 7
     NETWORK = 8
+    PAUSED = 9
 
 
 class EdgeError(Exception):
@@ -148,3 +149,10 @@ class NetworkError(EdgeError):
 
     code = "network"
     exit_code = ExitCode.NETWORK
+
+
+class PausedError(EdgeError):
+    """Work that stopped in good order before its end; the same command goes on with it."""
+
+    code = "paused"
+    exit_code = ExitCode.PAUSED

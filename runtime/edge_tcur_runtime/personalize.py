@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
+from edge_tcur_runtime.checkpoint import Progress, identify
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_labels, split
 from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
@@ -25,9 +26,10 @@ from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.keeper import Keeper, open_keeper
 from edge_tcur_runtime.optimizer import AdamW, schedule
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
-from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 
 _PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
 _LIBRARIES_BYTES = 24 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
@@ -48,6 +50,7 @@ class PersonalizeResult:
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
         base_digest_before, base_digest_after: digest of ``base.bin``.
+        resumed_from: updates that an earlier process had done; notes: what happened to checkpoints.
     """
 
     adapter: Adapter
@@ -67,6 +70,8 @@ class PersonalizeResult:
     holdout_samples: int
     base_digest_before: str
     base_digest_after: str
+    resumed_from: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class Trainer:
         data: the training samples.
         settings: see `PersonalizeSettings`.
         budget: checked after every pass.
+        keeper: told of every update; may end the run after any pass.
     """
 
     def __init__(
@@ -107,8 +113,10 @@ class Trainer:
         data: _Batch,
         settings: PersonalizeSettings,
         budget: Budget,
+        keeper: Keeper | None = None,
     ) -> None:
         self._engine = engine
+        self._keeper = keeper or Keeper()
         self._coordinates = coordinates
         self._data = data
         self._settings = settings
@@ -158,6 +166,7 @@ class Trainer:
         inputs, targets = data.take(indices)
         result = self._engine.step(inputs, targets, self._feeds)
         self._budget.check(what)
+        self._keeper.check()
         return result
 
     def _accumulate(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
@@ -204,6 +213,36 @@ class Trainer:
         self.step_seconds.append(time.perf_counter() - started)
         return loss
 
+    def keep(self, outcome: _Outcome) -> None:
+        """Tells the keeper where the run stands, between two updates."""
+        progress = Progress(
+            steps=self._optimizer.steps,
+            values=self.values,
+            first=dict(self._optimizer.first),
+            second=dict(self._optimizer.second),
+            losses=tuple(outcome.losses),
+            accuracies=tuple(outcome.accuracies),
+            before=outcome.before,
+            after=outcome.after,
+            micro_batch=self.micro_batch,
+        )
+        self._keeper.reached(progress)
+
+    def restore(self, progress: Progress) -> _Outcome:
+        """Goes back to where a run stood."""
+        self._move(dict(progress.values))
+        self._optimizer = AdamW(
+            self._settings.optimizer, dict(progress.first), dict(progress.second), progress.steps
+        )
+        self.micro_batch = progress.micro_batch
+        return _Outcome(
+            self.values,
+            progress.before,
+            progress.after,
+            list(progress.losses),
+            list(progress.accuracies),
+        )
+
     def score(self, data: _Batch) -> tuple[float, float]:
         """Accuracy (0 to 1) and mean loss on other samples.
 
@@ -224,6 +263,7 @@ def personalize(
     settings: PersonalizeSettings,
     *,
     start: Adapter | None = None,
+    keep: KeepSettings | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> PersonalizeResult:
     """Fine-tunes the factors on `dataset`.
@@ -233,9 +273,11 @@ def personalize(
         dataset: the user's labelled samples.
         start: the adapter to start from; None starts from the bundle's own adapter with a core of
             zero, that is from the base.
+        keep: where checkpoints go and when the run must wait; None keeps nothing.
         on_step: called with steps done, steps in all and the loss.
 
     Raises:
+        PausedError: a signal or a gate stopped the run; the same call goes on from its checkpoint.
         DataError: no samples, one class only, or a label that the bundle does not have.
         BudgetError: the budget cannot be met, or was crossed.
         IntegrityError: ``base.bin`` changed meanwhile.
@@ -254,10 +296,18 @@ def personalize(
         _Batch(part, encode_labels(part, bundle.manifest.labels), preprocess)
         for part in split(dataset, settings.holdout, settings.seed)
     )
-    engine = open_engine(name, bundle, threads=settings.threads)
-    trainer = Trainer(engine, coordinates, kept, settings, budget)
-    trainer.calibrate()
-    outcome = _train(trainer, kept, held_out, settings, on_step)
+    identity = identify(bundle, start, dataset, settings, name)
+    keeper = open_keeper(keep or KeepSettings(), identity)
+    with keeper.listening():
+        progress = keeper.resume()
+        engine = open_engine(name, bundle, threads=settings.threads)
+        trainer = Trainer(engine, coordinates, kept, settings, budget, keeper)
+        if progress is None:
+            trainer.calibrate()
+            outcome = _begin(trainer, held_out)
+        else:
+            outcome = trainer.restore(progress)
+        _train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
         adapter=coordinates.adapter(outcome.values, _PROVENANCE),
@@ -269,7 +319,7 @@ def personalize(
         engine=name,
         engine_reason=reason,
         micro_batch=trainer.micro_batch,
-        step_seconds=float(np.median(trainer.step_seconds)),
+        step_seconds=float(np.median(trainer.step_seconds or [0.0])),
         seconds=time.perf_counter() - started,
         peak_rss_bytes=memory.peak,
         budget_bytes=settings.budget,
@@ -277,6 +327,8 @@ def personalize(
         holdout_samples=len(held_out.targets),
         base_digest_before=before,
         base_digest_after=_digest_again(bundle, before),
+        resumed_from=0 if progress is None else progress.steps,
+        notes=keeper.notes,
     )
 
 
@@ -324,32 +376,43 @@ def _rank(score: tuple[float, float]) -> tuple[float, float]:
     return score[0], -score[1]
 
 
+def _begin(trainer: Trainer, held_out: _Batch) -> _Outcome:
+    return _Outcome(trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
+
+
 def _train(
     trainer: Trainer,
+    outcome: _Outcome,
     kept: _Batch,
     held_out: _Batch,
     settings: PersonalizeSettings,
     on_step: Callable[[int, int, float], None] | None,
-) -> _Outcome:
+) -> None:
+    """Does the updates that `outcome` does not have yet, and completes it.
+
+    An epoch that is done draws its order all the same, so that the next one gets the order that it would
+    have had in a run without a break.
+    """
     generator = np.random.Generator(np.random.PCG64(settings.seed))
     count = len(kept.targets)
-    total = settings.epochs * -(-count // settings.batch_size)
-    outcome = _Outcome(trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
-    for _ in range(settings.epochs):
+    starts = range(0, count, settings.batch_size)
+    total = settings.epochs * len(starts)
+    for epoch in range(settings.epochs):
         order = generator.permutation(count)
-        for begin in range(0, count, settings.batch_size):
+        for begin in starts[max(0, len(outcome.losses) - epoch * len(starts)) :]:
             done = len(outcome.losses)
             loss = trainer.step(order[begin : begin + settings.batch_size], schedule(done, total))
             outcome.losses.append(loss)
+            trainer.keep(outcome)
             if on_step is not None:
                 on_step(done + 1, total, loss)
-        if outcome.before is not None:
+        if outcome.before is not None and len(outcome.accuracies) <= epoch:
             outcome.after = trainer.score(held_out)
             outcome.accuracies.append(outcome.after[0])
+            trainer.keep(outcome)
     # The last epoch, where the learning rate has come down to zero: picking the best of many epochs on
     # a few held-out samples picks the luckiest one.
     outcome.values = trainer.values
-    return outcome
 
 
 def blank_adapter(bundle: Bundle) -> Adapter:

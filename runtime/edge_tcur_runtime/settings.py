@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edge_tcur_runtime.errors import ConfigError
+
+Gate = Callable[[], "str | None"]  # says why a run must wait for another time, or None
+RESUME = ("auto", "yes", "no")
 
 
 @dataclass(frozen=True)
@@ -65,3 +70,27 @@ class PersonalizeSettings:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")
+
+
+@dataclass(frozen=True)
+class KeepSettings:
+    """How the progress of a run is kept.
+
+    Attributes:
+        directory: of its checkpoints, which belong to one run at a time; None keeps nothing.
+        seconds: between two checkpoints; 0 saves after every update.
+        resume: ``auto`` goes on from a checkpoint of this very run and starts over otherwise, ``yes``
+            insists on one, ``no`` starts over.
+        gates: looked at between passes; a closed one ends the run as a signal does.
+    """
+
+    directory: Path | None = None
+    seconds: float = 30.0
+    resume: str = "auto"
+    gates: Sequence[Gate] = ()
+
+    def __post_init__(self) -> None:
+        if self.resume not in RESUME:
+            raise ConfigError(f"{self.resume!r}; expected one of {', '.join(RESUME)}", where="resume")
+        if not 0 <= self.seconds < math.inf:
+            raise ConfigError(f"{self.seconds}; expected 0 or more", where="checkpoint_seconds")

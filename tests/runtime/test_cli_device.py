@@ -176,7 +176,7 @@ def test_every_mistake_has_its_exit_code_and_one_json_object(device, store, argu
     assert done.error["exit_code"] == code
     assert message in done.error["message"]
     assert "Traceback" not in done.err
-    assert not store.exists()
+    assert list(store.rglob("*")) == []
 
 
 def test_an_adapter_of_another_base_has_exit_code_4(device, tmp_path):
@@ -204,7 +204,7 @@ def test_a_flipped_bit_in_the_base_has_exit_code_6_everywhere(device, broken, st
         assert done.error["code"] == "integrity"
         assert done.error["where"] == str(broken / "base.bin")
         assert "altered" in done.error["message"]
-    assert not store.exists()
+    assert list(store.rglob("*")) == []
     result = device("doctor", "--bundle", broken, "--json", code=6).json
     assert result["bundle"]["ok"] is False
     assert "altered" in result["bundle"]["problem"]
@@ -237,7 +237,7 @@ RESULT = {
     "schema_version", "better", "accuracy_before", "accuracy_after", "losses", "accuracies", "engine",
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
-    "head_numbers",
+    "head_numbers", "resumed_from", "notes",
 }  # fmt: skip
 
 
@@ -284,7 +284,7 @@ def test_keeping_the_active_adapter_installs_and_leaves_it_in_use(device):
 def test_an_adapter_that_is_not_better_is_not_installed(device, store):
     done = device("personalize", V1, "--data", USER, "--start", "bundle", "--learning-rate", "1e-30")
     assert "not better than before: nothing was installed" in done.out
-    assert not store.exists()
+    assert list(store.rglob("*")) == []
 
 
 def test_an_adapter_of_another_rank_is_personalised_by_the_step_graph(device, tmp_path):
@@ -326,7 +326,7 @@ def test_data_that_cannot_be_learnt_from_has_exit_code_3_and_leaves_no_store(dev
         done = device("personalize", V1, "--data", f"{name}.npz", "--json", code=3)
         assert done.error["code"] == "bad-data"
         assert message in done.error["message"]
-    assert not store.exists()
+    assert list(store.rglob("*")) == []
 
 
 # --- adapters compare ------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.output import Sink, table
-from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
+from edge_tcur_runtime.settings import RESUME, AdamWSettings, Gate, KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ EPILOG = """\b
 Examples:
   edge-tcur-device personalize bundle/ --data mine.csv --budget 256MiB
   edge-tcur-device personalize bundle/ --data mine.csv --start base --epochs 40 --json
+  edge-tcur-device personalize bundle/ --data mine.csv --mains-only --between 01:00-05:30
 """
 
 
+CHECKPOINTS = "checkpoints"  # folder of the store
 _DEFAULT = PersonalizeSettings()
 _ENGINES = click.Choice(("auto", "ort-training", "ort-step"))
 _OPTIONS = (
@@ -42,6 +44,23 @@ _OPTIONS = (
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
 )
+_KEEP = KeepSettings()
+
+
+def _keeping_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that become `KeepSettings`; collected under ``training`` too."""
+    options = (
+        click.option("--checkpoint-seconds", default=_KEEP.seconds, type=float, show_default=True,
+                     help="Seconds between checkpoints; a run that was killed goes on from the last one."),
+        click.option("--resume", default=_KEEP.resume, type=click.Choice(RESUME), show_default=True,
+                     help="Go on from a checkpoint of this very run: if there is one, always, or never."),
+        click.option("--mains-only", is_flag=True, help="Pause while the device runs on its battery."),
+        click.option("--max-temperature", type=float, metavar="CELSIUS", help="Pause above it."),
+        click.option("--between", metavar="HH:MM-HH:MM", help="Pause outside these hours (local time)."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 def _training_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -60,6 +79,7 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
 @click.option("--keep-active", is_flag=True, help="Install the adapter, but leave the active one in use.")
 @_training_options
+@_keeping_options
 @store_option
 @output_options
 def personalize(
@@ -77,14 +97,20 @@ def personalize(
 
     The new adapter goes to the store and is put in use only if it is better than the one it
     started from on a part of the data that was kept apart.
+
+    Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
+    the same command goes on from its last checkpoint and ends with the very same adapter.
     """
+    from edge_tcur_runtime.keeper import clear_checkpoints
     from edge_tcur_runtime.store import check_name
 
     check_name(name)
     keep_active = bool(training.pop("keep_active"))
+    keep = _keep(training, store / CHECKPOINTS / name)
     settings = _settings(training, budget)
-    result = _run(bundle, data, columns, start, store, settings, sink)
+    result = _run(bundle, data, columns, (start, store), settings, keep, sink)
     digest = _install(result, store, name, keep_active) if result.better else None
+    clear_checkpoints(keep)
     sink.result(_payload(result, digest), _report(result, digest, name))
 
 
@@ -97,15 +123,28 @@ def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettin
     return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)
 
 
+def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
+    """Takes the options of keeping out of `training`."""
+    from edge_tcur_runtime.gates import Cool, Hours, MainsPower
+
+    gates: list[Gate] = [MainsPower()] if training.pop("mains_only") else []
+    if (limit := training.pop("max_temperature")) is not None:
+        gates.append(Cool(limit))
+    if (hours := training.pop("between")) is not None:
+        gates.append(Hours.parse(hours))
+    return KeepSettings(directory, training.pop("checkpoint_seconds"), training.pop("resume"), gates)
+
+
 def _run(
     root: Path,
     data: Path,
     columns: dict[str, str],
-    start: str,
-    store: Path,
+    start: tuple[str, Path],
     settings: PersonalizeSettings,
+    keep: KeepSettings,
     sink: Sink,
 ) -> PersonalizeResult:
+    """`start`: the reference of the adapter to start from, and the store that it may lie in."""
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
@@ -113,9 +152,12 @@ def _run(
 
     bundle = open_bundle(root)
     dataset = load_for(bundle, data, columns, require_labels=True)
-    begin = load_reference(start, bundle, store)
+    begin = load_reference(start[0], bundle, start[1])
     with sink.steps("personalizing") as advance:
-        return run(bundle, dataset, settings, start=begin, on_step=advance)
+        result = run(bundle, dataset, settings, start=begin, keep=keep, on_step=advance)
+    for note in result.notes:
+        sink.note(note)
+    return result
 
 
 def _install(result: PersonalizeResult, store: Path, name: str, keep_active: bool) -> str:
@@ -151,6 +193,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
         ("micro-batch", str(result.micro_batch)),
         ("seconds a step", f"{result.step_seconds:.4f}"),
+        *([("gone on from update", str(result.resumed_from))] if result.resumed_from else []),
         ("base", "unchanged" if result.base_digest_before == result.base_digest_after else "CHANGED"),
     ]
     end = f"installed as {name!r}: {digest}" if digest else "not better than before: nothing was installed"
