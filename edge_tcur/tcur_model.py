@@ -300,8 +300,9 @@ def rehearsal(model: nn.Module, config: TCurConfig, rank: int = 8) -> Rehearsal:
         config: says which weights are adapted.
         rank: of the update; at least that of the adapter.
     """
+    practice = Rehearsal(model, find_targets(model, config), rank, seed=config.seed)
     model.requires_grad_(False)
-    return Rehearsal(model, find_targets(model, config), rank, seed=config.seed)
+    return practice
 
 
 def read_config(path: Path) -> TCurConfig:

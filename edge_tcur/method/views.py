@@ -29,14 +29,15 @@ class View:
         restore: from a matrix [n1, n2] to the shape and dtype of the module's weight.
         axis: of the output features in the module's output.
         is_linear: whether the module maps vectors [..., n2] to [..., n1] by the matrix and a bias.
-        call: the module with another matrix [n1, n2] in the place of its own.
+        call: the module with another matrix [n1, n2] in the place of its own; ``bias=False`` leaves its
+            bias out.
     """
 
     matrix: Callable[[nn.Module], Tensor]
     restore: Callable[[nn.Module, Tensor], Tensor]
     axis: int
     is_linear: bool
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    call: Callable[..., Tensor]
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -48,13 +49,14 @@ def _bias(module: nn.Module) -> Tensor | None:
     return cast("Tensor | None", module.bias)
 
 
-def _call_linear(module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-    return functional.linear(x, matrix, _bias(module))
+def _call_linear(module: nn.Module, x: Tensor, matrix: Tensor, *, bias: bool = True) -> Tensor:
+    return functional.linear(x, matrix, _bias(module) if bias else None)
 
 
-def _call_convolution(module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+def _call_convolution(module: nn.Module, x: Tensor, matrix: Tensor, *, bias: bool = True) -> Tensor:
     kernel = matrix.reshape(weight_of(module).shape)
-    return cast("Tensor", module._conv_forward(x, kernel, _bias(module)))  # type: ignore[operator]
+    own = _bias(module) if bias else None
+    return cast("Tensor", module._conv_forward(x, kernel, own))  # type: ignore[operator]
 
 
 LINEAR = View(
