@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.cost import Sizes, cheapest_form
-from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.forms import FORMS, Form, beside, possible_forms
 from edge_tcur.method.group import CoreGroup, choose_factors, member_of
 from edge_tcur.method.quantized import Int8Linear
 from edge_tcur.method.targets import Targets, find_targets, saved_parameters
 from edge_tcur.method.views import View, weight_of
-from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, UsageError
+from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError, UsageError
 from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
 
 DEFAULT = "default"
+_DENSE = ("materialised", "merged", "spectral")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,42 @@ class AdaptedLayer(nn.Module):
         """The frozen layer's bias."""
         return cast("Tensor | None", self.base.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The frozen layer's output plus the update."""
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)  # sizes, which some models read
+
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        """The frozen layer's output plus the update; its input by position or by name."""
+        if x is None:
+            (x,) = named.values()
         if not self._slot:
             return cast("Tensor", self.base(x))
         slot = self._slot[0]
-        return FORMS[self.form or self._cheapest(x, slot)](
-            self.base, self.view, x, slot.group.slice(slot.position)
-        )
+        return self._form(x, slot)(self.base, self.view, x, slot.group.slice(slot.position))
+
+    def _form(self, x: Tensor, slot: Slot) -> Form:
+        if _is_watched(self.base):
+            return beside  # other forms compute from its weight, not by it
+        form = self.form or self._cheapest(x, slot)
+        if torch.is_autocast_enabled(x.device.type):
+            # Our own backward passes run where nothing is cast; torch's operators remember.
+            return FORMS["materialised"] if form in _DENSE else beside
+        return FORMS[form]
 
     def _cheapest(self, x: Tensor, slot: Slot) -> str:
         spec = slot.group.spec
         forms = possible_forms(self.view, has_rows=slot.group.has_rows, in_block=slot.group.in_block)
         inner, rank = slot.group.columns_t.shape[1], slot.group.core.shape[-1]
         return cheapest_form(forms, Sizes(max(1, x.numel() // spec.n2), spec.n1, spec.n2, inner, rank))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody put hooks or a forward on a module, which have to be called."""
+    return "forward" in vars(module) or any(vars(module)[kind] for kind in _HOOKS)
 
 
 @dataclass
@@ -120,6 +144,11 @@ class Injection:
         self._layers: dict[str, AdaptedLayer] = {}
         self._merged: dict[str, nn.Parameter] = {}
         self._originals: dict[str, nn.Parameter] = {}
+        if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+            raise UsageError(
+                "the model has adapted layers already",
+                hint="add the adapter to what adapted it, or remove (unload) that first",
+            )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -133,6 +162,8 @@ class Injection:
         directions: Mapping[str, Tensor] | None = None,
     ) -> InjectedAdapter:
         """Adds an adapter and activates it; see `inject`."""
+        if not name:
+            raise UsageError("an adapter needs a name")
         if name in self.adapters:
             raise UsageError(
                 f"there is an adapter {name!r} already", hint="delete it first, or choose a name"
@@ -214,13 +245,13 @@ class Injection:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base inside the block; then the adapter that was active again."""
+        """The base inside the block; then the adapter that was active again, where it is still there."""
         name = self.active
         self.activate(None)
         try:
             yield
         finally:
-            self.activate(name)
+            self.activate(name if name in self.adapters else None)
 
     def delete(self, name: str) -> None:
         """Forgets an adapter; where it was active, the base is."""
@@ -301,6 +332,11 @@ class Injection:
             linear.bias.data = layer.base.bias.clone()
         return linear.requires_grad_(False), total
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the active adapter's update is in the weights."""
+        return bool(self._merged)
+
     def unmerge(self) -> None:
         """Puts the base's own weights back, bit by bit, and uses the adapter again.
 
@@ -376,6 +412,29 @@ def _check_directions(directions: Mapping[str, Tensor] | None, targets: Targets)
             where="selection",
             hint="take edge_tcur.method.gradients.mean_gradients, or Rehearsal.updates, or another selection",
         )
+    assert directions is not None
+    for group in targets.groups:
+        for module in group.modules:
+            found = tuple(directions[module].shape)
+            if found != (group.n1, group.n2):
+                raise ConfigError(
+                    f"the direction has the shape {list(found)}; expected [{group.n1}, {group.n2}]",
+                    where=module,
+                )
+            if not torch.isfinite(directions[module]).all():
+                raise BadInputError("the direction holds NaN or infinity", where=module)
+
+
+@contextmanager
+def gradients_as_before(model: nn.Module) -> Iterator[None]:
+    """Where the block fails, the model's parameters require gradients as before it."""
+    states = {key: value.requires_grad for key, value in model.named_parameters()}
+    try:
+        yield
+    except Exception:
+        for key, value in model.named_parameters():
+            value.requires_grad_(states[key])
+        raise
 
 
 def inject(
@@ -399,17 +458,14 @@ def inject(
         name: of the adapter.
 
     Raises:
-        BadInputError, ConfigError: see `find_targets`.
+        BadInputError, ConfigError: see `find_targets`; a direction that is missing, of another shape or not
+            finite.
+        UsageError: the model is adapted already.
         BaseMismatchError: `factors` do not fit the model's groups; the model is unchanged.
     """
-    states = {key: value.requires_grad for key, value in model.named_parameters()}
-    injection = Injection(model)
-    try:
+    with gradients_as_before(model):
+        injection = Injection(model)
         injection.add(name, config, keep=keep, factors=factors, directions=directions)
-    except Exception:
-        for key, value in model.named_parameters():
-            value.requires_grad_(states[key])
-        raise
     return injection
 
 

@@ -26,13 +26,22 @@ def stand_in(members: Mapping[str, Member], make: Callable[[str, Member], Forwar
     forwards = {name: make(name, member) for name, member in members.items()}
     try:
         for name, member in members.items():
-            member.module.forward = forwards[name]
+            member.module.forward = _by_name(forwards[name])
         yield
     finally:
         for name, member in members.items():
             vars(member.module).pop("forward", None)  # the class's own is seen again
             if (own := before[name]) is not None:
                 member.module.forward = own
+
+
+def _by_name(forward: Forward) -> Callable[..., Tensor]:
+    """The same forward, which takes its input by any name too, as the modules themselves do."""
+
+    def called(*arguments: Tensor, **named: Tensor) -> Tensor:
+        return forward(*arguments, *named.values())
+
+    return called
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class View:
     """A weight as a matrix.
 
     Attributes:
+        name: of the kind; a view is pickled (a model for another process) as its name.
         matrix: the matrix [n1, n2] of a module's weight (a view where the storage allows).
         restore: from a matrix [n1, n2] to the shape and dtype of the module's weight.
         axis: of the output features in the module's output.
@@ -33,11 +34,15 @@ class View:
             bias out.
     """
 
+    name: str
     matrix: Callable[[nn.Module], Tensor]
     restore: Callable[[nn.Module, Tensor], Tensor]
     axis: int
     is_linear: bool
     call: Callable[..., Tensor]
+
+    def __reduce__(self) -> tuple[Callable[[str], View], tuple[str]]:
+        return view_of_kind, (self.name,)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -60,6 +65,7 @@ def _call_convolution(module: nn.Module, x: Tensor, matrix: Tensor, *, bias: boo
 
 
 LINEAR = View(
+    "linear",
     matrix=weight_of,
     restore=lambda module, matrix: matrix.to(weight_of(module).dtype),
     axis=-1,
@@ -67,6 +73,7 @@ LINEAR = View(
     call=_call_linear,
 )
 CONV1D = View(
+    "transposed-linear",
     matrix=lambda module: weight_of(module).T,
     restore=lambda module, matrix: matrix.T.to(weight_of(module).dtype),
     axis=-1,
@@ -74,6 +81,7 @@ CONV1D = View(
     call=_call_linear,
 )
 INT8 = View(
+    "int8",
     matrix=lambda module: cast("Int8Linear", module).dequantize(),
     restore=lambda _, matrix: matrix,
     axis=-1,
@@ -84,6 +92,7 @@ INT8 = View(
 
 def _convolution(dimensions: int) -> View:
     return View(
+        f"convolution-{dimensions}d",
         matrix=lambda module: weight_of(module).flatten(1),
         restore=lambda module, matrix: matrix.reshape(weight_of(module).shape).to(weight_of(module).dtype),
         axis=-1 - dimensions,
@@ -93,6 +102,12 @@ def _convolution(dimensions: int) -> View:
 
 
 _CONVOLUTION_VIEWS = {kind: _convolution(dimensions) for kind, dimensions in _CONVOLUTIONS.items()}
+_VIEWS = {view.name: view for view in (LINEAR, CONV1D, INT8, *_CONVOLUTION_VIEWS.values())}
+
+
+def view_of_kind(name: str) -> View:
+    """The view of that name."""
+    return _VIEWS[name]
 
 
 def find_view(module: nn.Module) -> View | str:

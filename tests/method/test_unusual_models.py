@@ -1,0 +1,175 @@
+"""What models and their users do besides a plain call: hooks, autocast, second derivatives, processes."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from edge_tcur.method.config import TCurConfig
+from edge_tcur.method.gradients import mean_gradients
+from edge_tcur.method.rehearsal import Rehearsal
+from edge_tcur.method.targets import find_targets
+
+ALONE = TCurConfig(rank=2, selection="norm")
+ALL = TCurConfig(rank=2, selection="norm", grouping="shape", coupling="all", transform="dct")
+FORMS = [(ALONE, form) for form in ("gather", "factored", "merged", "materialised")]
+FORMS += [(ALL, form) for form in ("factored", "merged", "materialised", "spectral")]
+formed = pytest.mark.parametrize(
+    ("config", "form"), FORMS, ids=[f"{config.coupling}-{form}" for config, form in FORMS]
+)
+
+
+def adapted(kit, config, form, model=None):
+    model = kit.Net() if model is None else model
+    injection = kit.adapt(model, config)
+    kit.stir(injection, std=0.3)
+    for layer in injection.layers().values():
+        layer.form = form
+    return model, injection
+
+
+def gradients(model, injection, kit, **options):
+    with torch.autocast("cpu", **options):
+        loss = kit.loss_of(model)
+    return torch.cat([value.flatten() for value in torch.autograd.grad(loss, injection.parameters())])
+
+
+@formed
+def test_autocast_gives_the_gradients_of_its_precision(kit, config, form):
+    """As `transformers.Trainer` trains with ``bf16=True``: wherever a layer's input is float32 or cast."""
+    model, injection = adapted(kit, config, form)
+    expected = gradients(model, injection, kit, enabled=False)
+    found = gradients(model, injection, kit, dtype=torch.bfloat16)
+    assert not torch.equal(found, expected)  # it was cast
+    assert float((found - expected).norm()) < 0.05 * float(expected.norm())
+
+
+@formed
+def test_autocast_takes_a_float32_input(kit, config, form):
+    model, injection = adapted(kit, config, form)
+    x, layer = torch.randn(5, 6), model.blocks[1].up
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(x)
+    assert found.dtype is torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+    found.float().square().sum().backward()
+    assert any(value.grad is not None and value.grad.abs().max() > 0 for value in injection.parameters())
+
+
+@formed
+def test_hooks_on_a_layer_are_called_in_every_form(kit, config, form):
+    model, x = kit.Net(), kit.batch()[0]
+    layer, calls = model.blocks[1].up, []
+    plain, _ = adapted(kit, config, form, copy.deepcopy(model))
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    layer.register_full_backward_hook(lambda *_: calls.append("backward"))
+    model, _ = adapted(kit, config, form, model)
+    found = model(x.requires_grad_())
+    torch.testing.assert_close(found, plain(x), rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert calls == ["before", "after", "backward"]
+
+
+@formed
+def test_a_forward_put_on_a_layer_is_called_in_every_form(kit, config, form):
+    model, x, calls = kit.Net(), kit.batch()[0], []
+    plain, _ = adapted(kit, config, form, copy.deepcopy(model))
+    own = model.blocks[1].up.forward
+    model.blocks[1].up.forward = lambda x: calls.append(1) or own(x)
+    model, _ = adapted(kit, config, form, model)
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert calls == [1]
+
+
+def test_hooks_on_a_convolution_are_called(kit):
+    torch.manual_seed(0)
+    model, calls, x = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1)), [], torch.randn(2, 2, 5, 5)
+    config = TCurConfig(rank=2, selection="norm", targets="0")
+    kit.stir(kit.adapt(model, config))
+    expected = model(x)
+    model[0].base.register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+
+
+@formed
+def test_second_derivatives_are_right_or_refused(kit, config, form):
+    """Silence would be wrong numbers: a gradient penalty would lack the part through what was kept."""
+    model, injection = adapted(kit, config, form, kit.Net().double())
+    for group in injection.groups.values():
+        group.double()
+    core, x = injection.parameters()[0], kit.batch()[0].double()
+
+    def penalty():
+        (found,) = torch.autograd.grad(model(x).square().sum(), core, create_graph=True)
+        return found.square().sum()
+
+    if form in ("gather", "factored"):
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            penalty().backward()
+        return
+    (slope,) = torch.autograd.grad(penalty(), core)
+    step = torch.randn(core.shape, dtype=torch.float64)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            core.add_(sign * 1e-6 * step)
+        values.append(penalty().item())
+        with torch.no_grad():
+            core.sub_(sign * 1e-6 * step)
+    expected = (values[0] - values[1]) / 2e-6
+    assert (slope * step).sum().item() == pytest.approx(expected, rel=1e-4)
+
+
+def through_bytes(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@formed
+def test_an_adapted_model_goes_to_another_process_and_a_copy_lives_alone(kit, config, form):
+    model, injection = adapted(kit, config, form)
+    model.injection = injection
+    x = kit.batch()[0]
+    model.blocks[0].up(torch.randn(2, 6))  # in the middle of a pass
+    expected = model(x)
+    for other in (through_bytes(model), copy.deepcopy(model)):
+        assert torch.equal(other(x), expected)
+        kit.stir(other.injection, seed=9)
+        assert not torch.equal(other(x), expected)
+        other.injection.activate(None)
+        other.injection.remove()
+    assert torch.equal(model(x), expected)
+
+
+class Named(nn.Module):
+    """Calls its layer by the name of its input, and reads its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        assert (self.layer.in_features, self.layer.weight.shape) == (4, (4, 4))
+        return self.head(self.layer(input=x))
+
+
+def test_a_layer_that_is_called_by_name_and_asked_for_its_sizes(kit):
+    config = TCurConfig(rank=2, selection="norm", targets="layer")
+    model = Named()
+    targets = find_targets(model, config)
+    assert set(mean_gradients(model, targets, [lambda: kit.loss_of(model)])) == {"layer"}
+    with Rehearsal(model, targets, 2).active():
+        kit.loss_of(model)
+    kit.stir(kit.adapt(model, config))
+    kit.loss_of(model).backward()
+    with pytest.raises(AttributeError, match="no attribute 'typo'"):
+        model.layer.typo  # noqa: B018
