@@ -87,21 +87,18 @@ class TCurConfig:
     def _refuse_types(self) -> None:
         """A file of settings may hold anything; what is of another type would fail much later."""
         texts = ("grouping", "coupling", "transform", "selection", "frame", "targets")
-        expected = dict.fromkeys(texts, "a text") | {"rank": _WHOLE, "seed": _WHOLE, "alpha": "a number"}
-        values: list[tuple[str, Any, str]] = [
-            (name, getattr(self, name), kind) for name, kind in expected.items()
-        ]
-        values.append(("rank_pattern", self.rank_pattern, "a mapping"))
-        for name in ("layers_to_transform", "modules_to_save"):
-            values.append((name, getattr(self, name), "a list"))
-        for name, value, kind in values:
-            _typed(name, value, kind)
-        for part in self.rank_pattern.values():
-            _typed("rank_pattern", part, _WHOLE)
-        for part in self.layers_to_transform:
-            _typed("layers_to_transform", part, _WHOLE)
-        for part in (*self.modules_to_save, *self.rank_pattern):
-            _typed("modules_to_save or rank_pattern", part, "a text")
+        kinds = dict.fromkeys(texts, "a text") | {"rank": _WHOLE, "seed": _WHOLE, "alpha": "a number"}
+        kinds |= {"rank_pattern": "a mapping", "layers_to_transform": "a list", "modules_to_save": "a list"}
+        for name, kind in kinds.items():
+            _typed(name, getattr(self, name), kind)
+        for name, parts, kind in (
+            ("rank_pattern", self.rank_pattern, "a text"),
+            ("rank_pattern", self.rank_pattern.values(), _WHOLE),
+            ("layers_to_transform", self.layers_to_transform, _WHOLE),
+            ("modules_to_save", self.modules_to_save, "a text"),
+        ):
+            for part in parts:
+                _typed(name, part, kind)
         if self.seed < 0:
             raise ConfigError(f"{self.seed}; expected at least 0", where="seed")
 

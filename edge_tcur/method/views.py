@@ -140,5 +140,5 @@ def bias_of(module: nn.Module, rows: Tensor) -> Tensor | None:
 
 def is_finite(module: nn.Module) -> bool:
     """Whether every entry of the weight is a finite number."""
-    weight = weight_of(module)
-    return weight.dtype is torch.int8 or bool(torch.isfinite(weight).all())
+    weight = module.scale if isinstance(module, Int8Linear) else weight_of(module)
+    return bool(torch.isfinite(weight).all())
