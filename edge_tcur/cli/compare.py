@@ -16,7 +16,8 @@ from edge_tcur_runtime.output import Sink
 
 if TYPE_CHECKING:
     from edge_tcur.compare.problems import AnyProblem
-    from edge_tcur.compare.runner import Grid, Record
+    from edge_tcur.compare.records import Record
+    from edge_tcur.compare.runner import Grid
 
 EPILOG = """\b
 Examples:
