@@ -142,6 +142,7 @@ class Injection:
         self.adapters: dict[str, InjectedAdapter] = {}
         self.active: str | None = None
         self._layers: dict[str, AdaptedLayer] = {}
+        self._names: dict[str, tuple[str, ...]] = {}  # of an adapted module, and whatever else it is called
         self._merged: dict[str, nn.Parameter] = {}
         self._originals: dict[str, nn.Parameter] = {}
         if any(isinstance(module, AdaptedLayer) for module in model.modules()):
@@ -201,23 +202,36 @@ class Injection:
                     else factors[spec.name]
                 )
                 groups[spec.name] = CoreGroup(spec, members, own, config)
-            for spec in targets.groups:
-                for module in spec.modules:
-                    if module not in self._layers:
-                        member = member_of(self.model, module)
-                        self._layers[module] = AdaptedLayer(member.module, member.view)
+            self._adapt(targets)
         return InjectedAdapter(config, targets, groups, saved)
+
+    def _adapt(self, targets: Targets) -> None:
+        """Makes adapted layers of the targets that have none yet; `_plain` puts them in."""
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+        for group in targets.groups:
+            for name in group.modules:
+                if name not in self._layers:
+                    member = member_of(self.model, name)
+                    self._layers[name] = AdaptedLayer(member.module, member.view)
+                    self._names[name] = tuple(names[id(member.module)])
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        """Puts `module` in the place of the target of that name, wherever the model holds it."""
+        for place in self._names[name]:
+            _replace(self.model, place, module)
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
         """The model with its own layers, for looking at it; the adapted ones return, new ones included."""
         for name, layer in self._layers.items():
-            _replace(self.model, name, layer.base)
+            self._put(name, layer.base)
         try:
             yield
         finally:
             for name, layer in self._layers.items():
-                _replace(self.model, name, layer)
+                self._put(name, layer)
 
     def activate(self, name: str | None) -> None:
         """Uses the adapter of that name; None switches every update off: the model is exactly the base.
@@ -305,7 +319,7 @@ class Injection:
             layer = self._layers[module]
             layer.use(None)
             if linear is not None:
-                _replace(self.model, module, linear)
+                self._put(module, linear)
                 continue
             # A parameter of its own: another module may be tied to the base's weight.
             weight = nn.Parameter(value, requires_grad=False)
@@ -347,7 +361,7 @@ class Injection:
             raise UsageError("no adapter is merged")
         for module in _modules(self.adapters[self._current()]):
             layer = self._layers[module]
-            _replace(self.model, module, layer)
+            self._put(module, layer)
             if module in self._merged:
                 _set_parameter(layer.base, "weight", self._merged[module])
         self._merged = {}
@@ -359,7 +373,7 @@ class Injection:
             self.activate(None)
         for name, layer in self._layers.items():
             if self.model.get_submodule(name) is layer:
-                _replace(self.model, name, layer.base)
+                self._put(name, layer.base)
         self.adapters, self.active, self._layers, self._merged, self._originals = {}, None, {}, {}, {}
 
     def _known(self, name: str) -> None:

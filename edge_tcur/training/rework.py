@@ -102,7 +102,7 @@ def reduce_run(run: Run, rank: int, out: Path, *, force: bool = False) -> Rework
         for name, factors in adapter.factors.items()
     }
     smaller = refit(adapter, fits, adapter.header.base_digest)
-    return _write(replace(run, config=replace(run.config, rank=rank)), smaller, fits, out, force)
+    return _write(replace(run, config=run.config.with_rank(rank)), smaller, fits, out, force)
 
 
 def _stacks(base: Base, run: Run, adapter: Adapter) -> dict[str, np.ndarray]:

@@ -173,3 +173,59 @@ def test_a_layer_that_is_called_by_name_and_asked_for_its_sizes(kit):
     kit.loss_of(model).backward()
     with pytest.raises(AttributeError, match="no attribute 'typo'"):
         model.layer.typo  # noqa: B018
+
+
+class Shared(nn.Module):
+    """One module under two names, as recurrent blocks have it, and a layer that is run twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.ModuleDict({"up": nn.Linear(4, 4)})
+        self.first, self.layers = nn.Linear(4, 4), nn.ModuleList([layer, layer])
+        self.again, self.head = self.first, nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        for layer in self.layers:
+            x = x + torch.tanh(layer["up"](x))
+        return self.head(torch.tanh(self.again(x)))
+
+
+def test_a_module_under_two_names_is_adapted_under_both(kit):
+    model, x = Shared(), kit.batch()[0]
+    config = TCurConfig(rank=2, selection="norm", targets="first,layers.*")
+    expected, before = model(x), kit.bits(model)
+    injection = kit.adapt(model, config)
+    assert sorted(injection.layers()) == ["first", "layers.0.up"]
+    assert model.first is model.again
+    kit.stir(injection, std=0.5)
+    adapted = model(x)
+    dense = Shared()
+    with torch.no_grad():
+        for group in injection.groups.values():
+            for position, name in enumerate(group.spec.modules):
+                dense.get_submodule(name).weight += group.slice(position).dense()
+    torch.testing.assert_close(adapted, dense(x))
+    injection.merge()
+    torch.testing.assert_close(model(x), adapted)
+    injection.unmerge()
+    assert torch.equal(model(x), adapted)
+    injection.remove()
+    assert torch.equal(model(x), expected)
+    assert kit.bits(model) == before
+    assert model.first is model.again
+    assert type(model.again) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_core_that_was_cast_and_not_trained_keeps_its_file(kit, kind):
+    _, injection = adapted(kit, ALL, None)
+    for group in injection.groups.values():
+        group.load(group.factors())
+        before = group.factors().core
+        group.to(kind)
+        assert group.factors().core is before
+        with torch.no_grad():
+            group.core.mul_(2)
+        assert not (group.factors().core == before).all()

@@ -186,3 +186,24 @@ def test_a_merge_whose_files_do_not_belong_together_is_refused(cli, runs, tmp_pa
     code, _, err = cli("merge", merged, "--undo", "--out", tmp_path / "back")
     assert (code, (tmp_path / "back").exists()) == (6, False)
     assert "Traceback" not in err
+
+
+def test_a_lower_rank_of_ranks_that_were_shared_out(cli, digits_npz, vit_dir, tmp_path):
+    from edge_tcur.training import TrainConfig, open_run, train
+    from edge_tcur.training.rework import reduce_run
+
+    config = TrainConfig(
+        base=str(vit_dir), data=str(digits_npz), task="image-classification", epochs=1, threads=1,
+        rank=4, rank_budget=120, head_epochs=0,
+    )  # fmt: skip
+    run = train(config, tmp_path / "run").run
+    ranks = [factors.rank for factors in run.adapter().factors.values()]
+    assert max(ranks) > 2
+    reduced = reduce_run(run, 2, tmp_path / "reduced").run
+    smaller = open_run(reduced.root)
+    found = [factors.rank for factors in smaller.adapter().factors.values()]
+    assert found == [min(rank, 2) for rank in ranks]
+    method = smaller.config.method()
+    assert method.rank == 2
+    assert sorted(method.rank_pattern.values()) == sorted(found)
+    assert cli("eval", reduced.root, "--data", digits_npz)[0] == 0
