@@ -81,6 +81,9 @@ def _check_alike(header: AdapterHeader, config: TCurConfig, folder: Path) -> Non
 class TCurModel(nn.Module):
     """A model under one or several named adapters. What it does not know it asks of the model.
 
+    `transformers.Trainer` looks for the names of labels in the model's class: say
+    ``TrainingArguments(label_names=["labels"])`` for a loss at evaluation.
+
     Args:
         model: changed in place: frozen, its targets replaced by adapted layers.
         config: of the first adapter.

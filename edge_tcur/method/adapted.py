@@ -310,6 +310,7 @@ class Injection:
         Raises:
             UsageError: no adapter is active, or one is merged already.
             ConfigError: an int8 base, and `dequantize` was not said.
+            BadInputError: a sum is not finite in the dtype of its weight; nothing is changed.
         """
         name = self._current()
         self._refuse_while_merged()
@@ -332,6 +333,10 @@ class Injection:
         part = slot.group.slice(slot.position)
         matrix = layer.view.matrix(layer.base)
         total = (matrix + part.dense()).to(matrix.dtype)  # added in the wider of the two dtypes
+        if not torch.isfinite(total).all():
+            raise BadInputError(
+                f"the sum of weight and update is no finite number in {matrix.dtype}", where=module
+            )
         if not isinstance(layer.base, Int8Linear):
             return None, layer.view.restore(layer.base, total)
         if not dequantize:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 
 import pytest
@@ -13,6 +14,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets
+from edge_tcur_runtime.errors import BadInputError
 
 ALONE = TCurConfig(rank=2, selection="norm")
 ALL = TCurConfig(rank=2, selection="norm", grouping="shape", coupling="all", transform="dct")
@@ -229,3 +231,37 @@ def test_a_core_that_was_cast_and_not_trained_keeps_its_file(kit, kind):
         with torch.no_grad():
             group.core.mul_(2)
         assert not (group.factors().core == before).all()
+
+
+@formed
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", ["dft", "dct"])
+def test_half_precision_of_base_and_core(kit, config, form, kind, transform):
+    if config is ALL:
+        config = dataclasses.replace(config, transform=transform)
+    model, injection = adapted(kit, config, form)
+    x = kit.batch()[0]
+    expected = model(x)
+    expected.square().sum().backward()
+    slopes = [value.grad for value in injection.parameters()]
+    for group in injection.groups.values():
+        group.to(kind).zero_grad()
+    found = model.to(kind)(x.to(kind))
+    assert found.dtype is kind
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
+    found.square().sum().backward()
+    for value, slope in zip(injection.parameters(), slopes, strict=True):
+        assert value.grad.dtype is kind
+        assert float((value.grad.float() - slope).norm()) < 0.1 * float(slope.norm())
+
+
+@pytest.mark.parametrize("value", [1e6, float("nan")])
+def test_a_sum_that_is_not_finite_is_not_merged(kit, value):
+    model, injection = adapted(kit, ALONE, None, kit.Net().half())
+    before = kit.bits(model)
+    with torch.no_grad():
+        injection.groups["down"].core[1].fill_(value)
+    with pytest.raises(BadInputError, match=r"blocks\.1\.down.*no finite number in torch.float16"):
+        injection.merge()
+    assert not injection.is_merged
+    assert kit.bits(model) == before

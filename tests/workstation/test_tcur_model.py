@@ -378,3 +378,41 @@ def test_a_model_that_was_cast_is_saved(bert, batch, tmp_path, kind):
     loaded = TCurModel.from_pretrained(base, tmp_path)
     for one, other in zip(model.injection.parameters(), loaded.injection.parameters(), strict=True):
         torch.testing.assert_close(one.float(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainer_with_checkpoints_accumulation_autocast_and_a_second_process(bert, batch, tmp_path):
+    """Each of them alone has broken adapters elsewhere; a run that is taken up goes on where it was."""
+    from transformers import Trainer, TrainingArguments
+
+    model = get_tcur_model(bert, TCurConfig(rank=4, selection="norm", grouping="shape", coupling="all"))
+    start = model(**batch).loss.item()
+    samples = [{name: value[n] for name, value in batch.items()} for n in range(6)] * 4
+    options = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        learning_rate=0.05,
+        report_to=[],
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        label_names=["labels"],
+        load_best_model_at_end=True,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=1,
+        gradient_accumulation_steps=2,
+        bf16=True,
+    )
+    model.activation_checkpointing_enable()
+    trainer = Trainer(model, options, train_dataset=samples, eval_dataset=samples[:6])
+    trainer.train()
+    trained = model.eval()(**batch).loss.item()
+    assert trained < start - 0.02
+    cores = [value.clone() for value in model.injection.parameters()]
+    for value in model.injection.parameters():
+        nn.init.zeros_(value)
+    Trainer(model, options, train_dataset=samples, eval_dataset=samples[:6]).train(
+        resume_from_checkpoint=True
+    )
+    for value, core in zip(model.injection.parameters(), cores, strict=True):
+        assert torch.equal(value, core)
