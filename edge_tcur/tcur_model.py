@@ -27,7 +27,7 @@ from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models.base import base_digest
-from edge_tcur_runtime.atomic import write_atomic
+from edge_tcur_runtime.atomic import disk_error, write_atomic
 from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError
 from edge_tcur_runtime.formats.adapter import (
     Adapter,
@@ -234,8 +234,11 @@ class TCurModel(nn.Module):
             DiskError: it cannot be written.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter(adapter_name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
         config = asdict(self.tcur_config[adapter_name or self.active_adapter or ""])
         write_adapter(folder / ADAPTER_FILE, adapter)
         write_atomic(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())

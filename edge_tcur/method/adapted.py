@@ -15,10 +15,10 @@ from edge_tcur.method.cost import Sizes, cheapest_form
 from edge_tcur.method.forms import FORMS, Form, beside, possible_forms
 from edge_tcur.method.group import CoreGroup, choose_factors, member_of
 from edge_tcur.method.quantized import Int8Linear
-from edge_tcur.method.targets import Targets, find_targets, saved_parameters
+from edge_tcur.method.targets import Targets, find_targets, group_specs, saved_parameters
 from edge_tcur.method.views import View, weight_of
 from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError, UsageError
-from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
+from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors, SketchFactors, check_factors
 
 DEFAULT = "default"
 _DENSE = ("materialised", "merged", "spectral")
@@ -493,7 +493,9 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
 
     Raises:
         BaseMismatchError: other groups, other sizes, or sketches in the place of indices.
+        FileFormatError, BadInputError: shapes, dtypes or values that no adapter has (`check_factors`).
     """
+    specs = group_specs(targets)
     names = [group.name for group in targets.groups]
     if set(factors) != set(names):
         raise BaseMismatchError(f"the adapter has the groups {sorted(factors)}, the model {sorted(names)}")
@@ -514,3 +516,5 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
                 f"in {group.blocks} blocks",
                 where=group.name,
             )
+        if type(own) in (Factors, SketchFactors):  # a comparison brings others, of no format
+            check_factors(own, specs[group.name], group.name)

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets
-from edge_tcur_runtime.errors import BadInputError
+from edge_tcur_runtime.errors import BadInputError, EdgeError
 
 ALONE = TCurConfig(rank=2, selection="norm")
 ALL = TCurConfig(rank=2, selection="norm", grouping="shape", coupling="all", transform="dct")
@@ -265,3 +266,49 @@ def test_a_sum_that_is_not_finite_is_not_merged(kit, value):
         injection.merge()
     assert not injection.is_merged
     assert kit.bits(model) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "error"),
+    [
+        ("rows", [[1, 1]] * 3, "strictly increasing"),
+        ("cols", [[3, 1]] * 3, "strictly increasing"),
+        ("rows", [[-1, 1]] * 3, "strictly increasing"),
+        ("cols", [[1, 99]] * 3, "do not fit"),
+        ("core", [[[float("nan")] * 2] * 2] * 3, "NaN"),
+        ("core", [[[0.0] * 5] * 5] * 3, "rows have shape"),
+    ],
+)
+def test_factors_that_no_file_holds_are_refused(kit, part, value, error):
+    model = kit.Net()
+    injection = kit.adapt(model, ALONE)
+    factors = injection.factors()
+    injection.remove()
+    own = factors["down"]
+    kind = getattr(own, part).dtype
+    factors["down"] = dataclasses.replace(own, **{part: np.array(value, kind)})
+    names = [name for name, _ in model.named_modules()]
+    model.requires_grad_(True)
+    with pytest.raises(EdgeError, match=f"down.*{error}"):
+        kit.adapt(model, ALONE, factors=factors)
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(value.requires_grad for value in model.parameters())
+
+
+@pytest.mark.parametrize("frame", ["orthonormal", "raw"])
+@pytest.mark.parametrize("form", ["gather", "factored", "merged", "materialised"])
+@pytest.mark.parametrize("selection", ["norm", "leverage", "gradient"])
+def test_a_weight_of_zeros_beside_others_leaves_the_gradients_finite(kit, frame, form, selection):
+    """As residual branches begin: none of its rows and columns reaches anything, the others' do."""
+    model, config = kit.Net(), dataclasses.replace(ALONE, frame=frame, selection=selection)
+    with torch.no_grad():
+        model.blocks[1].down.weight.zero_()
+        model.blocks[2].gate.weight.zero_()
+    injection = kit.adapt(model, config)
+    for layer in injection.layers().values():
+        layer.form = form
+    losses = kit.train(model, injection.parameters())
+    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(value).all() for value in injection.parameters())
+    assert all(torch.isfinite(value.grad).all() for value in injection.parameters())
+    kit.stored(injection, config)

@@ -15,6 +15,7 @@ from edge_tcur_runtime.errors import (
     BadInputError,
     BaseMismatchError,
     ConfigError,
+    DiskError,
     IntegrityError,
     UsageError,
 )
@@ -416,3 +417,9 @@ def test_the_trainer_with_checkpoints_accumulation_autocast_and_a_second_process
     )
     for value, core in zip(model.injection.parameters(), cores, strict=True):
         assert torch.equal(value, core)
+
+
+def test_a_directory_that_cannot_be_made(bert, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(DiskError, match="file"):
+        get_tcur_model(bert, CONFIG).save_pretrained(tmp_path / "file")
