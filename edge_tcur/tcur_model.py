@@ -125,6 +125,12 @@ class TCurModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCurModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.injection.apply_at_rest(fn)
+        return self
+
     @property
     def active_adapter(self) -> str | None:
         """Name of the adapter in use; None is the base."""
@@ -157,7 +163,10 @@ class TCurModel(nn.Module):
                 parameter.requires_grad_(other == self.active_adapter)
 
     def set_adapter(self, name: str) -> None:
-        """Uses and trains the adapter of that name."""
+        """Uses and trains the adapter of that name.
+
+        Backward passes of losses under another one come before: its parameters take no gradients after.
+        """
         self.injection.activate(name)
         self._require_gradients()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -380,6 +380,20 @@ class Injection:
             if self.model.get_submodule(name) is layer:
                 self._put(name, layer.base)
         self.adapters, self.active, self._layers, self._merged, self._originals = {}, None, {}, {}, {}
+
+    def apply_at_rest(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` of the model does (a move, a cast), to what is not in it now.
+
+        That is what other adapters trained in full, what the active one stands in for, and what is merged.
+        """
+        resting = [*self._originals.values(), *self._merged.values()]
+        for name, adapter in self.adapters.items():
+            resting += [] if name == self.active else adapter.saved.values()
+        for value in resting:
+            value.data = fn(value.data)
+        for name, layer in self._layers.items():
+            if self.model.get_submodule(name) is not layer:
+                layer._apply(fn)  # type: ignore[no-untyped-call]
 
     def _known(self, name: str) -> None:
         if name not in self.adapters:

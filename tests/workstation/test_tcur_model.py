@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edge_tcur.method.config import TCurConfig, preset
+from edge_tcur.method.quantized import quantize_linears
 from edge_tcur.method.targets import find_targets
 from edge_tcur.tcur_model import TCurModel, collect_gradients, get_tcur_model, read_config, rehearsal
 from edge_tcur_runtime.errors import (
@@ -423,3 +424,35 @@ def test_a_directory_that_cannot_be_made(bert, tmp_path):
     (tmp_path / "file").write_text("not a directory")
     with pytest.raises(DiskError, match="file"):
         get_tcur_model(bert, CONFIG).save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_move_reaches_what_is_not_in_the_model_now(quantised):
+    """The base's own modules, those of other adapters, and weights that are merged; seen by a cast."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    if quantised:
+        quantize_linears(plain, keep=("4",))
+    config = TCurConfig(rank=2, selection="norm", targets="0,2", modules_to_save=("4",))
+    model = get_tcur_model(plain, config, "first")
+    model.add_adapter("second", config)
+    for value in (*model.injection.parameters(), *model.injection.adapters["first"].parameters()):
+        nn.init.normal_(value)
+    x, expected = torch.randn(5, 6), {}
+    with torch.no_grad():
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            expected[name] = model(x)
+        with model.disable_adapter():
+            expected["base"] = model(x)
+        model.double()
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            torch.testing.assert_close(model(x.double()).float(), expected[name], rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x.double()).float(), expected["base"], rtol=1e-4, atol=1e-5)
+        model.merge_adapter(dequantize=True)
+        model.float()
+        torch.testing.assert_close(model(x), expected["second"], rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), expected["second"], rtol=1e-4, atol=1e-5)
