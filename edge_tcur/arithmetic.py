@@ -39,6 +39,10 @@ def combine(
     """
     if not adapters or len(weights) != len(adapters) or not np.isfinite(weights).all():
         raise ConfigError("every adapter needs one finite weight", where="weights")
+    if extras_from is not None and not 0 <= extras_from < len(adapters):
+        raise ConfigError(
+            f"there is no adapter {extras_from}; expected 0 to {len(adapters) - 1}", where="extras_from"
+        )
     first = adapters[0]
     for other in adapters[1:]:
         _check_alike(first, other)
@@ -52,6 +56,8 @@ def combine(
     def total(values: Sequence[np.ndarray]) -> np.ndarray:
         pairs = zip(weights, values, strict=True)
         result: np.ndarray = sum((w * value.astype(np.float64) for w, value in pairs), np.zeros(()))
+        if not (np.abs(result) <= np.finfo(np.float32).max).all():
+            raise ConfigError("these weights make numbers that no float32 holds", where="weights")
         return result.astype(np.float32)
 
     factors = {

@@ -17,6 +17,12 @@ class RunDirectoryError(BadInputError):
     code = "bad-run"
 
 
+class ComparisonError(BadInputError):
+    """Runs of a comparison that failed; the others are recorded."""
+
+    code = "comparison"
+
+
 class ExportError(IncompatibleError):
     """A model that cannot be exported, or an exported graph that does not agree with torch."""
 

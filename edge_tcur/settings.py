@@ -107,6 +107,11 @@ class TrainConfig:
         pattern = ",".join(f"{name}={rank}" for name, rank in ranks.items())
         return replace(self, grouping="weight", rank_pattern=pattern)
 
+    def with_rank(self, rank: int) -> TrainConfig:
+        """These settings with no rank above this one."""
+        pattern = ",".join(f"{n}={min(own, rank)}" for n, own in _parse_ranks(self.rank_pattern).items())
+        return replace(self, rank=min(self.rank, rank), rank_pattern=pattern)
+
     def method(self) -> TCurConfig:
         """The adapter's part of the settings."""
         return TCurConfig(

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from edge_tcur import __version__
-from edge_tcur.method.adapted import DEFAULT, Injection
+from edge_tcur.method.adapted import DEFAULT, Injection, gradients_as_before
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets, group_specs
 from edge_tcur.models.base import base_digest
-from edge_tcur_runtime.atomic import write_atomic
+from edge_tcur_runtime.atomic import disk_error, write_atomic
 from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError
 from edge_tcur_runtime.formats.adapter import (
     Adapter,
@@ -55,8 +55,34 @@ class _Forward:
         return self._model(*arguments, **options)
 
 
+def _free_key(modules: nn.ModuleDict, name: str) -> str:
+    """A key for `name`: no dots, and neither taken nor one of the dictionary's own attributes."""
+    key = name.replace(".", "-")
+    while key in modules or hasattr(modules, key):
+        key += "-"
+    return key
+
+
+def _check_alike(header: AdapterHeader, config: TCurConfig, folder: Path) -> None:
+    """Refuses settings that are not those that the adapter was made with: it would compute otherwise."""
+    pairs = {
+        "coupling": (header.coupling, config.coupling),
+        "transform": (header.transform, config.domain),
+        "frame": (header.frame, config.frame),
+        "alpha": (header.alpha, config.alpha),
+    }
+    for name, (theirs, own) in pairs.items():
+        if theirs != own:
+            raise BaseMismatchError(
+                f"the adapter's {name} is {theirs}, that of {CONFIG_FILE} {own}", where=str(folder)
+            )
+
+
 class TCurModel(nn.Module):
     """A model under one or several named adapters. What it does not know it asks of the model.
+
+    `transformers.Trainer` looks for the names of labels in the model's class: say
+    ``TrainingArguments(label_names=["labels"])`` for a loss at evaluation.
 
     Args:
         model: changed in place: frozen, its targets replaced by adapted layers.
@@ -66,7 +92,7 @@ class TCurModel(nn.Module):
             and `rehearsal`.
 
     Raises:
-        ConfigError, BadInputError: see `edge_tcur.method.adapted.inject`.
+        ConfigError, BadInputError, UsageError: see `edge_tcur.method.adapted.inject`; the model is unchanged.
     """
 
     def __init__(
@@ -77,13 +103,19 @@ class TCurModel(nn.Module):
         *,
         directions: Mapping[str, Tensor] | None = None,
     ) -> None:
-        super().__init__()
+        with gradients_as_before(model):
+            self._wrap(model)
+            self.add_adapter(adapter_name, config, directions=directions)
+
+    def _wrap(self, model: nn.Module) -> None:
+        """Takes `model` under no adapter yet."""
+        nn.Module.__init__(self)
         self.base_digest = base_digest(model)
         self.model = model
         self.injection = Injection(model)
         self.cores = nn.ModuleDict()
+        self._keys: dict[str, str] = {}  # adapter name -> key in `cores`
         self.forward = _Forward(model)
-        self.add_adapter(adapter_name, config, directions=directions)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,6 +124,12 @@ class TCurModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TCurModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.injection.apply_at_rest(fn)
+        return self
 
     @property
     def active_adapter(self) -> str | None:
@@ -111,9 +149,11 @@ class TCurModel(nn.Module):
         self._register(name)
 
     def _register(self, name: str) -> None:
-        adapter = self.injection.adapters[name]
-        groups = {group.replace(".", "-"): part for group, part in adapter.groups.items()}
-        self.cores[name.replace(".", "-")] = nn.ModuleDict(groups)
+        adapter, groups = self.injection.adapters[name], nn.ModuleDict()
+        for group, part in adapter.groups.items():
+            groups[_free_key(groups, group)] = part
+        self._keys[name] = _free_key(self.cores, name)
+        self.cores[self._keys[name]] = groups
         self._require_gradients()
 
     def _require_gradients(self) -> None:
@@ -123,14 +163,17 @@ class TCurModel(nn.Module):
                 parameter.requires_grad_(other == self.active_adapter)
 
     def set_adapter(self, name: str) -> None:
-        """Uses and trains the adapter of that name."""
+        """Uses and trains the adapter of that name.
+
+        Backward passes of losses under another one come before: its parameters take no gradients after.
+        """
         self.injection.activate(name)
         self._require_gradients()
 
     def delete_adapter(self, name: str) -> None:
         """Forgets an adapter; where it was active, the base is."""
         self.injection.delete(name)
-        del self.cores[name.replace(".", "-")]
+        del self.cores[self._keys.pop(name)]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -153,7 +196,9 @@ class TCurModel(nn.Module):
         return self.model
 
     def unload(self) -> nn.Module:
-        """The plain model, exactly the base."""
+        """The plain model, exactly the base, also where an adapter was merged."""
+        if self.injection.is_merged:
+            self.injection.unmerge()
         self.injection.remove()
         return self.model
 
@@ -198,8 +243,11 @@ class TCurModel(nn.Module):
             DiskError: it cannot be written.
         """
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
         adapter = self.adapter(adapter_name)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, folder) from error
         config = asdict(self.tcur_config[adapter_name or self.active_adapter or ""])
         write_adapter(folder / ADAPTER_FILE, adapter)
         write_atomic(folder / CONFIG_FILE, (json.dumps(config, indent=1) + "\n").encode())
@@ -219,23 +267,14 @@ class TCurModel(nn.Module):
             is_trainable: whether its cores require gradients.
 
         Raises:
-            BaseMismatchError: the adapter was made for another base; both digests are named.
+            BaseMismatchError: the adapter was made for another base (both digests are named) or with
+                other settings than those beside it.
             FileFormatError, IntegrityError, BadInputError: see `parse_adapter`.
         """
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self.base_digest = base_digest(model)
-        self.model = model
-        states = {key: value.requires_grad for key, value in model.named_parameters()}
-        self.injection = Injection(model)
-        self.cores = nn.ModuleDict()
-        self.forward = _Forward(model)
-        try:
+        with gradients_as_before(model):
+            self._wrap(model)
             self.load_adapter(directory, adapter_name, is_trainable=is_trainable)
-        except Exception:
-            for key, value in model.named_parameters():
-                value.requires_grad_(states[key])
-            raise
         return self
 
     def load_adapter(self, directory: str | Path, adapter_name: str, *, is_trainable: bool = False) -> None:
@@ -248,11 +287,16 @@ class TCurModel(nn.Module):
                 f"this one is {self.base_digest}",
                 where=str(folder / ADAPTER_FILE),
             )
+        _check_alike(adapter.header, config, folder)
+        before = self.active_adapter
         added = self.injection.add(adapter_name, config, factors=adapter.factors)
-        if {key: value.shape for key, value in adapter.extras.items()} != {
-            key: tuple(value.shape) for key, value in added.saved.items()
-        }:
+        own = {key: tuple(value.shape) for key, value in added.saved.items()}
+        if (
+            adapter.header.groups != group_specs(added.targets)
+            or {key: value.shape for key, value in adapter.extras.items()} != own
+        ):
             self.injection.delete(adapter_name)
+            self.injection.activate(before)
             raise BaseMismatchError("the adapter's modules are not those of its settings", where=str(folder))
         with torch.no_grad():
             for key, value in added.saved.items():
@@ -300,8 +344,9 @@ def rehearsal(model: nn.Module, config: TCurConfig, rank: int = 8) -> Rehearsal:
         config: says which weights are adapted.
         rank: of the update; at least that of the adapter.
     """
+    practice = Rehearsal(model, find_targets(model, config), rank, seed=config.seed)
     model.requires_grad_(False)
-    return Rehearsal(model, find_targets(model, config), rank, seed=config.seed)
+    return practice
 
 
 def read_config(path: Path) -> TCurConfig:
@@ -316,7 +361,8 @@ def read_config(path: Path) -> TCurConfig:
     if unknown := set(document) - known:
         raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}", where=str(path))
     for name in ("layers_to_transform", "modules_to_save"):
-        document[name] = tuple(document.get(name, ()))
+        if isinstance(values := document.get(name, []), list):
+            document[name] = tuple(values)
     try:
         return TCurConfig(**document)
     except TypeError as error:

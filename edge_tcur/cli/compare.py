@@ -16,7 +16,8 @@ from edge_tcur_runtime.output import Sink
 
 if TYPE_CHECKING:
     from edge_tcur.compare.problems import AnyProblem
-    from edge_tcur.compare.runner import Grid, Record
+    from edge_tcur.compare.records import Record
+    from edge_tcur.compare.runner import Grid
 
 EPILOG = """\b
 Examples:
@@ -104,8 +105,9 @@ def _problems(options: Mapping[str, Any]) -> list[AnyProblem]:
 
 
 def _run(grid: Grid, out: Path, workers: int, device: str, sink: Sink) -> None:
+    from edge_tcur.compare.records import RECORDS
     from edge_tcur.compare.report import describe, draw_plot, summarize
-    from edge_tcur.compare.runner import RECORDS, run_grid
+    from edge_tcur.compare.runner import run_grid
 
     with stage_bar(sink, "comparing") as bar:
 

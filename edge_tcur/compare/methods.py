@@ -247,18 +247,27 @@ def _list() -> list[Method]:
 METHODS: dict[str, Method] = {method.name: method for method in _list()}
 
 
+def _settings(text: str) -> TCurConfig:
+    try:
+        settings = json.loads(text)
+        base = preset(settings.pop("preset")) if "preset" in settings else TCurConfig()
+        return replace(base, **settings)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"not settings of a method: {error}", where="method", hint='for example {"rank": 4}'
+        ) from error
+
+
 def find_method(name: str) -> Method:
     """The method of that name, or one given as JSON of `TCurConfig`'s settings.
 
     ``{"preset": "gradient", "rank": 4}`` starts from a preset.
 
     Raises:
-        ConfigError: no such method; the nearest is suggested.
+        ConfigError: no such method (the nearest is suggested), or settings that are not allowed.
     """
     if name.startswith("{"):
-        settings = json.loads(name)
-        base = TCurConfig(**PRESETS[settings.pop("preset")]) if "preset" in settings else TCurConfig()
-        return _ours(name, name, replace(base, **settings))
+        return _ours(name, name, _settings(name))
     if name not in METHODS:
         guess = nearest(name, METHODS)
         raise ConfigError(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_tcur.compare.runner import Record, best_rate, chosen
+from edge_tcur.compare.records import Record
+from edge_tcur.compare.runner import best_rate, chosen
 from edge_tcur_runtime.output import table
 from edge_tcur_runtime.units import format_size
 
@@ -28,6 +29,7 @@ class Row:
         rate: chosen on the validation part of the first seed; `at_edge`: no higher or lower one was tried
             beyond it, so a better one may exist.
         seconds: mean of the training loop.
+        scores: of the test, by seed; seed_numbers: those seeds.
     """
 
     problem: str
@@ -41,6 +43,7 @@ class Row:
     at_edge: bool
     seconds: float
     scores: tuple[float, ...]
+    seed_numbers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,10 @@ class Summary:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "rows": [{**asdict(row), "scores": list(row.scores)} for row in self.rows],
+            "rows": [
+                {**asdict(row), "scores": list(row.scores), "seed_numbers": list(row.seed_numbers)}
+                for row in self.rows
+            ],
             "full_minus_head": self.matters,
             "judged_on": sorted(name for name, gain in self.matters.items() if gain >= MATTERS),
             "standings": [asdict(one) for one in standings(self)],
@@ -65,8 +71,8 @@ class Summary:
 
 
 def summarize(records: Iterable[Record]) -> Summary:
-    """Means at each method's chosen learning rate."""
-    records = list(records)
+    """Means at each method's chosen learning rate; of two records of one run the later counts."""
+    records = list({record.job: record for record in records}.values())
     sweeps: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
         sweeps[record.problem, record.method].append(record)
@@ -96,6 +102,7 @@ def _row(sweep: Sequence[Record], own: Sequence[Record]) -> Row:
         at_edge=len(swept) > 1 and rate in (min(swept), max(swept)),
         seconds=float(np.mean([record.seconds for record in own])),
         scores=scores,
+        seed_numbers=tuple(record.seed for record in own),
     )
 
 
@@ -179,7 +186,9 @@ def standings(summary: Summary) -> list[Standing]:
 
 def _ahead(row: Row, other: Row) -> float:
     """Mean difference over the seeds that both have."""
-    return float(np.mean([mine - its for mine, its in zip(row.scores, other.scores, strict=False)]))
+    its = dict(zip(other.seed_numbers, other.scores, strict=True))
+    mine = zip(row.seed_numbers, row.scores, strict=True)
+    return float(np.mean([score - its[seed] for seed, score in mine if seed in its]))
 
 
 def _standings(summary: Summary) -> str:

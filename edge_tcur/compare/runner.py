@@ -6,22 +6,22 @@ that was interrupted goes on where it stopped.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from edge_tcur.compare.methods import find_method
 from edge_tcur.compare.problems import AnyProblem
-from edge_tcur_runtime.errors import FileFormatError
+from edge_tcur.compare.records import Job, Record, check_problems, read_records, sole_writer, write_record
+from edge_tcur.errors import ComparisonError
 
-RECORDS = "records.jsonl"
 SWEEP_SEED = 0
 _EXTENSIONS = 2  # how often a sweep goes on beyond its end
 _STEP = 2.0
@@ -29,46 +29,6 @@ BATCH_SIZE = 16
 HEAD_RATE = 2e-3
 WARM_EPOCHS, WARM_RATE, WARM_BATCH = 20, 5e-3, 32
 GRADIENT_BATCHES = 24
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: a method on a problem at a learning rate and a seed."""
-
-    problem: str
-    method: str
-    rate: float
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run gave.
-
-    Attributes:
-        validation, test: scores, 0 to 1; zero when training diverged.
-        trained_numbers, shipped_bytes: head apart.
-        seconds: of the training loop; prepare_seconds: of the warm-up of the head, gradients and selection.
-    """
-
-    validation: float
-    test: float
-    trained_numbers: int
-    shipped_bytes: int
-    seconds: float
-    prepare_seconds: float
-    steps: int
-    final_loss: float
-
-
-@dataclass(frozen=True)
-class Record(Outcome, Job):
-    """A run and what it gave."""
-
-    @property
-    def job(self) -> Job:
-        """The run that this is the record of."""
-        return Job(self.problem, self.method, self.rate, self.seed)
 
 
 @dataclass(frozen=True)
@@ -89,42 +49,6 @@ class Grid:
     def count(self, method: str) -> int:
         """Seeds of a method."""
         return self.seeds.get(method, self.default_seeds)
-
-
-def read_records(folder: Path) -> list[Record]:
-    """The records in a folder; a last line that was cut off is left out.
-
-    Raises:
-        FileFormatError: another line is not a record.
-    """
-    path = folder / RECORDS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    last = len(lines)
-    parsed = (_parse(line, f"{path}, line {n}", torn=n == last) for n, line in enumerate(lines, start=1))
-    return [record for record in parsed if record is not None]
-
-
-def _parse(line: str, where: str, *, torn: bool) -> Record | None:
-    """A record, or None where the line may have been cut off and is none."""
-    try:
-        return Record(**json.loads(line))
-    except (ValueError, TypeError) as error:
-        if torn:
-            return None
-        raise FileFormatError(f"not a record: {error}", where=where) from error
-
-
-def write_record(folder: Path, record: Record) -> None:
-    """Appends a record; a line that was cut off before is ended first."""
-    path = folder / RECORDS
-    with path.open("a+b") as file:
-        torn = file.tell() > 0
-        if torn:
-            file.seek(-1, os.SEEK_END)
-            torn = file.read(1) != b"\n"
-        file.write((b"\n" if torn else b"") + json.dumps(asdict(record)).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def missing_jobs(grid: Grid, records: Iterable[Record]) -> list[Job]:
@@ -214,30 +138,73 @@ def run_grid(
         folder: of the records, and of what problems keep between runs.
         workers: runs at once; device: torch's name of where they train, ``cpu`` or ``cuda``.
         on_record: called with each new record and the number of runs known to be missing.
+
+    Raises:
+        UsageError: another comparison writes to the folder.
+        ConfigError, FileFormatError: see `check_problems` and `read_records`.
+        ComparisonError: runs failed; all others are done and recorded.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with sole_writer(folder):
+        check_problems(folder, {problem.name: _settings(problem) for problem in grid.problems})
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+            try:
+                failed = _work_off(_Work(grid, folder, pool, workers, device, on_record))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        if failed:
+            job, error = next(iter(failed.items()))
+            raise ComparisonError(
+                f"{len(failed)} of the runs failed, the first with {type(error).__name__}: {error}",
+                where=f"{job.problem}, {job.method}, rate {job.rate:g}, seed {job.seed}",
+                hint="the others are recorded; leave the method out, or try again",
+            ) from error
+        return _of_grid(grid, read_records(folder))
+
+
+def _settings(problem: AnyProblem) -> dict[str, Any]:
+    """What must not change between the runs of a problem; files may have moved."""
+    return {name: value for name, value in asdict(problem).items() if not isinstance(value, Path)}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """See `run_grid`."""
+
+    grid: Grid
+    folder: Path
+    pool: ProcessPoolExecutor
+    workers: int
+    device: str
+    on_record: Callable[[Record, int], None] | None
+
+
+def _work_off(work: _Work) -> dict[Job, Exception]:
+    """Does every missing run and records it; the runs that failed, and why."""
+    grid, folder, pool = work.grid, work.folder, work.pool
     problems = {problem.name: problem for problem in grid.problems}
-    context = multiprocessing.get_context("spawn")
     running: dict[Future[Record], Job] = {}
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            for name in {job.problem for job in missing_jobs(grid, read_records(folder))}:
-                pool.submit(prepare_problem, problems[name], folder / "work").result()
-            while True:
-                records = read_records(folder)
-                waiting = [job for job in missing_jobs(grid, records) if job not in running.values()]
-                for job in waiting[: workers - len(running)]:
-                    running[pool.submit(run_job, problems[job.problem], job, folder / "work", device)] = job
-                if not running:
-                    return _of_grid(grid, records)
-                for done in wait(running, return_when=FIRST_COMPLETED).done:
-                    del running[done]
-                    write_record(folder, done.result())
-                    if on_record is not None:
-                        on_record(done.result(), len(waiting) + len(running))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    failed: dict[Job, Exception] = {}
+    for name in {job.problem: None for job in missing_jobs(grid, read_records(folder))}:
+        pool.submit(prepare_problem, problems[name], folder / "work").result()
+    while True:
+        begun = {*running.values(), *failed}
+        waiting = [job for job in missing_jobs(grid, read_records(folder)) if job not in begun]
+        for job in waiting[: work.workers - len(running)]:
+            task = pool.submit(run_job, problems[job.problem], job, folder / "work", work.device)
+            running[task] = job
+        if not running:
+            return failed
+        for done in wait(running, return_when=FIRST_COMPLETED).done:
+            job, error = running.pop(done), done.exception()
+            if isinstance(error, Exception) and not isinstance(error, BrokenExecutor):
+                failed[job] = error
+                continue
+            write_record(folder, done.result())
+            if work.on_record is not None:
+                work.on_record(done.result(), len(waiting) + len(running))
 
 
 def _of_grid(grid: Grid, records: Iterable[Record]) -> list[Record]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from edge_tcur.compare.methods import Method
 from edge_tcur.compare.problems import Problem
+from edge_tcur.compare.records import Outcome
 from edge_tcur.compare.runner import (
     BATCH_SIZE,
     GRADIENT_BATCHES,
@@ -21,7 +22,6 @@ from edge_tcur.compare.runner import (
     WARM_BATCH,
     WARM_EPOCHS,
     WARM_RATE,
-    Outcome,
 )
 from edge_tcur.data import Samples
 from edge_tcur.method.selection import UPDATE

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.cost import Sizes, cheapest_form
-from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.forms import FORMS, Form, beside, possible_forms
 from edge_tcur.method.group import CoreGroup, choose_factors, member_of
 from edge_tcur.method.quantized import Int8Linear
-from edge_tcur.method.targets import Targets, find_targets, saved_parameters
+from edge_tcur.method.targets import Targets, find_targets, group_specs, saved_parameters
 from edge_tcur.method.views import View, weight_of
-from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, UsageError
-from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors
+from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError, UsageError
+from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors, SketchFactors, check_factors
 
 DEFAULT = "default"
+_DENSE = ("materialised", "merged", "spectral")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -63,20 +65,42 @@ class AdaptedLayer(nn.Module):
         """The frozen layer's bias."""
         return cast("Tensor | None", self.base.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The frozen layer's output plus the update."""
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(self.base, name)  # sizes, which some models read
+
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor:
+        """The frozen layer's output plus the update; its input by position or by name."""
+        if x is None:
+            (x,) = named.values()
         if not self._slot:
             return cast("Tensor", self.base(x))
         slot = self._slot[0]
-        return FORMS[self.form or self._cheapest(x, slot)](
-            self.base, self.view, x, slot.group.slice(slot.position)
-        )
+        return self._form(x, slot)(self.base, self.view, x, slot.group.slice(slot.position))
+
+    def _form(self, x: Tensor, slot: Slot) -> Form:
+        if _is_watched(self.base):
+            return beside  # other forms compute from its weight, not by it
+        form = self.form or self._cheapest(x, slot)
+        if torch.is_autocast_enabled(x.device.type):
+            # Our own backward passes run where nothing is cast; torch's operators remember.
+            return FORMS["materialised"] if form in _DENSE else beside
+        return FORMS[form]
 
     def _cheapest(self, x: Tensor, slot: Slot) -> str:
         spec = slot.group.spec
         forms = possible_forms(self.view, has_rows=slot.group.has_rows, in_block=slot.group.in_block)
         inner, rank = slot.group.columns_t.shape[1], slot.group.core.shape[-1]
         return cheapest_form(forms, Sizes(max(1, x.numel() // spec.n2), spec.n1, spec.n2, inner, rank))
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody put hooks or a forward on a module, which have to be called."""
+    return "forward" in vars(module) or any(vars(module)[kind] for kind in _HOOKS)
 
 
 @dataclass
@@ -118,8 +142,14 @@ class Injection:
         self.adapters: dict[str, InjectedAdapter] = {}
         self.active: str | None = None
         self._layers: dict[str, AdaptedLayer] = {}
+        self._names: dict[str, tuple[str, ...]] = {}  # of an adapted module, and whatever else it is called
         self._merged: dict[str, nn.Parameter] = {}
         self._originals: dict[str, nn.Parameter] = {}
+        if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+            raise UsageError(
+                "the model has adapted layers already",
+                hint="add the adapter to what adapted it, or remove (unload) that first",
+            )
         for parameter in model.parameters():
             parameter.requires_grad_(False)
 
@@ -133,6 +163,8 @@ class Injection:
         directions: Mapping[str, Tensor] | None = None,
     ) -> InjectedAdapter:
         """Adds an adapter and activates it; see `inject`."""
+        if not name:
+            raise UsageError("an adapter needs a name")
         if name in self.adapters:
             raise UsageError(
                 f"there is an adapter {name!r} already", hint="delete it first, or choose a name"
@@ -170,23 +202,36 @@ class Injection:
                     else factors[spec.name]
                 )
                 groups[spec.name] = CoreGroup(spec, members, own, config)
-            for spec in targets.groups:
-                for module in spec.modules:
-                    if module not in self._layers:
-                        member = member_of(self.model, module)
-                        self._layers[module] = AdaptedLayer(member.module, member.view)
+            self._adapt(targets)
         return InjectedAdapter(config, targets, groups, saved)
+
+    def _adapt(self, targets: Targets) -> None:
+        """Makes adapted layers of the targets that have none yet; `_plain` puts them in."""
+        names: dict[int, list[str]] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            names.setdefault(id(module), []).append(name)
+        for group in targets.groups:
+            for name in group.modules:
+                if name not in self._layers:
+                    member = member_of(self.model, name)
+                    self._layers[name] = AdaptedLayer(member.module, member.view)
+                    self._names[name] = tuple(names[id(member.module)])
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        """Puts `module` in the place of the target of that name, wherever the model holds it."""
+        for place in self._names[name]:
+            _replace(self.model, place, module)
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
         """The model with its own layers, for looking at it; the adapted ones return, new ones included."""
         for name, layer in self._layers.items():
-            _replace(self.model, name, layer.base)
+            self._put(name, layer.base)
         try:
             yield
         finally:
             for name, layer in self._layers.items():
-                _replace(self.model, name, layer)
+                self._put(name, layer)
 
     def activate(self, name: str | None) -> None:
         """Uses the adapter of that name; None switches every update off: the model is exactly the base.
@@ -214,13 +259,13 @@ class Injection:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The base inside the block; then the adapter that was active again."""
+        """The base inside the block; then the adapter that was active again, where it is still there."""
         name = self.active
         self.activate(None)
         try:
             yield
         finally:
-            self.activate(name)
+            self.activate(name if name in self.adapters else None)
 
     def delete(self, name: str) -> None:
         """Forgets an adapter; where it was active, the base is."""
@@ -265,6 +310,7 @@ class Injection:
         Raises:
             UsageError: no adapter is active, or one is merged already.
             ConfigError: an int8 base, and `dequantize` was not said.
+            BadInputError: a sum is not finite in the dtype of its weight; nothing is changed.
         """
         name = self._current()
         self._refuse_while_merged()
@@ -274,7 +320,7 @@ class Injection:
             layer = self._layers[module]
             layer.use(None)
             if linear is not None:
-                _replace(self.model, module, linear)
+                self._put(module, linear)
                 continue
             # A parameter of its own: another module may be tied to the base's weight.
             weight = nn.Parameter(value, requires_grad=False)
@@ -287,6 +333,10 @@ class Injection:
         part = slot.group.slice(slot.position)
         matrix = layer.view.matrix(layer.base)
         total = (matrix + part.dense()).to(matrix.dtype)  # added in the wider of the two dtypes
+        if not torch.isfinite(total).all():
+            raise BadInputError(
+                f"the sum of weight and update is no finite number in {matrix.dtype}", where=module
+            )
         if not isinstance(layer.base, Int8Linear):
             return None, layer.view.restore(layer.base, total)
         if not dequantize:
@@ -301,6 +351,11 @@ class Injection:
             linear.bias.data = layer.base.bias.clone()
         return linear.requires_grad_(False), total
 
+    @property
+    def is_merged(self) -> bool:
+        """Whether the active adapter's update is in the weights."""
+        return bool(self._merged)
+
     def unmerge(self) -> None:
         """Puts the base's own weights back, bit by bit, and uses the adapter again.
 
@@ -311,7 +366,7 @@ class Injection:
             raise UsageError("no adapter is merged")
         for module in _modules(self.adapters[self._current()]):
             layer = self._layers[module]
-            _replace(self.model, module, layer)
+            self._put(module, layer)
             if module in self._merged:
                 _set_parameter(layer.base, "weight", self._merged[module])
         self._merged = {}
@@ -323,8 +378,22 @@ class Injection:
             self.activate(None)
         for name, layer in self._layers.items():
             if self.model.get_submodule(name) is layer:
-                _replace(self.model, name, layer.base)
+                self._put(name, layer.base)
         self.adapters, self.active, self._layers, self._merged, self._originals = {}, None, {}, {}, {}
+
+    def apply_at_rest(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` of the model does (a move, a cast), to what is not in it now.
+
+        That is what other adapters trained in full, what the active one stands in for, and what is merged.
+        """
+        resting = [*self._originals.values(), *self._merged.values()]
+        for name, adapter in self.adapters.items():
+            resting += [] if name == self.active else adapter.saved.values()
+        for value in resting:
+            value.data = fn(value.data)
+        for name, layer in self._layers.items():
+            if self.model.get_submodule(name) is not layer:
+                layer._apply(fn)  # type: ignore[no-untyped-call]
 
     def _known(self, name: str) -> None:
         if name not in self.adapters:
@@ -376,6 +445,29 @@ def _check_directions(directions: Mapping[str, Tensor] | None, targets: Targets)
             where="selection",
             hint="take edge_tcur.method.gradients.mean_gradients, or Rehearsal.updates, or another selection",
         )
+    assert directions is not None
+    for group in targets.groups:
+        for module in group.modules:
+            found = tuple(directions[module].shape)
+            if found != (group.n1, group.n2):
+                raise ConfigError(
+                    f"the direction has the shape {list(found)}; expected [{group.n1}, {group.n2}]",
+                    where=module,
+                )
+            if not torch.isfinite(directions[module]).all():
+                raise BadInputError("the direction holds NaN or infinity", where=module)
+
+
+@contextmanager
+def gradients_as_before(model: nn.Module) -> Iterator[None]:
+    """Where the block fails, the model's parameters require gradients as before it."""
+    states = {key: value.requires_grad for key, value in model.named_parameters()}
+    try:
+        yield
+    except Exception:
+        for key, value in model.named_parameters():
+            value.requires_grad_(states[key])
+        raise
 
 
 def inject(
@@ -399,17 +491,14 @@ def inject(
         name: of the adapter.
 
     Raises:
-        BadInputError, ConfigError: see `find_targets`.
+        BadInputError, ConfigError: see `find_targets`; a direction that is missing, of another shape or not
+            finite.
+        UsageError: the model is adapted already.
         BaseMismatchError: `factors` do not fit the model's groups; the model is unchanged.
     """
-    states = {key: value.requires_grad for key, value in model.named_parameters()}
-    injection = Injection(model)
-    try:
+    with gradients_as_before(model):
+        injection = Injection(model)
         injection.add(name, config, keep=keep, factors=factors, directions=directions)
-    except Exception:
-        for key, value in model.named_parameters():
-            value.requires_grad_(states[key])
-        raise
     return injection
 
 
@@ -418,7 +507,9 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
 
     Raises:
         BaseMismatchError: other groups, other sizes, or sketches in the place of indices.
+        FileFormatError, BadInputError: shapes, dtypes or values that no adapter has (`check_factors`).
     """
+    specs = group_specs(targets)
     names = [group.name for group in targets.groups]
     if set(factors) != set(names):
         raise BaseMismatchError(f"the adapter has the groups {sorted(factors)}, the model {sorted(names)}")
@@ -439,3 +530,5 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
                 f"in {group.blocks} blocks",
                 where=group.name,
             )
+        if type(own) in (Factors, SketchFactors):  # a comparison brings others, of no format
+            check_factors(own, specs[group.name], group.name)

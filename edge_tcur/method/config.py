@@ -19,6 +19,14 @@ from edge_tcur_runtime.transform import TRANSFORMS
 GROUPINGS = ("projection", "shape", "layer", "weight")
 ALL_LINEAR = "all-linear"
 AUTO = "auto"
+_WHOLE = "a whole number"
+_KINDS: dict[str, tuple[type, ...]] = {
+    "a text": (str,),
+    _WHOLE: (int,),
+    "a number": (int, float),
+    "a mapping": (Mapping,),
+    "a list": (tuple, list),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class TCurConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._refuse_types()
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
                 raise ConfigError(f"the rank is {rank}; expected at least 1", where=name)
@@ -74,6 +83,24 @@ class TCurConfig:
         _known("selection", self.selection, SELECTIONS)
         _known("frame", self.frame, FRAMES)
         self._refuse_combinations()
+
+    def _refuse_types(self) -> None:
+        """A file of settings may hold anything; what is of another type would fail much later."""
+        texts = ("grouping", "coupling", "transform", "selection", "frame", "targets")
+        kinds = dict.fromkeys(texts, "a text") | {"rank": _WHOLE, "seed": _WHOLE, "alpha": "a number"}
+        kinds |= {"rank_pattern": "a mapping", "layers_to_transform": "a list", "modules_to_save": "a list"}
+        for name, kind in kinds.items():
+            _typed(name, getattr(self, name), kind)
+        for name, parts, kind in (
+            ("rank_pattern", self.rank_pattern, "a text"),
+            ("rank_pattern", self.rank_pattern.values(), _WHOLE),
+            ("layers_to_transform", self.layers_to_transform, _WHOLE),
+            ("modules_to_save", self.modules_to_save, "a text"),
+        ):
+            for part in parts:
+                _typed(name, part, kind)
+        if self.seed < 0:
+            raise ConfigError(f"{self.seed}; expected at least 0", where="seed")
 
     def _refuse_combinations(self) -> None:
         if self.coupling == "none" and self.transform not in (AUTO, "identity"):
@@ -177,6 +204,11 @@ def preset(name: str, **changes: Any) -> TCurConfig:
     """
     _known("preset", name, PRESETS)
     return replace(TCurConfig(**PRESETS[name]), **changes)
+
+
+def _typed(field_name: str, value: Any, kind: str) -> None:
+    if not isinstance(value, _KINDS[kind]) or isinstance(value, bool):
+        raise ConfigError(f"{value!r}; expected {kind}", where=field_name)
 
 
 def _known(field_name: str, value: str, known: Iterable[str]) -> None:

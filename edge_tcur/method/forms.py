@@ -11,6 +11,9 @@
                   gradient of dW [n1, n2] is never built, and W + dW is rebuilt in the backward pass
                   instead of kept.
 
+``gather`` and ``factored`` have first derivatives alone and say so when they are asked for second ones; set
+`AdaptedLayer.form` to another for a gradient penalty.
+
 Which one is cheapest depends on tokens, shapes, rank and coupling: `edge_tcur.method.cost`.
 """
 
@@ -22,6 +25,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from edge_tcur.method.tproduct import apply_update, dense_update
 from edge_tcur.method.views import View, weight_of
@@ -78,6 +82,7 @@ class _GatherUpdate(torch.autograd.Function):
         return z + update.reshape(z.shape).to(z.dtype)
 
     @staticmethod
+    @once_differentiable  # what is kept is no input: a second derivative would come out wrong
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         gradient: Tensor = gradients[0]
         gathered, matrix_t, mix_t, rows, columns_t = ctx.saved_tensors
@@ -118,6 +123,7 @@ class _FactoredLinear(torch.autograd.Function):
         return output.view(*x.shape[:-1], output.shape[-1])
 
     @staticmethod
+    @once_differentiable  # what is kept is no input: a second derivative would come out wrong
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         inner, matrix_t, weight, rows_t, columns_t = ctx.saved_tensors
         gradient: Tensor = gradients[0]
@@ -194,9 +200,7 @@ def factored(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     """See the module's text; linear layers only."""
     weight, matrix_t = weight_of(module), part.matrix()
     if not (weight.dtype == x.dtype == matrix_t.dtype):  # half precision, int8
-        output = cast("Tensor", module(x))
-        update = apply_update(x.to(matrix_t.dtype), part.rows_t(), matrix_t, part.columns_t)
-        return output + update.to(output.dtype)
+        return beside(module, view, x, part)
     bias = cast("Tensor | None", module.bias)
     return cast(
         "Tensor",
@@ -235,6 +239,17 @@ def merged(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     )
     bias = cast("Tensor | None", module.bias)
     return output if bias is None else output + bias
+
+
+def beside(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
+    """The module called as it is (hooks included) plus its update of `x`, in torch's own operators."""
+    output = cast("Tensor", module(x))
+    if view.is_linear:
+        matrix_t = part.matrix()
+        update = apply_update(x.to(matrix_t.dtype), part.rows_t(), matrix_t, part.columns_t)
+    else:
+        update = view.call(module, x, part.dense().to(x.dtype), bias=False)
+    return output + update.to(output.dtype)
 
 
 Form = Callable[[nn.Module, View, Tensor, Slice], Tensor]

@@ -108,6 +108,7 @@ class CoreGroup(nn.Module):
     """
 
     columns_t: Tensor
+    _loaded: Tensor
 
     def __init__(self, spec: Group, members: list[Member], factors: AnyFactors, config: TCurConfig) -> None:
         super().__init__()
@@ -194,6 +195,7 @@ class CoreGroup(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CoreGroup:
         """Moved or cast: what was made from the buffers is made again."""
         self._spectra.clear()
+        self._loaded = fn(self._loaded)
         result: CoreGroup = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return result
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edge_tcur_runtime.errors import BadInputError
+
 
 class Int8Linear(nn.Module):
     """Weight-only int8: ``y = x (scale * weight)^T + bias``, symmetric, per output feature.
@@ -21,9 +23,13 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        scale = weight.float().abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        found = weight.float().abs().amax(dim=1) / 127
+        # Rounded as it is kept: a half precision scale that differs would be wrong 127 times over.
+        scale = found.clamp_min(_smallest_scale(weight.dtype)).to(weight.dtype).float()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", (weight.float() / scale[:, None]).round().to(torch.int8))
+        self.register_buffer(
+            "weight", (weight.float() / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+        )
         self.register_buffer("scale", scale.to(weight.dtype))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
@@ -36,17 +42,28 @@ class Int8Linear(nn.Module):
         return functional.linear(x, self.dequantize(), self.bias)
 
 
+def _smallest_scale(dtype: torch.dtype) -> float:
+    """Of those that `dtype` holds to within the 254th part, which moves no entry by more than half a step."""
+    return torch.finfo(dtype).tiny / (8 if dtype is torch.float16 else 1)
+
+
 def quantize_linears(model: nn.Module, *, keep: tuple[str, ...] = ()) -> list[str]:
     """Replaces every `nn.Linear` of `model` in place by `Int8Linear`; returns their names.
 
     Args:
         keep: names of modules that stay as they are, with everything below them (a head).
+
+    Raises:
+        BadInputError: a weight is not finite; nothing is replaced.
     """
     names = [
         name
         for name, module in model.named_modules()
         if type(module) is nn.Linear and not any(f"{name}.".startswith(f"{kept}.") for kept in keep)
     ]
+    for name in names:
+        if not torch.isfinite(model.get_submodule(name).get_parameter("weight")).all():
+            raise BadInputError("the weight holds NaN or infinity", where=name)
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)

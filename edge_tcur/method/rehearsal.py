@@ -7,7 +7,7 @@ core that starts as the nearest to it, keep most of it in a few thousand numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edge_tcur.method.group import Member, members_of
+from edge_tcur.method.standin import Forward, buffers_kept, put_forward, stand_in
 from edge_tcur.method.targets import Targets
+from edge_tcur_runtime.errors import ConfigError
 
 _SCALE = 2.0  # of the update: LoRA's alpha / r at its usual setting
 
@@ -30,8 +32,15 @@ class Rehearsal:
     """
 
     def __init__(self, model: nn.Module, targets: Targets, rank: int, *, seed: int = 0) -> None:
-        """Draws A [r, n2] at random (Kaiming uniform, as LoRA does) and sets B [n1, r] to zero."""
+        """Draws A [r, n2] at random (Kaiming uniform, as LoRA does) and sets B [n1, r] to zero.
+
+        Raises:
+            ConfigError: a rank below 1.
+        """
+        if rank < 1:
+            raise ConfigError(f"the rank is {rank}; expected at least 1", where="rank")
         self.members: dict[str, Member] = members_of(model, targets)
+        self._model, self._is_active = model, False
         generator = torch.Generator().manual_seed(seed)
         self._pairs: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
         for name, member in self.members.items():
@@ -47,24 +56,20 @@ class Rehearsal:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the model computes with the updates.
+        """Inside, the model computes with the updates; inside itself, no other than once.
 
         A ``forward`` that somebody put on a module (accelerate's hooks do) is called, and there again after.
+        Running statistics (BatchNorm's) are after what they were before.
         """
-        before = {
-            name: vars(member.module)["forward"]
-            for name, member in self.members.items()
-            if "forward" in vars(member.module)
-        }
-        for name, member in self.members.items():
-            member.module.forward = _updated(member, *self._pairs[name])
-        try:
+        if self._is_active:
             yield
+            return
+        self._is_active = True
+        try:
+            with buffers_kept(self._model), stand_in(self.members, self._updated):
+                yield
         finally:
-            for name, member in self.members.items():
-                del member.module.forward  # the class's own is seen again
-                if name in before:
-                    member.module.forward = before[name]
+            self._is_active = False
 
     def updates(self) -> dict[str, Tensor]:
         """Module name -> the update learnt, f32 [n1, n2].
@@ -79,17 +84,23 @@ class Rehearsal:
                 raise FloatingPointError(f"the update of {name} is not finite")
         return found
 
+    def _updated(self, name: str, member: Member) -> Forward:
+        put, (b, a) = put_forward(member), self._pairs[name]
+        own: Forward = member.module.forward
 
-def _updated(member: Member, b: Tensor, a: Tensor) -> Callable[[Tensor], Tensor]:
-    own: Callable[[Tensor], Tensor] = member.module.forward
+        def through_factors(x: Tensor) -> Tensor:
+            low: Tensor = functional.linear(functional.linear(x.to(a.dtype), a), b)
+            output = own(x)
+            return output + (_SCALE * low).to(output.dtype)
 
-    def through_factors(x: Tensor) -> Tensor:
-        low: Tensor = functional.linear(functional.linear(x.to(a.dtype), a), b)
-        output = own(x)
-        return output + (_SCALE * low).to(output.dtype)
+        def through_matrix(x: Tensor) -> Tensor:
+            matrix = member.matrix()
+            return member.view.call(member.module, x, (matrix + _SCALE * (b @ a)).to(x.dtype))
 
-    def through_matrix(x: Tensor) -> Tensor:
-        matrix = member.matrix()
-        return member.view.call(member.module, x, (matrix + _SCALE * (b @ a)).to(x.dtype))
+        def beside(x: Tensor) -> Tensor:
+            output = own(x)
+            return output + member.view.call(member.module, x, (_SCALE * (b @ a)).to(x.dtype), bias=False)
 
-    return through_factors if member.view.is_linear else through_matrix
+        if member.view.is_linear:
+            return through_factors
+        return through_matrix if put is None else beside

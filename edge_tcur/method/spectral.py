@@ -19,14 +19,19 @@ from edge_tcur_runtime.transform import from_domain, to_domain
 
 
 class Spectrum:
-    """The frozen factors of one block in the domain of its transform."""
+    """The frozen factors of one block in the domain of its transform.
+
+    In float32 also where core and factors are of half precision, which has no complex products.
+    """
 
     def __init__(self, transform: str, columns: Tensor, rows: Tensor) -> None:
         """Transforms C [p, n1, r] and R [p, r, n2], both in the frame."""
 
+        real = torch.promote_types(columns.dtype, torch.float32)
+
         def domain(value: np.ndarray, like: Tensor) -> Tensor:
             found = to_domain(transform, value[None])[0]
-            kind = like.dtype.to_complex() if np.iscomplexobj(found) else like.dtype
+            kind = real.to_complex() if np.iscomplexobj(found) else real
             return torch.from_numpy(found).to(like.device, kind)
 
         left, right = (domain(value.detach().cpu().double().numpy(), value) for value in (columns, rows))
@@ -36,10 +41,11 @@ class Spectrum:
         bases = (frequencies, 1j * frequencies) if transform == "dft" else (frequencies,)
         inverse = [from_domain(transform, basis[None], len(columns))[0] for basis in bases]  # [p, f] each
         # Real and imaginary part of a frequency are neighbours, as `torch.view_as_real` has them.
-        self._back = torch.from_numpy(np.stack(inverse, axis=2).reshape(len(columns), -1)).to(columns)
+        back = torch.from_numpy(np.stack(inverse, axis=2).reshape(len(columns), -1))
+        self._back = back.to(columns.device, real)
 
     def updates(self, core: Tensor) -> Tensor:
-        """``C * core * R`` [p, n1, n2] of a core [p, r, r], differentiable."""
+        """``C * core * R`` [p, n1, n2], float32 or wider, of a core [p, r, r], differentiable."""
         found: Tensor = _Updates.apply(core, self)  # type: ignore[no-untyped-call]
         return found
 
@@ -69,12 +75,12 @@ class _Updates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, core: Tensor, spectrum: Spectrum) -> Tensor:
-        ctx.spectrum = spectrum
+        ctx.spectrum, ctx.kind = spectrum, core.dtype
         return spectrum.multiply(core)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
-        return ctx.spectrum.adjoint(gradients[0]), None
+        return ctx.spectrum.adjoint(gradients[0]).to(ctx.kind), None
 
 
 class _Batch:

@@ -370,9 +370,16 @@ def _check(group: Group, chosen: Mapping[str, _Candidate]) -> None:
             hint=f"use at most {min(group.n1, group.n2)}, or leave that weight out with --targets",
         )
     modules = [chosen[name].module for name in group.modules]
-    dtypes = {weight_of(module).dtype for module in modules}
+    dtypes: dict[str, str] = {}
+    for name, module in zip(group.modules, modules, strict=True):
+        dtypes.setdefault(str(weight_of(module).dtype).removeprefix("torch."), name)
     if len(dtypes) > 1:
-        raise BadInputError(f"its weights have different dtypes: {dtypes}", where=group.name)
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in dtypes.items())
+        raise BadInputError(
+            f"its weights have different dtypes: {found}",
+            where=group.name,
+            hint="bring them to one dtype, or say grouping weight",
+        )
     for name, module in zip(group.modules, modules, strict=True):
         if not is_finite(module):
             raise BadInputError("the weight holds NaN or infinity", where=name)

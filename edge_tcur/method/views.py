@@ -25,18 +25,24 @@ class View:
     """A weight as a matrix.
 
     Attributes:
+        name: of the kind; a view is pickled (a model for another process) as its name.
         matrix: the matrix [n1, n2] of a module's weight (a view where the storage allows).
         restore: from a matrix [n1, n2] to the shape and dtype of the module's weight.
         axis: of the output features in the module's output.
         is_linear: whether the module maps vectors [..., n2] to [..., n1] by the matrix and a bias.
-        call: the module with another matrix [n1, n2] in the place of its own.
+        call: the module with another matrix [n1, n2] in the place of its own; ``bias=False`` leaves its
+            bias out.
     """
 
+    name: str
     matrix: Callable[[nn.Module], Tensor]
     restore: Callable[[nn.Module, Tensor], Tensor]
     axis: int
     is_linear: bool
-    call: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    call: Callable[..., Tensor]
+
+    def __reduce__(self) -> tuple[Callable[[str], View], tuple[str]]:
+        return view_of_kind, (self.name,)
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -48,16 +54,18 @@ def _bias(module: nn.Module) -> Tensor | None:
     return cast("Tensor | None", module.bias)
 
 
-def _call_linear(module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
-    return functional.linear(x, matrix, _bias(module))
+def _call_linear(module: nn.Module, x: Tensor, matrix: Tensor, *, bias: bool = True) -> Tensor:
+    return functional.linear(x, matrix, _bias(module) if bias else None)
 
 
-def _call_convolution(module: nn.Module, x: Tensor, matrix: Tensor) -> Tensor:
+def _call_convolution(module: nn.Module, x: Tensor, matrix: Tensor, *, bias: bool = True) -> Tensor:
     kernel = matrix.reshape(weight_of(module).shape)
-    return cast("Tensor", module._conv_forward(x, kernel, _bias(module)))  # type: ignore[operator]
+    own = _bias(module) if bias else None
+    return cast("Tensor", module._conv_forward(x, kernel, own))  # type: ignore[operator]
 
 
 LINEAR = View(
+    "linear",
     matrix=weight_of,
     restore=lambda module, matrix: matrix.to(weight_of(module).dtype),
     axis=-1,
@@ -65,6 +73,7 @@ LINEAR = View(
     call=_call_linear,
 )
 CONV1D = View(
+    "transposed-linear",
     matrix=lambda module: weight_of(module).T,
     restore=lambda module, matrix: matrix.T.to(weight_of(module).dtype),
     axis=-1,
@@ -72,6 +81,7 @@ CONV1D = View(
     call=_call_linear,
 )
 INT8 = View(
+    "int8",
     matrix=lambda module: cast("Int8Linear", module).dequantize(),
     restore=lambda _, matrix: matrix,
     axis=-1,
@@ -82,6 +92,7 @@ INT8 = View(
 
 def _convolution(dimensions: int) -> View:
     return View(
+        f"convolution-{dimensions}d",
         matrix=lambda module: weight_of(module).flatten(1),
         restore=lambda module, matrix: matrix.reshape(weight_of(module).shape).to(weight_of(module).dtype),
         axis=-1 - dimensions,
@@ -91,6 +102,12 @@ def _convolution(dimensions: int) -> View:
 
 
 _CONVOLUTION_VIEWS = {kind: _convolution(dimensions) for kind, dimensions in _CONVOLUTIONS.items()}
+_VIEWS = {view.name: view for view in (LINEAR, CONV1D, INT8, *_CONVOLUTION_VIEWS.values())}
+
+
+def view_of_kind(name: str) -> View:
+    """The view of that name."""
+    return _VIEWS[name]
 
 
 def find_view(module: nn.Module) -> View | str:
@@ -123,5 +140,5 @@ def bias_of(module: nn.Module, rows: Tensor) -> Tensor | None:
 
 def is_finite(module: nn.Module) -> bool:
     """Whether every entry of the weight is a finite number."""
-    weight = weight_of(module)
-    return weight.dtype is torch.int8 or bool(torch.isfinite(weight).all())
+    weight = module.scale if isinstance(module, Int8Linear) else weight_of(module)
+    return bool(torch.isfinite(weight).all())

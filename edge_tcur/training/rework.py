@@ -102,7 +102,7 @@ def reduce_run(run: Run, rank: int, out: Path, *, force: bool = False) -> Rework
         for name, factors in adapter.factors.items()
     }
     smaller = refit(adapter, fits, adapter.header.base_digest)
-    return _write(replace(run, config=replace(run.config, rank=rank)), smaller, fits, out, force)
+    return _write(replace(run, config=run.config.with_rank(rank)), smaller, fits, out, force)
 
 
 def _stacks(base: Base, run: Run, adapter: Adapter) -> dict[str, np.ndarray]:
@@ -234,6 +234,19 @@ def _digest(value: Tensor) -> str:
     return digest_bytes(raw.cpu().numpy().tobytes())
 
 
+def _undo(weights: dict[str, Tensor], undo: dict[str, Tensor], digests: Any, merged: Path) -> None:
+    """Puts the weights in `undo` back to what `digests` says."""
+    if not isinstance(digests, dict) or set(digests) != set(undo) or not set(undo) <= set(weights):
+        raise IntegrityError("its files do not name the same weights", where=str(merged))
+    for name, bits in undo.items():
+        value = weights[name]
+        if value.shape != bits.shape or bits.dtype is not _BITS[value.element_size()]:
+            raise IntegrityError("the weight has another shape or dtype", where=f"{merged}: {name}")
+        weights[name] = (value.view(bits.dtype) ^ bits).view(value.dtype)
+        if _digest(weights[name]) != digests[name]:
+            raise IntegrityError("the weight does not come out as it was", where=f"{merged}: {name}")
+
+
 def unmerge(merged: Path, out: Path, *, force: bool = False) -> Merged:
     """Makes the base again from what `merge_run` wrote, bit by bit.
 
@@ -249,11 +262,7 @@ def unmerge(merged: Path, out: Path, *, force: bool = False) -> Merged:
         digests = json.loads((merged / UNDO_DIGESTS).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, OSError) as error:
         raise BaseModelError(f"cannot be read: {error}", where=str(merged)) from error
-    for name, bits in undo.items():
-        value = weights[name].view(bits.dtype) ^ bits
-        weights[name] = value.view(weights[name].dtype)
-        if _digest(weights[name]) != digests.get(name):
-            raise IntegrityError("the weight does not come out as it was", where=f"{merged}: {name}")
+    _undo(weights, undo, digests, merged)
     with new_directory(out, force=force) as work:
         save_file(weights, work / WEIGHTS, metadata={"format": "pt"})
         for path in sorted(merged.iterdir()):

@@ -16,6 +16,7 @@ import numpy as np
 from edge_tcur_runtime.transform import TRANSFORMS, from_domain, to_domain
 
 _RIDGE = 1e-9  # relative to the largest frequency: keeps an empty or deficient Gram matrix invertible
+_EMPTY = 1e-24  # squared norm below which columns count as empty: float32 holds the inverses of what it gives
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _whiten(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cholesky factor L [b, f, r, r] of each Gram matrix, and its inverse."""
     rank = gram.shape[-1]
     scale = np.trace(gram, axis1=-2, axis2=-1).real.max(axis=1) / rank
-    ridge = _RIDGE * np.maximum(scale, np.finfo(np.float64).tiny)
+    ridge = _RIDGE * np.maximum(scale, _EMPTY)
     factor = np.linalg.cholesky(gram + ridge[:, None, None, None] * np.eye(rank))
     return factor, np.linalg.inv(factor)
 

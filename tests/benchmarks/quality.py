@@ -14,8 +14,9 @@ import sys
 from pathlib import Path
 
 from edge_tcur.compare.problems import AnyProblem, DigitsProblem, SegmentationProblem, TextProblem
+from edge_tcur.compare.records import Record, read_records
 from edge_tcur.compare.report import describe, draw_plot, markdown, summarize
-from edge_tcur.compare.runner import Grid, Record, read_records, run_grid
+from edge_tcur.compare.runner import Grid, run_grid
 
 BASE = "all-MiniLM-L6-v2"
 SHOTS = {"trec": (100,), "sst2": (300,), "banking77": (10,)}

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,11 +17,20 @@ import torch
 from click.testing import CliRunner
 
 from edge_tcur.cli import edge_tcur
-from edge_tcur.compare import segmentation
+from edge_tcur.compare import runner, segmentation
 from edge_tcur.compare.methods import METHODS, find_method
 from edge_tcur.compare.problems import DigitsProblem, TextProblem
+from edge_tcur.compare.records import (
+    Job,
+    Record,
+    check_problems,
+    read_records,
+    sole_writer,
+    write_record,
+)
 from edge_tcur.compare.report import describe, draw_plot, markdown, standings, summarize
-from edge_tcur.compare.runner import Grid, Job, Record, best_rate, missing_jobs, read_records, write_record
+from edge_tcur.compare.runner import Grid, best_rate, missing_jobs
+from edge_tcur.errors import ComparisonError
 from edge_tcur_runtime.errors import ConfigError, DataError, FileFormatError, UsageError
 
 
@@ -85,8 +95,97 @@ def test_records_survive_a_line_that_was_cut_off(tmp_path):
     (tmp_path / "records.jsonl").write_bytes(whole + json.dumps(asdict(second)).encode()[:40])
     assert read_records(tmp_path) == [first]
     write_record(tmp_path, second)
-    with pytest.raises(FileFormatError, match="line 2"):
+    assert read_records(tmp_path) == [first, second]
+    (tmp_path / "records.jsonl").write_bytes((tmp_path / "records.jsonl").read_bytes()[:-1])
+    write_record(tmp_path, first)  # only the end of the line had been cut off
+    assert read_records(tmp_path) == [first, second, first]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"12", b"[]", b'{"problem": "digits"}', b"\xff\xfe", b'{"test": "high"}', b'{"seed": true}'],
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    whole = asdict(record("full", 0.1, 0, 0.7))
+    write_record(tmp_path, record("full", 0.1, 0, 0.7))
+    if line.startswith((b'{"test', b'{"seed')):
+        line = json.dumps(whole | json.loads(line)).encode()
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(line + b"\n" + path.read_bytes())
+    with pytest.raises(FileFormatError, match=r"records.jsonl, line 1.*not a record"):
         read_records(tmp_path)
+
+
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with sole_writer(tmp_path):
+        script = (
+            "import sys; from pathlib import Path; from edge_tcur.compare.records import sole_writer\n"
+            "with sole_writer(Path(sys.argv[1])): pass"
+        )
+        other = subprocess.run(
+            [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=False
+        )
+        assert "another comparison writes to" in other.stderr
+    with sole_writer(tmp_path):
+        pass
+
+
+def test_records_of_other_settings_are_not_gone_on_with(tmp_path):
+    check_problems(tmp_path, {"digits": {"epochs": 60}})
+    check_problems(tmp_path, {"digits": {"epochs": 60}, "trec-10": {"epochs": 10}})
+    with pytest.raises(ConfigError, match="epochs"):
+        check_problems(tmp_path, {"digits": {"epochs": 1}})
+    check_problems(tmp_path, {"trec-10": {"epochs": 10}})
+    (tmp_path / "problems.json").write_text("[1]")
+    with pytest.raises(FileFormatError, match=r"problems\.json"):
+        check_problems(tmp_path, {})
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_recorded(tmp_path, monkeypatch):
+    """In threads in the place of processes: the runs are ours to fail."""
+
+    def run_job(problem, job, work, device):
+        if job.method == "full" and job.rate == 1e-4:
+            raise RuntimeError("no room on the device")
+        return replace(record(job.method, job.rate, job.seed, 0.7), problem=problem.name)
+
+    monkeypatch.setattr(runner, "run_job", run_job)
+    monkeypatch.setattr(runner, "prepare_problem", lambda *_: None)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", lambda workers, **_: ThreadPoolExecutor(workers))
+    with pytest.raises(ComparisonError, match=r"digits, full, rate 0.0001, seed 0.*no room on the device"):
+        runner.run_grid(grid("full", "head"), tmp_path, workers=2)
+    found = {(item.method, item.rate, item.seed) for item in read_records(tmp_path)}
+    assert {("head", 0.0, seed) for seed in range(3)} < found
+    assert {("full", 5e-5, 0), ("full", 2e-4, 0)} < found
+    monkeypatch.setattr(
+        runner, "run_job", lambda problem, job, *_: record(job.method, job.rate, job.seed, 0.7)
+    )
+    again = runner.run_grid(grid("full", "head"), tmp_path, workers=2)
+    assert len(again) == len({item.job for item in again}) == len(read_records(tmp_path))
+    assert missing_jobs(grid("full", "head"), again) == []
+
+
+def test_a_run_that_is_recorded_twice_counts_once():
+    once = [record("full", 0.1, seed, 0.9, test=0.5 + seed / 10) for seed in range(2)]
+    assert summarize([*once, replace(once[0], seconds=9.0)]).rows[0].seeds == 2
+    assert summarize(once + once).rows == summarize(once).rows
+
+
+def test_scores_are_paired_by_their_seeds():
+    """A comparison that was interrupted may lack a seed in the middle."""
+    records = [record("full", 0.1, 0, 0.9, test=0.9), record("head", 0.0, 0, 0.5, test=0.5, numbers=0)]
+    records += [record("lora-r8", 0.1, seed, 0.9, test=test) for seed, test in ((0, 0.6), (1, 0.1), (2, 0.8))]
+    records += [record("update-r8", 0.1, seed, 0.9, test=test) for seed, test in ((0, 0.6), (2, 0.8))]
+    found = {one.method: one for one in standings(summarize(records))}
+    assert found["update-r8"].to_lora == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    "name", ["{", '{"rnk": 3}', '{"preset": "papr"}', '{"rank": "3"}', '{"rank": 0}', '{"preset": 1}']
+)
+def test_settings_of_a_method_that_are_wrong(name):
+    with pytest.raises(ConfigError):
+        find_method(name)
 
 
 def test_records_come_back_as_they_were(tmp_path):

@@ -1,6 +1,6 @@
 """Ranks by energy: what a core reaches, and how a budget is shared out."""
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -79,3 +79,24 @@ def test_too_small_a_budget_names_the_smallest():
     with pytest.raises(ConfigError) as caught:
         allocate_ranks({"a": [0.0, 1.0], "b": [0.0, 1.0]}, 1)
     assert "at least 2" in caught.value.hint
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=8), min_size=1, max_size=4),
+    st.integers(0, 60),
+    st.sampled_from([0.25, 1024.0]),
+)
+def test_nothing_more_fits_and_the_unit_of_energy_does_not_count(gains, more, factor):
+    energies = {str(n): [0.0, *accumulate(own)] for n, own in enumerate(gains)}
+    budget = len(energies) + more
+    ranks = allocate_ranks(energies, budget)
+    left = budget - sum(rank * rank for rank in ranks.values())
+    assert left >= 0
+    for name, rank in ranks.items():
+        assert 1 <= rank < len(energies[name])
+        assert rank == len(energies[name]) - 1 or 2 * rank + 1 > left
+    assert allocate_ranks(energies, budget) == ranks
+    same = {name: [factor * value for value in own] for name, own in energies.items()}
+    assert allocate_ranks(same, budget) == ranks
+    richer = energies | {"0": [4 * value for value in energies["0"]]}
+    assert allocate_ranks(richer, budget)["0"] >= ranks["0"]

@@ -12,6 +12,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.quantized import quantize_linears
 from edge_tcur.method.targets import find_targets
+from edge_tcur_runtime.errors import BadInputError
 
 
 class Mixed(nn.Module):
@@ -140,3 +141,28 @@ def test_a_gradient_that_is_not_finite():
     model, data = Mixed(), batches(1)
     with pytest.raises(FloatingPointError, match="the gradient of convolution is not finite"):
         mean_gradients(model, targets_of(model), [lambda: float("inf") * model(data[0][0]).sum()])
+
+
+def test_a_forward_that_a_hook_put_there_is_called_and_stays(kit):
+    model = kit.Net()
+    targets = find_targets(model, TCurConfig(rank=1))
+    expected = mean_gradients(model, targets, [lambda: kit.loss_of(model)])
+    layer, calls = model.blocks[0].up, []
+    own = layer.forward
+
+    def hooked(x):
+        calls.append(len(x))
+        return own(x)
+
+    layer.forward = hooked
+    found = mean_gradients(model, targets, [lambda: kit.loss_of(model)])
+    assert calls == [16]
+    assert layer.forward is hooked
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
+def test_no_batch_gives_no_gradient(kit):
+    model = kit.Net()
+    with pytest.raises(BadInputError, match="no batch"):
+        mean_gradients(model, find_targets(model, TCurConfig(rank=1)), iter([]))

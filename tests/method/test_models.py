@@ -15,7 +15,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.forms import possible_forms
 from edge_tcur.method.quantized import Int8Linear, quantize_linears
 from edge_tcur.method.targets import find_targets
-from edge_tcur_runtime.errors import ConfigError
+from edge_tcur_runtime.errors import BadInputError, ConfigError
 
 
 @dataclass(frozen=True)
@@ -384,3 +384,30 @@ def test_quantising_all_but_a_head():
     )
     assert quantize_linears(model, keep=("head",)) == ["header"]
     assert type(model["head"][0]) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-2, 1e-3, 1e-5])
+def test_quantised_weights_are_within_half_a_step_in_every_dtype(kind, size):
+    torch.manual_seed(0)
+    linear = nn.Linear(40, 30).to(kind)
+    with torch.no_grad():
+        linear.weight.mul_(size)
+        linear.weight[3] = 0
+    layer = Int8Linear(linear)
+    error = (layer.weight.float() * layer.scale.float()[:, None] - linear.weight.float()).abs()
+    assert (error <= 0.51 * layer.scale.float()[:, None]).all()
+    assert not layer.weight[3].any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_weight_that_is_not_finite_is_not_quantised_nor_adapted(kit, value):
+    model = kit.Net()
+    with torch.no_grad():
+        model.blocks[1].down.weight[2, 3] = value
+    with pytest.raises(BadInputError, match=r"blocks\.1\.down.*NaN or infinity"):
+        quantize_linears(model)
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    model.blocks[1].down = Int8Linear(model.blocks[1].down)  # past the check
+    with pytest.raises(BadInputError, match=r"blocks\.1\.down.*NaN or infinity"):
+        find_targets(model, TCurConfig(rank=2, targets="*.1.down"))

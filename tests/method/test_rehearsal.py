@@ -6,13 +6,17 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig, preset
+from edge_tcur.method.gradients import mean_gradients
 from edge_tcur.method.quantized import quantize_linears
 from edge_tcur.method.rehearsal import Rehearsal
 from edge_tcur.method.targets import find_targets
+from edge_tcur.tcur_model import rehearsal as practise_with
+from edge_tcur_runtime.errors import ConfigError
 
 
 class Mixed(nn.Module):
@@ -161,3 +165,114 @@ def test_a_forward_that_a_hook_put_there_is_called_and_comes_back():
     assert calls == [8]
     assert model.linear.forward is hooked
     assert "forward" not in vars(model.conv1d)
+
+
+def random_rehearsal(model):
+    rehearsal = Rehearsal(model, find_targets(model, TCurConfig(rank=1, targets=PATTERNS)), 2)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in rehearsal.parameters():
+            value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    return rehearsal
+
+
+@torch.no_grad()
+def test_active_inside_itself_counts_once_and_an_exception_ends_it():
+    model, x = Mixed(), data()[0]
+    base, rehearsal = model(x), random_rehearsal(model)
+    with rehearsal.active():
+        once = model(x)
+        with rehearsal.active():
+            assert torch.equal(model(x), once)
+        assert torch.equal(model(x), once)
+    assert not torch.equal(once, base)
+    with pytest.raises(ZeroDivisionError), rehearsal.active():
+        raise ZeroDivisionError
+    assert torch.equal(model(x), base)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with rehearsal.active():
+        assert torch.equal(model(x), once)
+
+
+def counted(own, name, calls):
+    def forward(x):
+        calls.append(name)
+        return own(x)
+
+    return forward
+
+
+@torch.no_grad()
+def test_updates_are_the_same_beside_a_forward_that_a_hook_put_there():
+    """Of a convolution too, whose own forward must be called: an offloaded weight comes with it."""
+    model, x = Mixed(), data()[0]
+    rehearsal, calls = random_rehearsal(model), []
+    with rehearsal.active():
+        expected = model(x)
+    for name in PATTERNS.split(","):
+        module = model.get_submodule(name)
+        module.forward = counted(module.forward, name, calls)
+    with rehearsal.active():
+        torch.testing.assert_close(model(x), expected)
+    assert calls == PATTERNS.split(",")
+
+
+@pytest.mark.parametrize("what", ["rehearsal", "gradients"])
+def test_running_statistics_stay(kit, what):
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(), nn.Linear(6, 3))
+    before, targets = kit.bits(model), find_targets(model, TCurConfig(rank=1))
+    names, own = list(model.state_dict()), model[1].running_mean
+    if what == "gradients":
+        mean_gradients(model, targets, [lambda: kit.loss_of(model)])
+    else:
+        with Rehearsal(model, targets, 2).active():
+            kit.loss_of(model).backward()
+            assert kit.bits(model) != before
+    assert kit.bits(model) == before
+    assert model.training
+    assert list(model.state_dict()) == names
+    assert model[1].running_mean is own
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rehearsal_of_no_rank_is_refused(rank):
+    model = Mixed()
+    with pytest.raises(ConfigError, match="expected at least 1"):
+        practise_with(model, TCurConfig(rank=1, targets=PATTERNS), rank)
+    with pytest.raises(ConfigError, match="matches no module"):
+        practise_with(model, TCurConfig(rank=1, targets="typo.*"), 2)
+    assert all(value.requires_grad for value in model.parameters())
+
+
+@torch.no_grad()
+def test_the_same_seed_gives_the_same_start_and_a_checkpointed_layer_the_same_gradient():
+    model = Mixed().requires_grad_(False)
+    targets, x = find_targets(model, TCurConfig(rank=1, targets=PATTERNS)), data()[0]
+    first, second = (Rehearsal(model, targets, 2, seed=4) for _ in range(2))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    plain, kept = random_rehearsal(model), random_rehearsal(model)
+    with torch.enable_grad():
+        with plain.active():
+            model(x).square().sum().backward()
+        with kept.active():
+            hidden = torch.utils.checkpoint.checkpoint(
+                lambda x: model.convolution(x).flatten(2).mT.contiguous(), x, use_reentrant=False
+            )
+            inner = torch.utils.checkpoint.checkpoint(model.conv1d, hidden, use_reentrant=False)
+            model.head(torch.tanh(model.linear(torch.tanh(inner))).mean(dim=1)).square().sum().backward()
+    for a, b in zip(plain.parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_under_autocast():
+    """As `transformers.Trainer` does with ``bf16=True``."""
+    model = Mixed().requires_grad_(False)
+    plain, cast = random_rehearsal(model), random_rehearsal(model)
+    x, y = data()
+    with plain.active():
+        nn.functional.cross_entropy(model(x), y).backward()
+    with cast.active(), torch.autocast("cpu", dtype=torch.bfloat16):
+        nn.functional.cross_entropy(model(x), y).backward()
+    for a, b in zip(plain.parameters(), cast.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0.1, atol=0.02)

@@ -243,3 +243,38 @@ def test_the_gradient_rule_passes_copies_by():
 def test_the_gradient_rule_needs_a_gradient():
     with pytest.raises(ValueError, match="needs its directions"):
         select_by_directions(torch.ones(1, 3, 3), Choice(1))
+
+
+@quick
+@given(
+    name=st.sampled_from(["norm", "squared-norm", "leverage", "gradient", "update"]),
+    shape=st.tuples(st.integers(1, 4), st.integers(2, 8), st.integers(2, 8)),
+    transform=st.sampled_from(TRANSFORMS),
+    scale=st.sampled_from([1e-18, 1e-3, 1e18]),
+    data=st.data(),
+    seed=SEEDS,
+)
+def test_rows_and_columns_do_not_depend_on_order_and_scale(name, shape, transform, scale, data, seed):
+    """A base whose features change places has its rows and columns at the new places.
+
+    Below the full rank: there the last one may be any, all span what is left.
+    """
+    n1, n2 = shape[1:]
+    rank = data.draw(st.integers(1, min(n1, n2) - 1))
+    weights, directions = (torch.from_numpy(random_stack(seed + n, *shape)) for n in range(2))
+    order = np.random.default_rng(seed + 2)
+    lines, cols = (torch.from_numpy(order.permutation(size)) for size in (n1, n2))
+
+    def picks(weights, directions):
+        return SELECTIONS[name](weights, Choice(rank, transform, 0, directions))
+
+    def moved(stack):
+        return stack[:, lines][:, :, cols]
+
+    rows, columns = picks(weights, directions)
+    new_rows, new_columns = picks(moved(weights), moved(directions))
+    assert sorted(lines[new_rows].tolist()) == rows.tolist()
+    assert sorted(cols[new_columns].tolist()) == columns.tolist()
+    for pair in ((weights * scale, directions), (weights, directions * scale)):
+        again = picks(*pair)
+        assert (again[0].tolist(), again[1].tolist()) == (rows.tolist(), columns.tolist())

@@ -127,7 +127,7 @@ def test_every_form_gives_the_dense_reference(kit, sizes, frame, axes, transform
             bias = layer.base.bias.detach().numpy()
             expected = x.numpy() @ (stack[position] + update[position]).T + bias
             scale = max(1, np.abs(update).max())
-            forms = possible_forms(layer.view, has_rows=group.has_rows)
+            forms = possible_forms(layer.view, has_rows=group.has_rows, in_block=group.in_block)
             assert ("gather" in forms) == (config.domain == "identity" or group.spec.size == 1)
             for form in (*forms, None):
                 layer.form = form
@@ -155,7 +155,7 @@ def test_a_sketch_gives_the_dense_reference(kit):
         )
         weight = layer.base.weight.detach().double().numpy() + left @ factors.core[position] @ right
         expected = x.double().numpy() @ weight.T + layer.base.bias.detach().double().numpy()
-        forms = possible_forms(layer.view, has_rows=group.has_rows)
+        forms = possible_forms(layer.view, has_rows=group.has_rows, in_block=group.in_block)
         assert forms == ("factored", "merged", "materialised")
         for form in forms:
             layer.form = form

@@ -1,8 +1,10 @@
 """Adapter arithmetic against dense updates built slice by slice."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_tcur.arithmetic import combine, frozen_vectors, move_to_base, reduce_rank, refit
@@ -178,3 +180,63 @@ def test_refitting_names_the_new_base():
     stack = weights()
     fits = {"g": move_to_base(index_factors(0, 1), "dft", stack, stack)}
     assert refit(adapter(index_factors(0, 1)), fits, "sha256:new").header.base_digest == "sha256:new"
+
+
+def test_weights_beyond_float32_are_refused():
+    one = adapter(index_factors(1, 1))
+    with pytest.raises(ConfigError, match="no float32 holds"):
+        combine([one, one], [1e300, -1e299])
+    assert not combine([one, one], [1e300, -1e300]).factors["g"].core.any()
+
+
+@pytest.mark.parametrize("place", [-1, 2])
+def test_the_adapter_whose_head_is_taken_is_one_of_them(place):
+    one = adapter(index_factors(1, 1))
+    with pytest.raises(ConfigError, match="expected 0 to 1"):
+        combine([one, one], [1, 1], extras_from=place)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 2**16), st.sampled_from(sorted(COUPLINGS)))
+def test_sums_may_be_taken_in_any_order_and_averages_are_those_of_the_updates(seed, coupling):
+    blocks, transform = COUPLINGS[coupling]
+    three = [
+        adapter(index_factors(seed + n, blocks), coupling=coupling, transform=transform) for n in range(3)
+    ]
+
+    def core(found):
+        return found.factors["g"].core
+
+    first = combine([combine(three[:2], [1, 1]), three[2]], [1, 1])
+    last = combine([three[0], combine(three[1:], [1, 1])], [1, 1])
+    np.testing.assert_allclose(core(first), core(last), atol=1e-5)
+    np.testing.assert_allclose(core(first), core(combine(three[::-1], [1, 1, 1])), atol=1e-5)
+    mean, stack = combine(three, [1 / 3] * 3), weights(seed)
+    updates = [dense(one.factors["g"], transform, stack) for one in three]
+    np.testing.assert_allclose(
+        dense(mean.factors["g"], transform, stack), np.mean(updates, axis=0), rtol=1e-4, atol=1e-3
+    )
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**16), st.sampled_from(sorted(COUPLINGS)))
+def test_a_higher_rank_never_loses_more(seed, coupling):
+    blocks, transform = COUPLINGS[coupling]
+    factors = index_factors(seed, blocks, pick=seed)
+    lost = [reduce_rank(factors, transform, weights(seed), rank).residual for rank in range(1, RANK + 1)]
+    assert all(later <= earlier + 1e-6 for earlier, later in pairwise(lost))
+    assert lost[-1] < 1e-5
+
+
+@pytest.mark.parametrize("coupling", sorted(COUPLINGS))
+def test_columns_that_moved_in_the_new_base_are_found_at_their_indices(coupling):
+    """Where the chosen rows and columns stay and the others change places, the update is kept on them."""
+    blocks, transform = COUPLINGS[coupling]
+    old, factors = weights(1), index_factors(2, blocks)
+    new = old.copy()
+    others = np.setdiff1d(np.arange(N2), factors.cols)
+    new[:, :, others] = old[:, :, np.roll(others, 1)]
+    fit = move_to_base(factors, transform, old, new)
+    moved, before = dense(fit.factors, transform, new), dense(factors, transform, old)
+    assert np.linalg.norm(moved - before) / np.linalg.norm(before) == pytest.approx(fit.residual, abs=1e-6)
+    assert 0 <= fit.residual < 1 + 1e-9

@@ -168,3 +168,42 @@ def test_a_lower_rank_is_a_run_of_its_own(cli, runs, digits_npz, tmp_path):
     assert all(factors.rank == 2 for factors in small.factors.values())
     score(cli, tmp_path / "small", digits_npz)
     assert cli("reduce", runs / "two", "--rank", "3", "--out", tmp_path / "other")[0] == 3
+
+
+@pytest.mark.parametrize("damage", ["digests", "another name", "shape"])
+def test_a_merge_whose_files_do_not_belong_together_is_refused(cli, runs, tmp_path, damage):
+    merged = tmp_path / "merged"
+    assert cli("merge", runs / "one", "--out", merged)[0] == 0
+    undo = load_file(merged / "unmerge.safetensors")
+    name = next(iter(undo))
+    if damage == "digests":
+        (merged / "unmerge.json").write_text("[]")
+    elif damage == "another name":
+        undo["other"] = undo.pop(name)
+    else:
+        undo[name] = undo[name][:1].clone()
+    save_file(undo, merged / "unmerge.safetensors")
+    code, _, err = cli("merge", merged, "--undo", "--out", tmp_path / "back")
+    assert (code, (tmp_path / "back").exists()) == (6, False)
+    assert "Traceback" not in err
+
+
+def test_a_lower_rank_of_ranks_that_were_shared_out(cli, digits_npz, vit_dir, tmp_path):
+    from edge_tcur.training import TrainConfig, open_run, train
+    from edge_tcur.training.rework import reduce_run
+
+    config = TrainConfig(
+        base=str(vit_dir), data=str(digits_npz), task="image-classification", epochs=1, threads=1,
+        rank=4, rank_budget=120, head_epochs=0,
+    )  # fmt: skip
+    run = train(config, tmp_path / "run").run
+    ranks = [factors.rank for factors in run.adapter().factors.values()]
+    assert max(ranks) > 2
+    reduced = reduce_run(run, 2, tmp_path / "reduced").run
+    smaller = open_run(reduced.root)
+    found = [factors.rank for factors in smaller.adapter().factors.values()]
+    assert found == [min(rank, 2) for rank in ranks]
+    method = smaller.config.method()
+    assert method.rank == 2
+    assert sorted(method.rank_pattern.values()) == sorted(found)
+    assert cli("eval", reduced.root, "--data", digits_npz)[0] == 0

@@ -9,8 +9,17 @@ import torch
 from torch import nn
 
 from edge_tcur.method.config import TCurConfig, preset
-from edge_tcur.tcur_model import TCurModel, collect_gradients, get_tcur_model, rehearsal
-from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IntegrityError, UsageError
+from edge_tcur.method.quantized import quantize_linears
+from edge_tcur.method.targets import find_targets
+from edge_tcur.tcur_model import TCurModel, collect_gradients, get_tcur_model, read_config, rehearsal
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    BaseMismatchError,
+    ConfigError,
+    DiskError,
+    IntegrityError,
+    UsageError,
+)
 from edge_tcur_runtime.formats.adapter import read_adapter
 
 CONFIG = TCurConfig(rank=4, selection="squared-norm")
@@ -212,3 +221,238 @@ def test_any_module_can_be_adapted():
     torch.testing.assert_close(adapted(x), expected)
     adapted(x).sum().backward()
     assert all(value.grad is not None for value in adapted.parameters() if value.requires_grad)
+
+
+def test_a_refused_configuration_leaves_the_model_as_it_was(bert):
+    names = [name for name, _ in bert.named_modules()]
+    for config in (TCurConfig(rank=99, selection="norm"), TCurConfig(rank=2)):
+        with pytest.raises(ConfigError):
+            get_tcur_model(bert, config)
+    assert all(value.requires_grad for value in bert.parameters())
+    assert [name for name, _ in bert.named_modules()] == names
+
+
+def test_a_model_is_adapted_by_one_wrapper(bert):
+    model = get_tcur_model(bert, CONFIG)
+    for again in (bert, model):
+        with pytest.raises(UsageError, match="adapted layers already"):
+            get_tcur_model(again, CONFIG)
+    get_tcur_model(model.unload(), CONFIG)
+
+
+class Gated(nn.Module):
+    """Layers with the names that a dictionary's methods have, as gates are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.update, self.keys = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.keys(torch.tanh(self.update(x)))
+
+
+def test_names_of_adapters_and_groups(tmp_path):
+    """Whatever they are, every core is one parameter of the model and comes back."""
+    model = nn.Sequential(Gated(), Gated())
+    config = TCurConfig(rank=2, selection="norm")
+    adapted = get_tcur_model(copy.deepcopy(model), config, "v1.0")
+    for name in ("v1-0", "eval", "update"):
+        adapted.add_adapter(name, config)
+    cores = [name for name, _ in adapted.named_parameters() if name.endswith(".core")]
+    assert len(cores) == 8
+    assert sum(value.requires_grad for value in adapted.parameters()) == 2
+    adapted.load_state_dict(adapted.state_dict())
+    adapted.delete_adapter("v1.0")
+    adapted.set_adapter("v1-0")
+    assert sum(value.requires_grad for value in adapted.parameters()) == 2
+    adapted.save_pretrained(tmp_path)
+    TCurModel.from_pretrained(model, tmp_path)
+    with pytest.raises(UsageError, match="needs a name"):
+        adapted.add_adapter("", config)
+
+
+def test_unloading_a_merged_model_gives_the_base_bit_by_bit(bert):
+    before = {name: value.clone() for name, value in bert.state_dict().items()}
+    model = get_tcur_model(bert, CONFIG)
+    for value in model.injection.parameters():
+        nn.init.normal_(value)
+    model.merge_adapter()
+    plain = model.unload()
+    assert set(plain.state_dict()) == set(before)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_deleting_the_adapter_that_is_disabled(bert, batch):
+    base = bert(**batch).logits
+    model = get_tcur_model(bert, CONFIG)
+    with model.disable_adapter():
+        with model.disable_adapter():
+            model.delete_adapter("default")
+        assert model.active_adapter is None
+    assert model.active_adapter is None
+    assert torch.equal(model(**batch).logits, base)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"coupling": "all", "transform": "dct", "grouping": "projection"}, "coupling"),
+        ({"alpha": 2.0}, "alpha is 1.0"),
+        ({"frame": "raw"}, "frame is orthonormal"),
+        ({"modules_to_save": ["classifier"]}, "modules are not those"),
+        ({"targets": "*.query"}, "groups"),
+    ],
+)
+def test_settings_that_are_not_the_adapters_are_refused_and_the_active_one_stays(
+    bert, tmp_path, change, text
+):
+    model = get_tcur_model(bert, CONFIG, "first")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "tcur_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(BaseMismatchError, match=text):
+        model.load_adapter(tmp_path, "second")
+    assert model.active_adapter == "first"
+    assert list(model.tcur_config) == ["first"]
+    assert [value.requires_grad for value in model.injection.parameters()] == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 2.5),
+        ("rank", True),
+        ("rank", "3"),
+        ("seed", -1),
+        ("seed", None),
+        ("alpha", "1"),
+        ("targets", 5),
+        ("selection", ["norm"]),
+        ("modules_to_save", "head"),
+        ("modules_to_save", [1]),
+        ("layers_to_transform", 1),
+        ("layers_to_transform", [0.5]),
+        ("rank_pattern", [["*", 2]]),
+        ("rank_pattern", {"*": 1.5}),
+    ],
+)
+def test_a_setting_of_another_type_is_named(bert, tmp_path, name, value):
+    get_tcur_model(bert, CONFIG).save_pretrained(tmp_path)
+    path = tmp_path / "tcur_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ConfigError) as caught:
+        read_config(path)
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_directions_are_checked_before_any_work(bert, value):
+    config = TCurConfig(rank=2)
+    names = [name for group in find_targets(bert, config).groups for name in group.modules]
+    directions = {name: torch.ones(bert.get_submodule(name).weight.shape) for name in names}
+    bad = {**directions, names[3]: torch.full((32, 32), value)}
+    with pytest.raises(BadInputError, match=f"{names[3]}.*NaN"):
+        get_tcur_model(bert, config, directions=bad)
+    with pytest.raises(ConfigError, match=f"{names[3]}.*expected .32, 32."):
+        get_tcur_model(bert, config, directions={**directions, names[3]: torch.ones(3, 3)})
+    assert all(parameter.requires_grad for parameter in bert.parameters())
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(bert, batch):
+    """What `transformers.Trainer` does with ``gradient_accumulation_steps``."""
+    model = get_tcur_model(bert, CONFIG)
+    model(**batch).loss.backward()
+    expected = [value.grad.clone() for value in model.injection.parameters()]
+    for value in model.injection.parameters():
+        value.grad = None
+    for part in (slice(0, 3), slice(3, 6)):
+        (model(**{name: value[part] for name, value in batch.items()}).loss / 2).backward()
+    for value, whole in zip(model.injection.parameters(), expected, strict=True):
+        torch.testing.assert_close(value.grad, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_model_that_was_cast_is_saved(bert, batch, tmp_path, kind):
+    base = copy.deepcopy(bert)
+    model = get_tcur_model(bert, TCurConfig(rank=2, selection="norm", grouping="shape", coupling="all"))
+    train(model, batch, steps=3)
+    model.to(kind).save_pretrained(tmp_path)
+    loaded = TCurModel.from_pretrained(base, tmp_path)
+    for one, other in zip(model.injection.parameters(), loaded.injection.parameters(), strict=True):
+        torch.testing.assert_close(one.float(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_trainer_with_checkpoints_accumulation_autocast_and_a_second_process(bert, batch, tmp_path):
+    """Each of them alone has broken adapters elsewhere; a run that is taken up goes on where it was."""
+    from transformers import Trainer, TrainingArguments
+
+    model = get_tcur_model(bert, TCurConfig(rank=4, selection="norm", grouping="shape", coupling="all"))
+    start = model(**batch).loss.item()
+    samples = [{name: value[n] for name, value in batch.items()} for n in range(6)] * 4
+    options = TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=3,
+        learning_rate=0.05,
+        report_to=[],
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        label_names=["labels"],
+        load_best_model_at_end=True,
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        dataloader_num_workers=1,
+        gradient_accumulation_steps=2,
+        bf16=True,
+    )
+    model.activation_checkpointing_enable()
+    trainer = Trainer(model, options, train_dataset=samples, eval_dataset=samples[:6])
+    trainer.train()
+    trained = model.eval()(**batch).loss.item()
+    assert trained < start - 0.02
+    cores = [value.clone() for value in model.injection.parameters()]
+    for value in model.injection.parameters():
+        nn.init.zeros_(value)
+    Trainer(model, options, train_dataset=samples, eval_dataset=samples[:6]).train(
+        resume_from_checkpoint=True
+    )
+    for value, core in zip(model.injection.parameters(), cores, strict=True):
+        assert torch.equal(value, core)
+
+
+def test_a_directory_that_cannot_be_made(bert, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(DiskError, match="file"):
+        get_tcur_model(bert, CONFIG).save_pretrained(tmp_path / "file")
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_move_reaches_what_is_not_in_the_model_now(quantised):
+    """The base's own modules, those of other adapters, and weights that are merged; seen by a cast."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    if quantised:
+        quantize_linears(plain, keep=("4",))
+    config = TCurConfig(rank=2, selection="norm", targets="0,2", modules_to_save=("4",))
+    model = get_tcur_model(plain, config, "first")
+    model.add_adapter("second", config)
+    for value in (*model.injection.parameters(), *model.injection.adapters["first"].parameters()):
+        nn.init.normal_(value)
+    x, expected = torch.randn(5, 6), {}
+    with torch.no_grad():
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            expected[name] = model(x)
+        with model.disable_adapter():
+            expected["base"] = model(x)
+        model.double()
+        for name in ("first", "second"):
+            model.set_adapter(name)
+            torch.testing.assert_close(model(x.double()).float(), expected[name], rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(x.double()).float(), expected["base"], rtol=1e-4, atol=1e-5)
+        model.merge_adapter(dequantize=True)
+        model.float()
+        torch.testing.assert_close(model(x), expected["second"], rtol=1e-4, atol=1e-5)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(x), expected["second"], rtol=1e-4, atol=1e-5)
