@@ -137,7 +137,8 @@ def _load_function(reference: str, task: Task, labels: tuple[str, ...], options:
             "the module says nothing of its inputs",
             where=reference,
             hint="set module.preprocessing = {'kind': 'image', 'input': 'pixel_values', 'height': ..., "
-            "'width': ..., 'channels': ..., 'scale': ..., 'mean': [...], 'std': [...]}, with 'depth' for volumes",
+            "'width': ..., 'channels': ..., 'scale': ..., 'mean': [...], 'std': [...]}; of volumes "
+            "'depth' too",
         )
     inputs = image_inputs(preprocessing, reference)
     wrapped = LogitsOnly(model)
