@@ -18,6 +18,7 @@ from edge_tcur.training.train import read_data, set_threads
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.factors import factor_parts
+from edge_tcur_runtime.tasks import ACCURACY
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def evaluate_run(run: Run, data: Path, *, adapter: Adapter | None = None) -> Eva
     base_score = score_model(base.model, prepared, task)
     apply_adapter(base, run, adapter or run.adapter())
     scores = score_model(base.model, prepared, task), base_score
-    accuracies = scores if task.metric.name == "accuracy" else (None, None)
+    accuracies = scores if task.metric.name == ACCURACY else (None, None)
     return EvalResult(
         metric=task.metric.name,
         adapter_score=scores[0],

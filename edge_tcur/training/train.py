@@ -30,6 +30,7 @@ from edge_tcur_runtime.data.targets import LABEL
 from edge_tcur_runtime.errors import ConfigError, OutputExistsError
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, write_adapter
 from edge_tcur_runtime.preprocess import image_size
+from edge_tcur_runtime.tasks import ACCURACY
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,7 @@ def _fit(
 
 def _accuracies(metric: str, scores: list[float]) -> dict[str, object]:
     """The scores under the names of an accuracy, where they are one."""
-    if metric != "accuracy":
+    if metric != ACCURACY:
         return {"accuracy": None, "accuracies": []}
     return {"accuracy": scores[-1] if scores else None, "accuracies": scores}
 

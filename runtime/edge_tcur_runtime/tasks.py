@@ -18,6 +18,7 @@ from edge_tcur_runtime.formats.bundle import InputSpec
 from edge_tcur_runtime.formats.schema import nearest
 
 IGNORED = -100  # a target that counts neither in the loss nor in the metric
+ACCURACY = "accuracy"  # name of the metric of tasks with one label a sample
 THRESHOLD = 0.5  # probability from which a label of several belongs to the answer
 Axes = tuple[int | str, ...]
 
@@ -262,7 +263,7 @@ class Classification(_Samples):
 
     reads: ClassVar[str] = LABEL
     target_dtype: ClassVar[str] = "int64"
-    metric: ClassVar[Metric] = Metric("accuracy")
+    metric: ClassVar[Metric] = Metric(ACCURACY)
     columns: ClassVar[tuple[str, ...]] = ("label", "score")
 
     def target_axes(self, inputs: Mapping[str, InputSpec], labels: Sequence[str]) -> Axes:
