@@ -48,7 +48,7 @@ _MAGIC = "edge-tcur-checkpoint"
 _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
 _ARRAYS = ("values", "first", "second")
-_NUMBERS = ("losses", "accuracies", "before", "after")
+_NUMBERS = ("losses", "scores", "before", "after")
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
 
@@ -60,7 +60,7 @@ class Progress:
         steps: updates done.
         values: trained values by name, float64, in the frame's coordinates.
         first, second: the optimiser's moments by name, float64; empty before the first update.
-        losses: of every update; accuracies: held-out score of every epoch that ended.
+        losses: of every update; scores: held-out score of every epoch that ended.
         before, after: score and mean loss on the held-out part, or None.
         micro_batch: samples per pass.
     """
@@ -70,7 +70,7 @@ class Progress:
     first: Mapping[str, np.ndarray]
     second: Mapping[str, np.ndarray]
     losses: tuple[float, ...] = ()
-    accuracies: tuple[float, ...] = ()
+    scores: tuple[float, ...] = ()
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
     micro_batch: int = 1
@@ -91,12 +91,13 @@ def identify(
 
 
 def _digest_data(dataset: Dataset) -> str:
-    samples = dataset.samples
-    if isinstance(samples, np.ndarray):
-        content = digest_tensors([("samples", samples)])
+    arrays = [("targets", dataset.targets)] if dataset.targets is not None else []
+    texts: dict[str, object] = {"reads": dataset.reads, "labels": dataset.labels, "names": dataset.names}
+    if isinstance(dataset.samples, np.ndarray):
+        arrays.append(("samples", dataset.samples))
     else:
-        content = digest_bytes(json.dumps(list(samples)).encode())
-    return digest_bytes(json.dumps([content, list(dataset.labels or ())]).encode())
+        texts["samples"] = list(dataset.samples)
+    return digest_bytes(json.dumps([digest_tensors(arrays), texts]).encode())
 
 
 def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], generation: int) -> bytes:
@@ -156,7 +157,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
     return Progress(
         steps=fields.integer("steps"),
         losses=_numbers(fields, "losses"),
-        accuracies=_numbers(fields, "accuracies"),
+        scores=_numbers(fields, "scores"),
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
         micro_batch=fields.integer("micro_batch", low=1),
@@ -214,6 +215,7 @@ class Checkpoints:
     _generation: int = 0
     _slot: int = 1
     _lock: int | None = None
+    _made: list[Path] = field(default_factory=list)
 
     def hold(self) -> None:
         """Keeps other processes away from the directory until `release`, or until this process ends.
@@ -237,6 +239,8 @@ class Checkpoints:
 
     def _take(self) -> bool:
         """Locks the directory; False where it was removed meanwhile (by `remove` of another process)."""
+        missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+        self._made += missing
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -246,7 +250,11 @@ class Checkpoints:
             return False
 
     def release(self) -> None:
-        """Lets other processes use the directory."""
+        """Lets other processes use the directory; where nothing was saved, it is gone again."""
+        for directory in self._made:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
+        self._made.clear()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

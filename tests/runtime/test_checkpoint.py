@@ -57,7 +57,7 @@ def same(first, second):
         assert {name: (v.shape, v.tobytes()) for name, v in one.items()} == {
             name: (v.shape, v.tobytes()) for name, v in two.items()
         }
-    for part in ("losses", "accuracies", "before", "after"):
+    for part in ("losses", "scores", "before", "after"):
         one, two = (
             None if value is None else [x.hex() for x in value]
             for value in (getattr(first, part), getattr(second, part))

@@ -81,7 +81,7 @@ def in_parts(bundle, user, settings, directory, lengths, start=None):
 
 def outcome(result):
     """What must not depend on breaks."""
-    fields = (result.losses, result.accuracies, result.accuracy_before, result.accuracy_after, result.better)
+    fields = (result.losses, result.scores, result.score_before, result.score_after, result.better)
     return serialize_adapter(result.adapter), *fields
 
 
