@@ -9,6 +9,7 @@ from edge_tcur.training.run import Run
 from edge_tcur_export.executorch import BACKENDS
 from edge_tcur_export.trace import EXAMPLE_LENGTH
 from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.weights import FP32, PRECISIONS
 
 TARGETS = ("onnx", "step", "ort-training")
 EXECUTORCH = "executorch"
@@ -62,14 +63,23 @@ class ExportSettings:
         device: name of a device profile, or the path of one; recorded, and its memory compared.
         verify: compare every graph with torch in a fresh process before the bundle appears.
         programs: of the target ``executorch``.
+        precision: of the base's large weights, out of `PRECISIONS`.
     """
 
     targets: tuple[str, ...] = TARGETS
     device: str | None = None
     verify: bool = True
     programs: ProgramSettings = field(default_factory=ProgramSettings)
+    precision: str = FP32
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)
         if unknown:
             raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"the precision is {self.precision!r}; expected {', '.join(PRECISIONS)}")
+        if self.precision != FP32 and EXECUTORCH in self.targets:
+            raise UsageError(
+                f"ExecuTorch's programs have a float32 base; --precision {self.precision} is for ONNX's",
+                hint="export two bundles, one with --target executorch alone",
+            )

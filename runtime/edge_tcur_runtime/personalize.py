@@ -24,6 +24,7 @@ from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
+from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.optimizer import AdamW, schedule
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
@@ -260,7 +261,7 @@ def personalize(
     outcome = _train(trainer, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _PROVENANCE),
+        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
         better=outcome.better,
         accuracy_before=outcome.before[0] if outcome.before else None,
         accuracy_after=outcome.after[0] if outcome.after else None,
@@ -278,6 +279,12 @@ def personalize(
         base_digest_before=before,
         base_digest_after=_digest_again(bundle, before),
     )
+
+
+def _provenance(bundle: Bundle) -> dict[str, str]:
+    """Where the adapter comes from; rows, columns and core were trained against the dequantised weights."""
+    precision = bundle.manifest.precision
+    return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
