@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_tcur.errors import ExportError
-from edge_tcur_runtime.formats.weights import INT8
+from edge_tcur_runtime.formats.weights import INT4, INT8
 
 BLOCK = 32  # input features that share a scale in int4
-_LARGEST = {"int8": 127, "int4": 7}  # symmetric: the one more on the negative side is not used
+_LARGEST = {INT8: 127, INT4: 7}  # symmetric: the one more on the negative side is not used
+_LARGEST_ENTRY = np.finfo(np.float32).max / 2  # beyond it, the largest value times its scale may overflow
 _SMALLEST_SCALE = np.finfo(np.float32).tiny  # of rows of zeros
 
 
@@ -63,10 +64,11 @@ def quantize_int8(matrix: np.ndarray, axis: int, name: str = "") -> Quantized:
     Raises:
         ExportError: an entry is not finite, or too large for a scale.
     """
+    _require_finite(matrix, INT8, name)
     largest = np.abs(matrix).max(axis=1 - axis, initial=0)
     scales = _scales(largest, INT8)
     values = np.rint(matrix / np.expand_dims(scales, 1 - axis))
-    return _checked(Quantized(INT8, _clipped(values, INT8), scales, axis), name)
+    return Quantized(INT8, _clipped(values, INT8), scales, axis)
 
 
 def quantize_int4(matrix: np.ndarray, axis: int, name: str = "") -> Quantized:
@@ -75,11 +77,12 @@ def quantize_int4(matrix: np.ndarray, axis: int, name: str = "") -> Quantized:
 
     Args, Raises: as `quantize_int8`.
     """
+    _require_finite(matrix, INT4, name)
     size = matrix.shape[axis]
     starts = np.arange(0, size, BLOCK)
-    scales = _scales(np.maximum.reduceat(np.abs(matrix), starts, axis=axis), "int4")
+    scales = _scales(np.maximum.reduceat(np.abs(matrix), starts, axis=axis), INT4)
     values = np.rint(matrix / _spread(scales, axis, size))
-    return _checked(Quantized("int4", _clipped(values, "int4"), scales, axis), name)
+    return Quantized(INT4, _clipped(values, INT4), scales, axis)
 
 
 def _spread(scales: np.ndarray, axis: int, size: int) -> np.ndarray:
@@ -94,22 +97,18 @@ def _scales(largest: np.ndarray, precision: str) -> np.ndarray:
 
 
 def _clipped(values: np.ndarray, precision: str) -> np.ndarray:
-    """int8; NaN becomes 0, and its scale tells."""
     bound = _LARGEST[precision]
-    clipped: np.ndarray = np.nan_to_num(values.clip(-bound, bound)).astype(np.int8)
+    clipped: np.ndarray = values.clip(-bound, bound).astype(np.int8)
     return clipped
 
 
-def _checked(quantized: Quantized, name: str) -> Quantized:
-    with np.errstate(over="ignore", invalid="ignore"):
-        finite = bool(np.isfinite(quantized.dequantize()).all() and np.isfinite(quantized.scales).all())
-    if not finite:
+def _require_finite(matrix: np.ndarray, precision: str, name: str) -> None:
+    if not (np.abs(matrix) <= _LARGEST_ENTRY).all():
         raise ExportError(
-            f"a weight that is not finite cannot be {quantized.precision}",
+            f"a weight that is not finite cannot be {precision}",
             where=name or None,
             hint="export with --precision fp32, and look at what the training of the base did",
         )
-    return quantized
 
 
 def relative_error(matrix: np.ndarray, quantized: Quantized) -> float:

@@ -22,7 +22,6 @@ from edge_tcur_runtime.formats.weights import INT4, INT8
 
 INT4_OPSET = 21  # the first one with int4 and blocks
 VALUES, SCALES = ".values", ".scales"  # behind the name of a weight: its two tensors
-_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul")
 _Key = tuple[tuple[int, ...], bytes]
 
 
@@ -86,7 +85,6 @@ class _Stored:
 
     def __init__(self, graph: ir.Graph, name: str, weight: Quantized) -> None:
         self._graph, self._name, self._weight = graph, name, weight
-        self._gathered: ir.Value | None = None
         self._inserted = 0
         self.nodes: list[ir.Node] = []
         scales, values = weight.scales, weight.values
@@ -111,14 +109,12 @@ class _Stored:
             self._serve_gather(node)
         elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             self._serve_transpose(node)
-        elif node.op_type in _PRODUCTS and place == 1 and not self._is_table:
+        elif node.op_type == "MatMul" and place == 1:
+            self._serve_product(node, transposed=False)
+        elif node.op_type == "Gemm" and place == 1:
             node.replace_input_with(place, self._dequantize())
         else:
             raise self._unknown(node)
-
-    @property
-    def _is_table(self) -> bool:
-        return self._weight.precision == INT8 and self._weight.axis == 0
 
     def _unknown(self, node: ir.Node) -> ExportError:
         return ExportError(
@@ -145,29 +141,37 @@ class _Stored:
 
     def _serve_gather(self, node: ir.Node) -> None:
         """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes
-        int4 but ONNX Runtime's does not: the weight is dequantised for all gathers, and freed after them."""
+        int4 but ONNX Runtime's does not: the weight is dequantised, and freed after it. (One
+        DequantizeLinear for two readers would be split by ONNX Runtime, and not be first any more.)"""
         if self._weight.precision == INT4:
-            self._gathered = self._gathered or self._dequantize()
-            node.replace_input_with(0, self._gathered)
+            node.replace_input_with(0, self._dequantize())
             return
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
         values = self._insert(node, "Gather", [self._values, indices], {"axis": axis})
         scales = self._scales
         if axis == self._weight.axis:
             scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
-        # A Cast and a Mul: where a Transpose follows a DequantizeLinear, ONNX Runtime moves it through the
-        # Transpose without turning its axis.
+        # A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`.
         floats = self._insert(node, "Cast", [values], {"to": int(ir.DataType.FLOAT)})
         self._replace(node, self._insert(node, "Mul", [floats, scales], {}))
 
     def _serve_transpose(self, node: ir.Node) -> None:
-        """The backward pass multiplies by the transpose: a Gemm reads the weight as it is stored."""
+        """The backward pass multiplies by the transpose. ONNX Runtime moves a DequantizeLinear through a
+        Transpose without turning its axis: the product turns the weight instead."""
         for reader, place in list(node.outputs[0].uses()):
-            left = reader.inputs[0]
-            if reader.op_type != "MatMul" or place != 1 or left is None or len(left.shape or ()) != 2:
+            if reader.op_type != "MatMul" or place != 1:
                 raise self._unknown(reader)
-            self._replace(reader, self._insert(reader, "Gemm", [left, self._dequantize()], {"transB": 1}))
+            self._serve_product(reader, transposed=True)
         self._graph.remove(node, safe=True)
+
+    def _serve_product(self, node: ir.Node, *, transposed: bool) -> None:
+        """A Gemm in the place of a MatMul: of DequantizeLinear (int4) and MatMul, ONNX Runtime makes a
+        MatMulNBits, which holds the weight a second time and rounds the other matrix to int8."""
+        left = node.inputs[0]
+        if left is None or len(left.shape or ()) != 2:
+            raise self._unknown(node)
+        inputs: list[ir.Value | None] = [left, self._dequantize()]
+        self._replace(node, self._insert(node, "Gemm", inputs, {"transB": int(transposed)}))
 
     def _insert(
         self, before: ir.Node, operator: str, inputs: list[ir.Value | None], attributes: dict[str, int]
