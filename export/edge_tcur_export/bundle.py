@@ -48,7 +48,7 @@ from edge_tcur_runtime.formats.bundle import (
 )
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
-from edge_tcur_runtime.formats.weights import TensorPlace
+from edge_tcur_runtime.formats.weights import FP32, TensorPlace
 from edge_tcur_runtime.installed import version_of
 
 ADAPTER_PTD = "adapter.ptd"
@@ -131,6 +131,8 @@ class _Writer:
         if base.tokenizer is not None:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
+        if settings.precision != FP32:
+            stages.begin(f"quantising the base to {settings.precision}, and scoring what that changes")
         self._quantised = Quantization(base, run, adapter, work, settings.precision)
         self.quantization = QuantizationReport()
         # Written by Python: safetensors' own writer hides why a write failed.

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export.ort_training import _generate
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
 from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
 
@@ -258,3 +259,23 @@ def test_a_step_holds_a_few_float32_weights_at_a_time(tmp_path):
     assert peaks["ours"] < base + 5 * weight  # the base, mapped, two weights, and the session
     assert peaks["late"] > peaks["ours"] + 4 * weight
     assert peaks["shared"] > peaks["ours"] + 4 * weight
+
+
+def test_onnx_runtime_trainings_builder_unfolds_a_quantised_weight(tmp_path):
+    """Why the pass runs on what the builder wrote, and not before."""
+    quantized = quantized_layer("int8")
+    body = "y = MatMul(x, weight) z = MatMul(y, core) loss = ReduceMean <keepdims = 0> (z)"
+    model = parse(
+        f"g (float[b, 64] x, float[16, 16] core) => (float loss) {{ {body} }}", quantized.dequantize()
+    )
+    core = model.graph.inputs.pop()
+    core.const_value = ir.tensor(np.ones((16, 16), np.float32), name="core")
+    model.graph.initializers["core"] = core
+    early = model.clone()
+    quantize_weights(early, WeightTable([quantized]))
+    _generate(ir.to_proto(early), ["core"], tmp_path)
+    training = onnx.load(tmp_path / "training_model.onnx")
+    assert {tensor.data_type for tensor in training.graph.initializer} == {onnx.TensorProto.FLOAT}
+    _generate(ir.to_proto(model), ["core"], tmp_path)
+    late = ir.load(tmp_path / "training_model.onnx")
+    assert quantize_weights(late, WeightTable([quantized])) == {"weight.values", "weight.scales"}
