@@ -16,6 +16,7 @@ from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
+    from edge_tcur_export.quantization import QuantizationReport
     from edge_tcur_export.report import ExportReport
     from edge_tcur_export.settings import ExportSettings
 
@@ -23,11 +24,13 @@ EPILOG = """\b
 Examples:
   edge-tcur export run/ --out bundle/
   edge-tcur export run/ --out bundle/ --target onnx --target step --device raspberry-pi-5-8gb
+  edge-tcur export run/ --out bundle/ --precision int8
   edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
 TARGETS = ("onnx", "ort-training", "step")
 EXECUTORCH = "executorch"
 BACKENDS = ("portable", "xnnpack")
+PRECISIONS = ("fp32", "int8", "int4")
 _SHOWN = 6  # operators in one line
 
 
@@ -62,6 +65,13 @@ _SHOWN = 6  # operators in one line
     "--optimizer",
     type=click.Choice(OPTIMIZERS),
     help="What optimizer.onnx of ONNX Runtime Training does.  [default: adamw]",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default=PRECISIONS[0],
+    show_default=True,
+    help="Of the base's large weights; int8 and int4 are for ONNX Runtime.",
 )
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
@@ -98,8 +108,14 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
         options["max_batch"] or 0,
         options["max_length"] or 0,
     )
-    optimizer = options["optimizer"] or ADAMW
-    return ExportSettings(targets, options["device"], options["verify"], programs, optimizer)
+    return ExportSettings(
+        targets,
+        options["device"],
+        options["verify"],
+        programs,
+        optimizer=options["optimizer"] or ADAMW,
+        precision=options["precision"],
+    )
 
 
 def _refuse_idle(targets: tuple[str, ...], target: str, what: str, options: Mapping[str, object]) -> None:
@@ -129,6 +145,7 @@ def _describe(report: ExportReport, out: Path) -> str:
             "",
             *([table(("Program", "Reserves", "For at most"), reserved), ""] if reserved else []),
             *_outside(report),
+            *_quantised(report.quantization),
             parity,
             "",
             f"wrote {out} in {report.seconds:.1f} s",
@@ -145,3 +162,24 @@ def _outside(report: ExportReport) -> list[str]:
         for name, counts in report.executorch.left_over.items()
     ]
     return [*lines, ""] if lines else []
+
+
+def _quantised(report: QuantizationReport) -> list[str]:
+    """What the precision changed."""
+    if not report.relative_errors:
+        return []
+    name, error = report.worst()
+    change = ", ".join(f"{which} {value:.1e}" for which, value in report.output_change.items())
+    rows = [
+        ("bytes of the base", f"{format_size(report.base_bytes_fp32)} -> {format_size(report.base_bytes)}"),
+        ("worst weight, relative error", f"{error:.1e} ({name})"),
+        ("canary's outputs, relative", change),
+        ("held-out accuracy", report.note or _accuracy(report)),
+    ]
+    return [table((f"fp32 -> {report.precision}", "Change"), rows), ""]
+
+
+def _accuracy(report: QuantizationReport) -> str:
+    accuracy = report.accuracy or {}
+    before, after = accuracy["fp32"], accuracy[report.precision]
+    return f"{before:.1%} -> {after:.1%} ({accuracy['samples']:.0f} samples)"

@@ -171,6 +171,7 @@ def describe_bundle(root: Path) -> Description:
         "task": manifest.task,
         "labels": list(manifest.labels),
         "device": manifest.device,
+        "precision": manifest.precision,
         "graphs": dict(manifest.graphs),
         "groups": groups,
         "files": {name: {"bytes": item.size, "digest": item.sha256} for name, item in manifest.files.items()},
@@ -183,7 +184,7 @@ def describe_bundle(root: Path) -> Description:
     }
     facts = {
         "bundle": f"{root} ({format_size(size)})",
-        "base": manifest.base_digest,
+        "base": f"{manifest.base_digest}, stored as {manifest.precision}",
         "task": manifest.task,
         "labels": _labels(manifest.labels),
         "device": manifest.device or "any",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
 from edge_tcur_runtime.formats.bundle import BASE_FILE
 
 _INLINE_BYTES = 256  # smaller tensors (shapes, axes, scalars) stay in the graph
@@ -19,12 +20,17 @@ _LARGE_BYTES = 64 * 2**10
 class BaseFile:
     """Collects tensors of several graphs; equal content is stored once.
 
+    Args:
+        directory: the bundle being written.
+        quantised: weights that are stored, and read by the graphs, in another form than float32.
+
     Attributes:
         size: bytes so far.
         offsets: initializer name -> offset in bytes of its content.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, quantised: WeightTable | None = None) -> None:
+        self._quantised = quantised or WeightTable(())
         self._path = directory / BASE_FILE
         self._directory = directory
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
@@ -33,16 +39,20 @@ class BaseFile:
         self._path.write_bytes(b"")
 
     def externalize(self, model: ir.Model, *, keep: frozenset[str] = frozenset()) -> int:
-        """Moves the initializers of `model` into the file, those in `keep` and tiny ones apart.
+        """Moves the initializers of `model` into the file, those in `keep` and tiny ones apart; quantised
+        weights go there whatever their size, because the runtime reads them there.
 
         Returns:
             bytes that were new: 0 where every tensor was already there.
         """
         before = self.size
+        quantised = quantize_weights(model, self._quantised) if self._quantised else frozenset()
         with self._path.open("ab") as file:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
-                if tensor is None or name in keep or tensor.nbytes <= _INLINE_BYTES:
+                if tensor is None or name in keep:
+                    continue
+                if tensor.nbytes <= _INLINE_BYTES and name not in quantised:
                     continue
                 raw = tensor.tobytes()
                 key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from safetensors.numpy import save
 
 from edge_tcur import __version__
-from edge_tcur.errors import ExportError
 from edge_tcur.method.targets import Group, find_targets, saved_parameters
 from edge_tcur.models import Base
 from edge_tcur.tasks import find_task
@@ -26,6 +25,8 @@ from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
 from edge_tcur_export.parity import Case, verify_bundle
+from edge_tcur_export.precision import QuantizedBase
+from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.trace import (
@@ -33,7 +34,6 @@ from edge_tcur_export.trace import (
     FactorModel,
     Traced,
     make_example,
-    stored_weight,
     trace_forward,
     trace_step,
 )
@@ -44,11 +44,11 @@ from edge_tcur_runtime.formats.bundle import (
     BundleGroup,
     FileEntry,
     Manifest,
-    TensorPlace,
     serialize_manifest,
 )
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
+from edge_tcur_runtime.formats.weights import FP32, TensorPlace
 from edge_tcur_runtime.installed import version_of
 
 ADAPTER_PTD = "adapter.ptd"
@@ -108,6 +108,7 @@ def export_run(
         seconds=time.perf_counter() - stages.started,
         stages=stages.seconds,
         executorch=writer.programs,
+        quantization=writer.quantization,
     )
 
 
@@ -130,6 +131,10 @@ class _Writer:
         if base.tokenizer is not None:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
+        if settings.precision != FP32:
+            stages.begin(f"quantising the base to {settings.precision}, and scoring what that changes")
+        self._quantised = Quantization(base, run, adapter, work, settings.precision)
+        self.quantization = QuantizationReport()
         # Written by Python: safetensors' own writer hides why a write failed.
         (work / CANARY).write_bytes(save(make_canary(base, run, adapter, work)))
         self._config = run.config.method()
@@ -168,7 +173,7 @@ class _Writer:
         converted = graphs.to_graph(forward)
         if "ort-training" in targets:
             check_gradients(converted, example.trained())
-        base_file = BaseFile(self._work)
+        base_file = BaseFile(self._work, self._quantised.base.table())
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
             stages.begin("writing the step graph (forward and backward)")
@@ -183,6 +188,7 @@ class _Writer:
         stages.begin("writing the manifest")
         if self._saved:
             (self._work / EXTRAS).write_bytes(save(self._saved))
+        self.quantization = self._quantised.report(base_file.offsets, base_file.size)
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
@@ -242,12 +248,12 @@ class _Writer:
             graphs=roles,
             inputs=self._base.inputs,
             groups={group.name: self._group(group) for group in self._groups},
-            tensors=_places(self._groups, base_file),
+            tensors=_places(self._groups, self._quantised.base, base_file),
             extras=self._extras,
             task=self._run.config.task,
             labels=self._run.labels,
             preprocessing=self._base.preprocessing,
-            opset=graphs.OPSET,
+            opset=self._quantised.base.opset,
             ir_version=graphs.IR_VERSION,
             coupling=self._adapter.header.coupling,
             transform=self._adapter.header.transform,
@@ -260,6 +266,7 @@ class _Writer:
             programs=self.programs.programs,
             metric=self._task.metric.name,
             optimizer=self._settings.optimizer if "optimizer" in roles else None,
+            precision=self._settings.precision,
         )
 
     def _group(self, group: Group) -> BundleGroup:
@@ -269,16 +276,14 @@ class _Writer:
         )
 
 
-def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorPlace]:
-    result = {}
-    for group in groups:
-        for name in group.modules:
-            stored, _ = stored_weight(f"{name}.weight")
-            if stored not in base_file.offsets:
-                raise ExportError(f"the weight {name} did not come out as a tensor of the graph")
-            offset = base_file.offsets[stored]
-            result[f"{name}.weight"] = TensorPlace(offset, "float32", (group.n2, group.n1), True)
-    return result
+def _places(
+    groups: tuple[Group, ...], quantised: QuantizedBase, base_file: BaseFile
+) -> dict[str, TensorPlace]:
+    return {
+        f"{name}.weight": quantised.place(f"{name}.weight", (group.n2, group.n1), base_file.offsets)
+        for group in groups
+        for name in group.modules
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +60,20 @@ def _later_loss(model: FactorModel, example: Example) -> float:
     return float(loss)
 
 
+@contextmanager
+def adapted(base: Base, run: Run, adapter: Adapter) -> Iterator[None]:
+    """The base under an adapter; as it was before, head included, afterwards."""
+    head = {name: value.detach().clone() for name, value in base.head_parameters().items()}
+    injection = apply_adapter(base, run, adapter)
+    try:
+        yield
+    finally:
+        injection.remove()
+        with torch.no_grad():
+            for name, value in base.head_parameters().items():
+                value.copy_(head[name])
+
+
 def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict[str, np.ndarray]:
     """Fixed inputs (``input.*``) and torch's outputs of base and adapter on them (``output.*``).
 
@@ -68,12 +84,8 @@ def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict
     tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     with torch.no_grad():
         base_outputs = base.model(**tensors).numpy()
-        head = {name: value.clone() for name, value in base.head_parameters().items()}
-        injection = apply_adapter(base, run, adapter)
-        adapter_outputs = base.model(**tensors).numpy()
-        injection.remove()
-        for name, value in base.head_parameters().items():
-            value.copy_(head[name])
+        with adapted(base, run, adapter):
+            adapter_outputs = base.model(**tensors).numpy()
     content = {f"input.{name}": value for name, value in inputs.items()}
     return content | {"output.base": base_outputs, "output.adapter": adapter_outputs}
 

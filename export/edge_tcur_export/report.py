@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from edge_tcur_export.executorch import ProgramReport
+from edge_tcur_export.quantization import QuantizationReport
 from edge_tcur_runtime.formats.bundle import Manifest
 
 
@@ -24,6 +25,7 @@ class ExportReport:
         adapter_bytes: bytes of the adapter file.
         seconds: of the whole export; `stages`: of each stage.
         executorch: ExecuTorch's programs; empty where they were not asked for.
+        quantization: what the precision of the base changed.
     """
 
     root: Path
@@ -35,6 +37,7 @@ class ExportReport:
     seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
     executorch: ProgramReport = field(default_factory=ProgramReport)
+    quantization: QuantizationReport = field(default_factory=QuantizationReport)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -49,6 +52,7 @@ class ExportReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "executorch": asdict(self.executorch),
+            "quantization": self.quantization.to_dict(),
         }
 
 

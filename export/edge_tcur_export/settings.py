@@ -10,6 +10,7 @@ from edge_tcur_export.executorch import BACKENDS
 from edge_tcur_export.trace import EXAMPLE_LENGTH
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
+from edge_tcur_runtime.formats.weights import FP32, PRECISIONS
 
 TARGETS = ("onnx", "step", "ort-training")
 EXECUTORCH = "executorch"
@@ -65,6 +66,7 @@ class ExportSettings:
         programs: of the target ``executorch``.
         optimizer: what ``optimizer.onnx`` of the target ``ort-training`` does, out of `OPTIMIZERS`. Native
             apps use it; our runtime has its own.
+        precision: of the base's large weights, out of `PRECISIONS`.
     """
 
     targets: tuple[str, ...] = TARGETS
@@ -72,6 +74,7 @@ class ExportSettings:
     verify: bool = True
     programs: ProgramSettings = field(default_factory=ProgramSettings)
     optimizer: str = ADAMW
+    precision: str = FP32
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)
@@ -79,3 +82,10 @@ class ExportSettings:
             raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
         if self.optimizer not in OPTIMIZERS:
             raise UsageError(f"unknown optimizer {self.optimizer!r}; expected {', '.join(OPTIMIZERS)}")
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"the precision is {self.precision!r}; expected {', '.join(PRECISIONS)}")
+        if self.precision != FP32 and EXECUTORCH in self.targets:
+            raise UsageError(
+                f"ExecuTorch's programs have a float32 base; --precision {self.precision} is for ONNX's",
+                hint="export two bundles, one with --target executorch alone",
+            )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, TensorPlace
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.factors import Factors
+from edge_tcur_runtime.formats.weights import read_columns_and_rows
 from edge_tcur_runtime.frame import Frame, build_frame
 
 
@@ -68,7 +69,7 @@ class Coordinates:
 
 def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:
     """Coordinates in the frame that `start` names, computed from the base's rows and columns."""
-    frames, header = {}, start.header
+    frames, header, path = {}, start.header, bundle.path(BASE_FILE)
     for group, factors in start.factors.items():
         if not isinstance(factors, Factors):  # sketches are unit vectors: nothing to even out
             frames[group] = Frame("identity", factors.blocks, header.alpha)
@@ -76,7 +77,7 @@ def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:
         places = [bundle.manifest.tensors[name] for name in bundle.manifest.groups[group].parameters]
         size = len(places) // factors.blocks
         parts = [
-            _gather(bundle, place, factors.rows[slice_ // size], factors.cols[slice_ // size])
+            read_columns_and_rows(path, place, factors.rows[slice_ // size], factors.cols[slice_ // size])
             for slice_, place in enumerate(places)
         ]
         columns, rows = (np.stack(part) for part in zip(*parts, strict=True))
@@ -89,12 +90,3 @@ def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:
             alpha=header.alpha,
         )
     return Coordinates(start, frames)
-
-
-def _gather(
-    bundle: Bundle, place: TensorPlace, rows: np.ndarray, cols: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Columns [n1, r] and rows [r, n2] of one weight; the weight is mapped, not read whole."""
-    stored = np.memmap(bundle.path(BASE_FILE), dtype="<f4", mode="r", offset=place.offset, shape=place.shape)
-    weight = stored.T if place.transposed else stored
-    return np.array(weight[:, cols]), np.array(weight[rows, :])

@@ -25,6 +25,7 @@ from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
+from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
 from edge_tcur_runtime.optimizer import AdamW, schedule
@@ -342,7 +343,7 @@ def personalize(
         _train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _PROVENANCE),
+        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
         better=outcome.better,
         metric=task.metric.name,
         score_before=outcome.before[0] if outcome.before else None,
@@ -365,6 +366,12 @@ def personalize(
         resumed_from=0 if progress is None else progress.steps,
         notes=keeper.notes,
     )
+
+
+def _provenance(bundle: Bundle) -> dict[str, str]:
+    """Where the adapter comes from; rows, columns and core were trained against the dequantised weights."""
+    precision = bundle.manifest.precision
+    return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:

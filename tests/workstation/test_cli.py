@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import click
 import numpy as np
@@ -19,6 +19,7 @@ from edge_tcur.cli import COMMANDS, edge_tcur
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_export import bundle as bundles
 from edge_tcur_export.executorch import ProgramReport
+from edge_tcur_export.quantization import QuantizationReport
 from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import ExitCode
@@ -324,7 +325,8 @@ def test_inspect_a_bundle(cli, bundle):
     assert payload["groups"] == {"q": {"slices": 1, "n1": 4, "n2": 5, "rank": 2}}
     assert payload["graphs"] == {"infer": "infer.onnx"}
     text = cli("inspect", bundle)[1]
-    for part in ("all match", "label 5, ... (9)", "base.bin", "80 B", "4x5"):
+    assert payload["precision"] == "fp32"
+    for part in ("all match", "label 5, ... (9)", "base.bin", "80 B", "4x5", "stored as fp32"):
         assert part in text
 
 
@@ -349,6 +351,7 @@ class Report:
     graph_bytes: dict = field(default_factory=lambda: {"infer.onnx": 2048})
     base_bytes: int = 4096
     executorch: ProgramReport = field(default_factory=ProgramReport)
+    quantization: QuantizationReport = field(default_factory=QuantizationReport)
 
     def to_dict(self):
         return {"bundle": "b", "base_bytes": self.base_bytes, "graph_bytes": self.graph_bytes}
@@ -363,9 +366,17 @@ def exported(monkeypatch):
         {"train-xnnpack": program}, {"train.pte": 2048}, {"train-xnnpack": {"mm": 2, "erf": 1}}
     )
 
+    scored = QuantizationReport(
+        "int4", 4096, 1024, {"a.weight": 0.01, "b.weight": 0.125}, {"base": 0.25, "adapter": 0.5},
+        {"fp32": 0.875, "int4": 0.75, "samples": 8.0},
+    )  # fmt: skip
+    changes = [scored, replace(scored, accuracy=None, note="the data are gone")]
+
     def export_run(run, out, settings, *, on_stage, **options):
         on_stage("tracing")
         calls.append((run.root, out, settings, options))
+        if settings.precision != "fp32":
+            return Report(quantization=changes[len(calls) - 1])
         return Report(executorch=programs) if "executorch" in settings.targets else Report()
 
     monkeypatch.setattr(bundles, "export_run", export_run)
@@ -403,6 +414,23 @@ def test_export_to_executorch_passes_its_settings_on(cli, trained, tmp_path, exp
         "mm 2",
     ):
         assert part in text
+
+
+def test_export_says_what_a_precision_changed(cli, trained, tmp_path, exported):
+    options = ("export", trained, "--out", tmp_path / "bundle", "--precision", "int4")
+    code, text, _ = cli(*options)
+    assert code == 0
+    assert exported[0][2].precision == "int4"
+    for part in (
+        "fp32 -> int4", "4.0 KiB -> 1.0 KiB", "1.2e-01 (b.weight)", "base 2.5e-01, adapter 5.0e-01",
+        "87.5% -> 75.0% (8 samples)",
+    ):  # fmt: skip
+        assert part in text
+    assert "the data are gone" in cli(*options)[1]
+    code, _, err = cli(*options, "--target", "executorch")
+    assert code == 2
+    assert "float32 base" in err
+    assert len(exported) == 2
 
 
 def test_export_refuses(cli, trained, tmp_path, exported):

@@ -13,6 +13,7 @@ from edge_tcur_export.executorch import BACKENDS
 from edge_tcur_export.settings import ALL_TARGETS, TARGETS
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.weights import PRECISIONS
 
 FILES = {"adapter.safetensors", "base.bin", "canary.safetensors", "infer.onnx", "step.onnx"}
 
@@ -34,12 +35,13 @@ def call(capsys, *arguments):
 def test_export_and_inspect(trained, tmp_path, capsys):
     bundle = tmp_path / "bundle"
     targets = ("--target", "onnx", "--target", "step", "--device", "raspberry-pi-5-8gb")
+    targets += ("--precision", "int8")
     code, out, err = call(capsys, "export", trained, "--out", bundle, *targets, "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
-        "files", "seconds", "stages", "executorch",
+        "files", "seconds", "stages", "executorch", "quantization",
     }  # fmt: skip
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}
@@ -51,6 +53,9 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     }
     assert report["base_bytes"] == report["files"]["base.bin"]["size"]
     assert report["adapter_bytes"] == (trained / "adapter.safetensors").stat().st_size
+    change = report["quantization"]
+    assert change["precision"] == "int8"
+    assert change["base_bytes"] == report["base_bytes"] < change["base_bytes_fp32"]
     inspected(bundle, report, capsys)
     damaged(bundle, capsys)
 
@@ -61,6 +66,7 @@ def inspected(bundle, report, capsys):
     shown = json.loads(out)
     assert (shown["kind"], shown["digests_match"], shown["damaged"]) == ("bundle", True, {})
     assert (shown["base_digest"], shown["device"]) == (report["base_digest"], "raspberry-pi-5-8gb")
+    assert shown["precision"] == "int8"
     assert shown["graphs"] == {"infer": "infer.onnx", "step": "step.onnx"}
     assert {name: entry["bytes"] for name, entry in shown["files"].items()} == {
         name: entry["size"] for name, entry in report["files"].items()
@@ -94,3 +100,4 @@ def test_the_command_offers_what_there_is():
     assert set(command.TARGETS) == set(TARGETS)
     assert {*command.TARGETS, command.EXECUTORCH} == set(ALL_TARGETS)
     assert command.BACKENDS == BACKENDS
+    assert command.PRECISIONS == PRECISIONS

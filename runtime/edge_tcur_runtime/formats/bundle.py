@@ -8,19 +8,17 @@ flat on purpose: ONNX's external data may then never leave the graph's own direc
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError
 from edge_tcur_runtime.formats.adapter import check_version, parse_group, read_bounded
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import COUPLINGS, INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.formats.schema import Fields, parse_document
+from edge_tcur_runtime.formats.weights import FP32, PRECISIONS, TensorPlace, parse_place
 from edge_tcur_runtime.transform import TRANSFORMS
 
 FORMAT_VERSION = 1
@@ -32,7 +30,7 @@ ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
-_OPTIONAL = ("programs", "metric", "optimizer")
+_OPTIONAL = ("programs", "metric", "optimizer", "precision")
 
 
 @dataclass(frozen=True)
@@ -41,24 +39,6 @@ class FileEntry:
 
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class TensorPlace:
-    """Where a weight lies in `base.bin`.
-
-    Attributes:
-        offset: bytes from the start of the file.
-        dtype: numpy name, ``float32``.
-        shape: shape as stored.
-        transposed: True where the stored matrix is the transpose of the base's parameter
-            (linear weights are stored [n2, n1], as MatMul reads them).
-    """
-
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -127,6 +107,8 @@ class Manifest:
         metric: what the output ``metric`` of the training graphs is; None where they have none.
         optimizer: which of `OPTIMIZERS` ``optimizer.onnx`` is; None where there is none, or where the bundle
             does not say (then AdamW).
+        precision: of the base's large weights, out of `PRECISIONS`; `base_digest` is that of the float32
+            base in each, so that one adapter fits all of them.
     """
 
     base_digest: str
@@ -152,6 +134,7 @@ class Manifest:
     programs: Mapping[str, ProgramSpec] = field(default_factory=dict)
     metric: str | None = None
     optimizer: str | None = None
+    precision: str = FP32
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -178,8 +161,9 @@ class Bundle:
 def serialize_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`."""
     document = {"format_version": FORMAT_VERSION, "kind": "edge-tcur-bundle", **asdict(manifest)}
+    document["tensors"] = {name: place.document() for name, place in manifest.tensors.items()}
     for name in _OPTIONAL:
-        if not document[name]:
+        if getattr(manifest, name) in (Manifest.__dataclass_fields__[name].default, {}):
             del document[name]
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
@@ -202,8 +186,8 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         graphs={role: graphs.text(role) for role in graphs.mapping_keys()},
         inputs={name: _parse_input(child) for name, child in fields.children("inputs").items()},
         groups={name: _parse_group(child) for name, child in fields.children("groups").items()},
-        tensors={name: _parse_place(child) for name, child in fields.children("tensors").items()},
-        extras={name: _shape(fields.child("extras"), name) for name in fields.mapping("extras")},
+        tensors={name: parse_place(child) for name, child in fields.children("tensors").items()},
+        extras={name: fields.child("extras").sizes(name) for name in fields.mapping("extras")},
         task=fields.text("task"),
         labels=_labels(fields),
         preprocessing=fields.mapping("preprocessing"),
@@ -220,6 +204,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         programs={name: _parse_program(child) for name, child in _optional_children(fields, "programs")},
         metric=fields.text("metric") if "metric" in fields.mapping_keys() else None,
         optimizer=fields.choice("optimizer", OPTIMIZERS) if "optimizer" in fields.mapping_keys() else None,
+        precision=_precision(fields),
     )
     _check_references(manifest, where)
     return manifest
@@ -232,12 +217,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
     for name in named:
         if name is not None and name not in manifest.files:
             raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
-    size = manifest.files[BASE_FILE].size
-    for parameter, place in manifest.tensors.items():
-        if place.offset + math.prod(place.shape) * np.dtype(place.dtype).itemsize > size:
-            raise FileFormatError(
-                f"the weight {parameter!r} ends behind {BASE_FILE!r}, which has {size} bytes", where=where
-            )
+    _check_places(manifest, where)
     for group, spec in manifest.groups.items():
         expected = {"none": len(spec.parameters), "all": 1}.get(manifest.coupling, spec.blocks)
         if spec.blocks != expected:
@@ -255,6 +235,19 @@ def _check_references(manifest: Manifest, where: str) -> None:
                 )
 
 
+def _check_places(manifest: Manifest, where: str) -> None:
+    size = manifest.files[BASE_FILE].size
+    for parameter, place in manifest.tensors.items():
+        if place.end() > size:
+            raise FileFormatError(
+                f"the weight {parameter!r} ends behind {BASE_FILE!r}, which has {size} bytes", where=where
+            )
+        if place.dtype not in {"float32", manifest.precision}:
+            raise FileFormatError(
+                f"the weight {parameter!r} is {place.dtype} in a bundle of {manifest.precision}", where=where
+            )
+
+
 def _parse_file(name: str, fields: Fields) -> FileEntry:
     if not name.isprintable() or "/" in name or "\\" in name or name in {"", ".", "..", MANIFEST}:
         raise FileFormatError(f"the file name {name!r} is not allowed", where=fields.where)
@@ -264,6 +257,10 @@ def _parse_file(name: str, fields: Fields) -> FileEntry:
 
 def _optional_children(fields: Fields, key: str) -> Iterable[tuple[str, Fields]]:
     return fields.children(key).items() if key in fields.mapping_keys() else ()
+
+
+def _precision(fields: Fields) -> str:
+    return fields.choice("precision", PRECISIONS) if "precision" in fields.mapping_keys() else FP32
 
 
 def _parse_program(fields: Fields) -> ProgramSpec:
@@ -276,13 +273,6 @@ def _parse_program(fields: Fields) -> ProgramSpec:
         {axis: limits.integer(axis, low=1) for axis in limits.mapping_keys()},
         fields.integer("memory"),
     )
-
-
-def _shape(fields: Fields, key: str) -> tuple[int, ...]:
-    values = fields.items(key)
-    if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
-        raise FileFormatError(f"the field {key!r} must hold sizes", where=fields.where)
-    return tuple(values)
 
 
 def _parse_input(fields: Fields) -> InputSpec:
@@ -319,16 +309,6 @@ def _labels(fields: Fields) -> tuple[str, ...]:
     if len(set(labels)) != len(labels):
         raise FileFormatError("'labels' must name each class once", where=fields.where)
     return labels
-
-
-def _parse_place(fields: Fields) -> TensorPlace:
-    fields.only("offset", "dtype", "shape", "transposed")
-    return TensorPlace(
-        fields.integer("offset"),
-        fields.choice("dtype", ("float32",)),
-        _shape(fields, "shape"),
-        fields.flag("transposed"),
-    )
 
 
 def open_bundle(root: Path, *, verify: bool = True) -> Bundle:

@@ -182,3 +182,10 @@ class Fields:
         if not all(isinstance(value, str) for value in values):
             raise FileFormatError(f"the field {key!r} must hold strings only", where=self.where)
         return tuple(values)
+
+    def sizes(self, key: str) -> tuple[int, ...]:
+        """A list of integers that are not negative."""
+        values = self.items(key)
+        if not all(isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values):
+            raise FileFormatError(f"the field {key!r} must hold sizes", where=self.where)
+        return tuple(values)

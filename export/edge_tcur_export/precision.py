@@ -1,0 +1,135 @@
+"""The precision of a bundle's base: its large weights quantised in place, before anything is traced, so that
+torch computes every case and the canary with what the device computes with.
+
+Linear weights (GPT-2's Conv1D too) become int8 or int4, embedding tables int8 in both: their rows are
+gathered, which ONNX Runtime cannot do of int4. Norms, biases, convolutions, small tensors and what is
+trained stay float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from edge_tcur.errors import ExportError
+from edge_tcur.method.views import CONV1D, LINEAR, find_view
+from edge_tcur.models import Base
+from edge_tcur_export.graph import OPSET
+from edge_tcur_export.quantize import (
+    BLOCK,
+    Quantized,
+    quantize_int4,
+    quantize_int8,
+    relative_error,
+)
+from edge_tcur_export.quantized_graph import INT4_OPSET, SCALES, VALUES, WeightTable
+from edge_tcur_export.trace import stored_weight
+from edge_tcur_runtime.formats.weights import FP32, INT4, INT8, TensorPlace
+
+_SMALLEST_BYTES = 512  # of a float32 weight that is worth a tensor of scales beside it
+_AXES = {INT8: 1, INT4: 0}  # of a weight [n2, n1]: its outputs have scales, its inputs lie in blocks
+
+
+@dataclass(frozen=True)
+class QuantizedBase:
+    """What was quantised.
+
+    Attributes:
+        precision: out of `PRECISIONS`.
+        weights: parameter name -> its quantised form as the graphs store it.
+        errors: parameter name -> `relative_error`.
+    """
+
+    precision: str = FP32
+    weights: Mapping[str, Quantized] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def opset(self) -> int:
+        """The opset of the bundle's graphs."""
+        return INT4_OPSET if self.precision == INT4 else OPSET
+
+    def table(self) -> WeightTable:
+        """For the pass over the graphs."""
+        return WeightTable(self.weights.values())
+
+    def place(self, parameter: str, shape: tuple[int, int], offsets: Mapping[str, int]) -> TensorPlace:
+        """Where an adapted weight lies.
+
+        Args:
+            shape: as stored, [n2, n1].
+            offsets: of `BaseFile`.
+
+        Raises:
+            ExportError: it is in none of the graphs.
+        """
+        stored, _ = stored_weight(parameter)
+        quantised = parameter in self.weights
+        name = stored + VALUES if quantised else stored
+        if name not in offsets:
+            raise ExportError(f"the weight {parameter} did not come out as a tensor of the graph")
+        if not quantised:
+            return TensorPlace(offsets[name], "float32", shape, True)
+        block = BLOCK if self.precision == INT4 else None
+        return TensorPlace(offsets[name], self.precision, shape, True, offsets[stored + SCALES], block)
+
+
+def quantize_base(base: Base, precision: str, trained: Collection[str]) -> QuantizedBase:
+    """Quantises the base's large weights and puts what they dequantise to into the model.
+
+    `Base.digest` stays that of the float32 base: adapters of it fit.
+
+    Args:
+        base: changed in place.
+        precision: out of `PRECISIONS`; ``fp32`` changes nothing.
+        trained: names of parameters that an adapter carries itself.
+
+    Raises:
+        ExportError: a weight is not finite, or the base has none that can be quantised.
+    """
+    if precision == FP32:
+        return QuantizedBase()
+    quantize_linear = quantize_int8 if precision == INT8 else quantize_int4
+    weights, errors, done = {}, {}, set()
+    for name, module in (*_linears(base.model, trained), *_tables(base.model, trained)):
+        weight = cast("Tensor", module.weight)
+        if weight.data_ptr() in done:  # a table that is tied to a linear layer reads what that dequantises to
+            continue
+        done.add(weight.data_ptr())
+        if isinstance(module, nn.Embedding):
+            stored = weight.detach()
+            quantised = quantize_int8(stored.numpy(), 0, name)
+        else:
+            stored = LINEAR.matrix(module).detach().T if type(module) is nn.Linear else weight.detach()
+            quantised = quantize_linear(stored.contiguous().numpy(), _AXES[precision], name)
+        weights[name], errors[name] = quantised, relative_error(stored.numpy(), quantised)
+        stored.copy_(torch.from_numpy(quantised.dequantize()))
+    if not weights:
+        raise ExportError(
+            "no float32 weight of a linear layer or embedding to quantise", where=base.reference
+        )
+    return QuantizedBase(precision, weights, errors)
+
+
+def _linears(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers by the name of their weight; those of Int8Linear stay as they are."""
+    for name, module in model.named_modules():
+        if find_view(module) in (LINEAR, CONV1D) and _is_free(module, f"{name}.weight", trained):
+            yield f"{name}.weight", module
+
+
+def _tables(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Embedding tables that their module only reads."""
+    for name, module in model.named_modules():
+        reads = type(module) is nn.Embedding and module.max_norm is None
+        if reads and _is_free(module, f"{name}.weight", trained):
+            yield f"{name}.weight", module
+
+
+def _is_free(module: nn.Module, name: str, trained: Collection[str]) -> bool:
+    weight = cast("Tensor", module.weight)
+    return name not in trained and weight.dtype is torch.float32 and weight.nbytes >= _SMALLEST_BYTES

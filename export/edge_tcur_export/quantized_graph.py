@@ -1,0 +1,191 @@
+"""A graph pass: quantised weights in the place of float32 ones, dequantised where they are read.
+
+It runs on the finished graphs, ONNX Runtime Training's too: its builder folds a DequantizeLinear back into
+a float32 copy of the weight, and is given the float32 weight instead.
+
+Each reader gets a DequantizeLinear of its own: one for forward and backward would keep every float32
+weight alive from the one to the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from edge_tcur.errors import ExportError
+from edge_tcur_export.quantize import BLOCK, Quantized
+from edge_tcur_runtime.formats.weights import INT4, INT8
+
+INT4_OPSET = 21  # the first one with int4 and blocks
+VALUES, SCALES = ".values", ".scales"  # behind the name of a weight: its two tensors
+_Key = tuple[tuple[int, ...], bytes]
+
+
+class WeightTable:
+    """Quantised weights, found by the content that they have dequantised.
+
+    ONNX Runtime Training may name a tensor as it likes; the content tells which one it is.
+    """
+
+    def __init__(self, weights: Iterable[Quantized]) -> None:
+        self._weights = {_key(weight.dequantize()): weight for weight in weights}
+
+    def find(self, value: ir.Value) -> Quantized | None:
+        """The quantised form of an initializer, or None."""
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) != 2:
+            return None
+        return self._weights.get(_key(tensor.numpy()))
+
+    def __bool__(self) -> bool:
+        return bool(self._weights)
+
+
+def _key(array: np.ndarray) -> _Key:
+    return array.shape, hashlib.sha256(np.ascontiguousarray(array).data).digest()
+
+
+def quantize_weights(model: ir.Model, table: WeightTable) -> frozenset[str]:
+    """Replaces the initializers that `table` knows, in place.
+
+    Returns:
+        names of the new initializers: values, and scales.
+
+    Raises:
+        ExportError: a weight is read in a way that has no quantised form.
+    """
+    added: list[str] = []
+    dequantised: list[ir.Node] = []
+    for name, value in list(model.graph.initializers.items()):
+        weight = table.find(value)
+        if weight is None:
+            continue
+        stored = _Stored(model.graph, name, weight)
+        for node, place in list(value.uses()):
+            stored.serve(node, place)
+        del model.graph.initializers[name]
+        added += stored.names
+        dequantised += stored.nodes
+        if weight.precision == INT4:
+            model.graph.opset_imports[""] = max(INT4_OPSET, model.graph.opset_imports[""])
+    # First in the graph: ONNX Runtime orders nodes depth first from the outputs, of a node's inputs the
+    # one that stands last first. Beside its reader in the backward pass, a DequantizeLinear comes before
+    # the whole chain that its reader waits for, and every float32 weight is alive at once.
+    if dequantised:
+        model.graph.insert_before(model.graph[0], dequantised)
+    return frozenset(added)
+
+
+class _Stored:
+    """The two initializers of a quantised weight, and what its readers are given."""
+
+    def __init__(self, graph: ir.Graph, name: str, weight: Quantized) -> None:
+        self._graph, self._name, self._weight = graph, name, weight
+        self._inserted = 0
+        self.nodes: list[ir.Node] = []
+        scales, values = weight.scales, weight.values
+        if weight.precision == INT8 and weight.axis == 0:
+            scales = scales[:, None]  # a table: the scales are gathered with its rows
+        if weight.precision == INT4:
+            values = values.astype(ml_dtypes.int4)
+        self._values = self._add(name + VALUES, values)
+        self._scales = self._add(name + SCALES, scales)
+        self.names = (name + VALUES, name + SCALES)
+
+    def _add(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.Tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+        value.const_value = tensor
+        self._graph.initializers[name] = value
+        return value
+
+    def serve(self, node: ir.Node, place: int) -> None:
+        """Gives one reader what it reads."""
+        if node.op_type == "Gather" and place == 0:
+            self._serve_gather(node)
+        elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
+            self._serve_transpose(node)
+        elif node.op_type == "MatMul" and place == 1:
+            self._serve_product(node, transposed=False)
+        elif node.op_type == "Gemm" and place == 1:
+            node.replace_input_with(place, self._dequantize())
+        else:
+            raise self._unknown(node)
+
+    def _unknown(self, node: ir.Node) -> ExportError:
+        return ExportError(
+            f"the weight is read by {node.op_type} (node {node.name or '?'}), "
+            f"which has no form over {self._weight.precision}",
+            where=self._name,
+            hint="export with --precision fp32",
+        )
+
+    def _dequantize(self) -> ir.Value:
+        """The float32 weight, for one reader."""
+        attributes: dict[str, int] = {"axis": self._weight.axis}
+        if self._weight.precision == INT4:
+            attributes["block_size"] = BLOCK
+        node = ir.node(
+            "DequantizeLinear",
+            [self._values, self._scales],
+            attributes,
+            name=f"{self._name}.dequantize.{len(self.nodes)}",
+        )
+        node.outputs[0].name = f"{self._name}.float.{len(self.nodes)}"
+        self.nodes.append(node)
+        return node.outputs[0]
+
+    def _serve_gather(self, node: ir.Node) -> None:
+        """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes
+        int4 but ONNX Runtime's does not: the weight is dequantised, and freed after it. (One
+        DequantizeLinear for two readers would be split by ONNX Runtime, and not be first any more.)"""
+        if self._weight.precision == INT4:
+            node.replace_input_with(0, self._dequantize())
+            return
+        indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
+        values = self._insert(node, "Gather", [self._values, indices], {"axis": axis})
+        scales = self._scales
+        if axis == self._weight.axis:
+            scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
+        # A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`.
+        floats = self._insert(node, "Cast", [values], {"to": int(ir.DataType.FLOAT)})
+        self._replace(node, self._insert(node, "Mul", [floats, scales], {}))
+
+    def _serve_transpose(self, node: ir.Node) -> None:
+        """The backward pass multiplies by the transpose. ONNX Runtime moves a DequantizeLinear through a
+        Transpose without turning its axis: the product turns the weight instead."""
+        for reader, place in list(node.outputs[0].uses()):
+            if reader.op_type != "MatMul" or place != 1:
+                raise self._unknown(reader)
+            self._serve_product(reader, transposed=True)
+        self._graph.remove(node, safe=True)
+
+    def _serve_product(self, node: ir.Node, *, transposed: bool) -> None:
+        """A Gemm in the place of a MatMul: of DequantizeLinear (int4) and MatMul, ONNX Runtime makes a
+        MatMulNBits, which holds the weight a second time and rounds the other matrix to int8."""
+        left = node.inputs[0]
+        if left is None or len(left.shape or ()) != 2:
+            raise self._unknown(node)
+        inputs: list[ir.Value | None] = [left, self._dequantize()]
+        self._replace(node, self._insert(node, "Gemm", inputs, {"transB": int(transposed)}))
+
+    def _insert(
+        self, before: ir.Node, operator: str, inputs: list[ir.Value | None], attributes: dict[str, int]
+    ) -> ir.Value:
+        self._inserted += 1
+        name = f"{self._name}.{operator}.{self._inserted}"
+        node = ir.node(operator, inputs, attributes, name=name)
+        node.outputs[0].name = f"{name}.output"
+        self._graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, value: ir.Value) -> None:
+        """Puts `value` in the place of a node's only output, and removes the node."""
+        old = node.outputs[0]
+        value.name, value.shape, value.type = old.name, old.shape, old.type
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+        self._graph.remove(node, safe=True)
