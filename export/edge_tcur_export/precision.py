@@ -67,15 +67,15 @@ class QuantizedBase:
         Raises:
             ExportError: it is in none of the graphs.
         """
-        stored, _ = stored_weight(parameter)
-        quantised = parameter in self.weights
-        name = stored + VALUES if quantised else stored
+        name, _ = stored_weight(parameter)
+        if name + VALUES in offsets:
+            block = BLOCK if self.precision == INT4 else None
+            return TensorPlace(
+                offsets[name + VALUES], self.precision, shape, True, offsets[name + SCALES], block
+            )
         if name not in offsets:
             raise ExportError(f"the weight {parameter} did not come out as a tensor of the graph")
-        if not quantised:
-            return TensorPlace(offsets[name], "float32", shape, True)
-        block = BLOCK if self.precision == INT4 else None
-        return TensorPlace(offsets[name], self.precision, shape, True, offsets[stored + SCALES], block)
+        return TensorPlace(offsets[name], "float32", shape, True)
 
 
 def quantize_base(base: Base, precision: str, trained: Collection[str]) -> QuantizedBase:

@@ -85,11 +85,11 @@ class _Stored:
 
     def __init__(self, graph: ir.Graph, name: str, weight: Quantized) -> None:
         self._graph, self._name, self._weight = graph, name, weight
-        self._inserted = 0
+        self._inserted = 0  # nodes beside the readers
         self.nodes: list[ir.Node] = []
         scales, values = weight.scales, weight.values
-        if weight.precision == INT8 and weight.axis == 0:
-            scales = scales[:, None]  # a table: the scales are gathered with its rows
+        if self._is_table:
+            scales = scales[:, None]  # gathered with its rows
         if weight.precision == INT4:
             values = values.astype(ml_dtypes.int4)
         self._values = self._add(name + VALUES, values)
@@ -107,6 +107,8 @@ class _Stored:
         """Gives one reader what it reads."""
         if node.op_type == "Gather" and place == 0:
             self._serve_gather(node)
+        elif self._is_table:
+            raise self._unknown(node)
         elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             self._serve_transpose(node)
         elif node.op_type == "MatMul" and place == 1:
@@ -115,6 +117,10 @@ class _Stored:
             node.replace_input_with(place, self._dequantize())
         else:
             raise self._unknown(node)
+
+    @property
+    def _is_table(self) -> bool:
+        return self._weight.precision == INT8 and self._weight.axis == 0
 
     def _unknown(self, node: ir.Node) -> ExportError:
         return ExportError(
@@ -146,7 +152,7 @@ class _Stored:
         if self._weight.precision == INT4:
             node.replace_input_with(0, self._dequantize())
             return
-        indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
+        indices, axis = node.inputs[1], node.attributes.get_int("axis", 0) % 2
         values = self._insert(node, "Gather", [self._values, indices], {"axis": axis})
         scales = self._scales
         if axis == self._weight.axis:

@@ -183,6 +183,13 @@ def test_a_reader_without_a_quantised_form_is_refused(kind, body):
     assert "--precision fp32" in caught.value.hint
 
 
+def test_a_product_with_a_table_is_refused():
+    table = quantize_int8(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32), 0)
+    model = parse("g (float[b, 50] x) => (float[b, 8] y) { y = MatMul(x, weight) }", table.dequantize())
+    with pytest.raises(ExportError, match="read by MatMul"):
+        quantize_weights(model, WeightTable([table]))
+
+
 DEEP = """
 import sys
 import numpy as np, onnx_ir as ir
