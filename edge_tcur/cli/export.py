@@ -22,6 +22,7 @@ EPILOG = """\b
 Examples:
   edge-tcur export run/ --out bundle/
   edge-tcur export run/ --out bundle/ --target onnx --target step --device raspberry-pi-5-8gb
+  edge-tcur export run/ --out bundle/ --recompute --last-blocks 2
   edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
 TARGETS = ("onnx", "ort-training", "step")
@@ -57,6 +58,17 @@ _SHOWN = 6  # operators in one line
     type=click.IntRange(min=1),
     help="Tokens that they reserve memory for.  [default: the base's, at most 128]",
 )
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Also a step graph that keeps only each block's input: less memory, more time.",
+)
+@click.option(
+    "--last-blocks",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Also a step graph in which the last K blocks alone learn.",
+)
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
@@ -87,7 +99,14 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
         options["max_batch"] or 0,
         options["max_length"] or 0,
     )
-    return ExportSettings(targets, options["device"], options["verify"], programs)
+    return ExportSettings(
+        targets,
+        options["device"],
+        options["verify"],
+        programs,
+        options["recompute"],
+        options["last_blocks"] or 0,
+    )
 
 
 def _refuse_idle(targets: tuple[str, ...], options: Mapping[str, object]) -> None:

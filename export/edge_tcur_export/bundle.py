@@ -28,14 +28,13 @@ from edge_tcur_export.ort_training import check_gradients, write_artifacts
 from edge_tcur_export.parity import Case, verify_bundle
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
+from edge_tcur_export.step_graphs import StepGraphs
 from edge_tcur_export.trace import (
     Example,
     FactorModel,
-    Traced,
     make_example,
     stored_weight,
     trace_forward,
-    trace_step,
 )
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
@@ -94,7 +93,9 @@ def export_run(
         parity = {}
         if settings.verify:
             stages.begin("comparing with torch in a fresh process")
-            parity = verify_bundle(work, writer.cases, programs=bool(manifest.programs))
+            parity = verify_bundle(
+                work, writer.cases, programs=bool(manifest.programs), last=writer.steps.cases
+            )
         stages.begin("moving the bundle into place")
     stages.begin(None)
     sizes = {name: entry.size for name, entry in manifest.files.items()}
@@ -127,6 +128,7 @@ class _Writer:
         self._settings, self.programs = settings, ProgramReport()
         self._task = find_task(run.config.task)
         self._groups: tuple[Group, ...] = find_targets(base.model, run.config.method(), keep=base.head).groups
+        self.steps = StepGraphs(base, self._groups, self._task, settings, work)
         if base.tokenizer is not None:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
@@ -170,7 +172,8 @@ class _Writer:
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
             stages.begin("writing the step graph (forward and backward)")
-            roles["step"] = self._write_step(forward, example, base_file)
+            roles |= self.steps.write(forward, example, base_file)
+            roles |= self.steps.write_last(model, example, self._tests, base_file)
         if "ort-training" in targets:
             stages.begin("writing ONNX Runtime Training's graphs")
             values = self._trained_values()
@@ -201,12 +204,6 @@ class _Writer:
         base_file.externalize(model, keep=frozenset(defaults))
         ir.save(model, self._work / "infer.onnx")
         return "infer.onnx"
-
-    def _write_step(self, forward: Traced, example: Example, base_file: BaseFile) -> str:
-        model = graphs.to_graph(trace_step(forward, example))
-        base_file.externalize(model)
-        ir.save(model, self._work / "step.onnx")
-        return "step.onnx"
 
     def _write_programs(self, model: FactorModel, limits: Mapping[str, int]) -> None:
         """ExecuTorch's programs and the adapter as they read it."""
@@ -256,6 +253,8 @@ class _Writer:
             versions=_versions(),
             device=device,
             programs=self.programs.programs,
+            recomputed_blocks=self.steps.recomputed,
+            last_blocks=self.steps.learning,
         )
 
     def _group(self, group: Group) -> BundleGroup:

@@ -62,14 +62,23 @@ class ExportSettings:
         device: name of a device profile, or the path of one; recorded, and its memory compared.
         verify: compare every graph with torch in a fresh process before the bundle appears.
         programs: of the target ``executorch``.
+        recompute: write a second step graph that trades time for memory (`recompute`).
+        last_blocks: K: write a step graph in which the last K blocks alone learn (`last_blocks`); 0: none.
     """
 
     targets: tuple[str, ...] = TARGETS
     device: str | None = None
     verify: bool = True
     programs: ProgramSettings = field(default_factory=ProgramSettings)
+    recompute: bool = False
+    last_blocks: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)
         if unknown:
             raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
+        if self.last_blocks < 0:
+            raise UsageError(f"--last-blocks {self.last_blocks}: expected at least 1")
+        for option, value in (("--recompute", self.recompute), ("--last-blocks", self.last_blocks)):
+            if value and "step" not in self.targets:
+                raise UsageError(f"{option} is for the step graph", hint="add --target step")
