@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from safetensors.numpy import load_file
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
-from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
+from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_parts
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_labels, split
 from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
+from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try, keeps_within
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, IntegrityError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
@@ -44,6 +46,7 @@ class PersonalizeResult:
         accuracy_before, accuracy_after: on the held-out part, 0 to 1; None without one.
         losses: mean loss of every step; accuracies: held-out accuracy of every epoch.
         engine, engine_reason: which engine ran, and why.
+        graph: role of the bundle's graph that it ran.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
@@ -67,6 +70,7 @@ class PersonalizeResult:
     holdout_samples: int
     base_digest_before: str
     base_digest_after: str
+    graph: str
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Trainer:
         self._optimizer = AdamW(settings.optimizer)
         self._move(coordinates.initial())
         self.micro_batch = settings.batch_size
+        self._growth, self._peak_two = 0, 0
         self.step_seconds: list[float] = []
 
     def calibrate(self) -> None:
@@ -135,9 +140,15 @@ class Trainer:
         one, two = (self._measure(longest[:count]) for count in (1, 2))
         # Loading may have left a peak above what a step needs; what is resident then shows the growth.
         growth = max(two.peak - one.peak, two.resident - one.resident)
+        self._growth, self._peak_two = growth, two.peak
         self.micro_batch = choose_micro_batch(
             self._settings.batch_size, self._budget.limit, two.peak - growth, two.peak
         )
+
+    def leaves_room(self, blocks: int) -> bool:
+        """Whether the plain step surely fits, after `calibrate` with the graph that recomputes `blocks`."""
+        limit = self._budget.limit
+        return limit is None or keeps_within(limit, self._peak_two, self._growth, blocks)
 
     def _measure(self, indices: np.ndarray) -> Memory:
         self._run(indices, self._data, "by a step of one or two samples")
@@ -247,16 +258,22 @@ def personalize(
     before = digest_file(bundle.path(BASE_FILE))
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
-    name, reason = choose_engine(settings.engine, bundle, find_onnxruntime(), start)
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
+    graph = graph_to_try(name, bundle, settings)
     coordinates = read_coordinates(bundle, start)
+    if graph == "step_last":
+        coordinates = replace(coordinates, still=still_parts(bundle.manifest))
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         _Batch(part, encode_labels(part, bundle.manifest.labels), preprocess)
         for part in split(dataset, settings.holdout, settings.seed)
     )
-    engine = open_engine(name, bundle, threads=settings.threads)
-    trainer = Trainer(engine, coordinates, kept, settings, budget)
-    trainer.calibrate()
+    make = partial(_calibrated, name, bundle, coordinates, kept, settings, budget)
+    trainer = make(graph)
+    if graph == "step_recompute" and _plain_fits(trainer, bundle, settings):
+        del trainer  # two sessions would hold the base twice
+        graph = "step"
+        trainer = make(graph)
     outcome = _train(trainer, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
@@ -277,7 +294,31 @@ def personalize(
         holdout_samples=len(held_out.targets),
         base_digest_before=before,
         base_digest_after=_digest_again(bundle, before),
+        graph=graph,
     )
+
+
+def _calibrated(
+    name: str,
+    bundle: Bundle,
+    coordinates: Coordinates,
+    data: _Batch,
+    settings: PersonalizeSettings,
+    budget: Budget,
+    graph: str,
+) -> Trainer:
+    engine = open_engine(name, bundle, threads=settings.threads, graph=graph)
+    trainer = Trainer(engine, coordinates, data, settings, budget)
+    trainer.calibrate()
+    return trainer
+
+
+def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:
+    """Whether the plain step may take over from the one that recomputes."""
+    blocks = bundle.manifest.recomputed_blocks
+    if settings.recompute != "auto" or blocks is None or bundle.graph("step") is None:
+        return False
+    return trainer.leaves_room(blocks)
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:

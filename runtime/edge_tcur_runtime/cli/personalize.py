@@ -16,7 +16,7 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.output import Sink, table
-from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
+from edge_tcur_runtime.settings import RECOMPUTE, AdamWSettings, PersonalizeSettings
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -39,6 +39,12 @@ _OPTIONS = (
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
+    (
+        "--recompute",
+        _DEFAULT.recompute,
+        click.Choice(RECOMPUTE),
+        "Less memory for more time; auto: if needed.",
+    ),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
 )
@@ -55,6 +61,7 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle", type=EXISTING_DIRECTORY)
 @data_options(required=True)
 @click.option("--budget", type=SIZE, help="Peak memory of this whole process, e.g. 256MiB.")
+@click.option("--last-blocks", is_flag=True, help="Train the last blocks alone (export --last-blocks).")
 @click.option("--start", default="active", show_default=True, metavar="REF",
               help="Start from: base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
@@ -146,6 +153,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     budget = "none" if result.budget_bytes is None else format_size(result.budget_bytes)
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
+        ("graph", result.graph),
         ("held-out accuracy", f"{share(result.accuracy_before)} -> {share(result.accuracy_after)}"),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
