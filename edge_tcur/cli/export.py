@@ -25,6 +25,7 @@ Examples:
   edge-tcur export run/ --out bundle/
   edge-tcur export run/ --out bundle/ --target onnx --target step --device raspberry-pi-5-8gb
   edge-tcur export run/ --out bundle/ --precision int8
+  edge-tcur export run/ --out bundle/ --recompute --last-blocks 2
   edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
 TARGETS = ("onnx", "ort-training", "step")
@@ -73,6 +74,17 @@ _SHOWN = 6  # operators in one line
     show_default=True,
     help="Of the base's large weights; int8 and int4 are for ONNX Runtime.",
 )
+@click.option(
+    "--recompute",
+    is_flag=True,
+    help="Also a step graph that keeps only each block's input: less memory, more time.",
+)
+@click.option(
+    "--last-blocks",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Also a step graph in which the last K blocks alone learn.",
+)
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
@@ -115,6 +127,8 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
         programs,
         optimizer=options["optimizer"] or ADAMW,
         precision=options["precision"],
+        recompute=options["recompute"],
+        last_blocks=options["last_blocks"] or 0,
     )
 
 

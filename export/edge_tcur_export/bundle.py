@@ -23,19 +23,19 @@ from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
+from edge_tcur_export.infer_graph import take_rows_of_products
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
 from edge_tcur_export.parity import Case, verify_bundle
 from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
+from edge_tcur_export.step_graphs import StepGraphs
 from edge_tcur_export.trace import (
     Example,
     FactorModel,
-    Traced,
     make_example,
     trace_forward,
-    trace_step,
 )
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
@@ -94,7 +94,9 @@ def export_run(
         parity = {}
         if settings.verify:
             stages.begin("comparing with torch in a fresh process")
-            parity = verify_bundle(work, writer.cases, programs=bool(manifest.programs))
+            parity = verify_bundle(
+                work, writer.cases, programs=bool(manifest.programs), last=writer.steps.cases
+            )
         stages.begin("moving the bundle into place")
     stages.begin(None)
     sizes = {name: entry.size for name, entry in manifest.files.items()}
@@ -128,6 +130,7 @@ class _Writer:
         self._settings, self.programs = settings, ProgramReport()
         self._task = find_task(run.config.task)
         self._groups: tuple[Group, ...] = find_targets(base.model, run.config.method(), keep=base.head).groups
+        self.steps = StepGraphs(base, self._groups, self._task, settings, work)
         if base.tokenizer is not None:
             (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
         (work / ADAPTER_FILE).write_bytes(run.adapter_path.read_bytes())
@@ -177,7 +180,8 @@ class _Writer:
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
             stages.begin("writing the step graph (forward and backward)")
-            roles["step"] = self._write_step(forward, example, base_file)
+            roles |= self.steps.write(forward, example, base_file)
+            roles |= self.steps.write_last(model, example, self._tests, base_file)
         if "ort-training" in targets:
             stages.begin("writing ONNX Runtime Training's graphs")
             values = self._trained_values()
@@ -195,6 +199,7 @@ class _Writer:
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
+        take_rows_of_products(model)
         # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.
         defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()} | self._saved
         for group in self._groups:
@@ -209,12 +214,6 @@ class _Writer:
         base_file.externalize(model, keep=frozenset(defaults))
         ir.save(model, self._work / "infer.onnx")
         return "infer.onnx"
-
-    def _write_step(self, forward: Traced, example: Example, base_file: BaseFile) -> str:
-        model = graphs.to_graph(trace_step(forward, example))
-        base_file.externalize(model)
-        ir.save(model, self._work / "step.onnx")
-        return "step.onnx"
 
     def _write_programs(self, model: FactorModel, limits: Mapping[str, int]) -> None:
         """ExecuTorch's programs and the adapter as they read it."""
@@ -267,6 +266,8 @@ class _Writer:
             metric=self._task.metric.name,
             optimizer=self._settings.optimizer if "optimizer" in roles else None,
             precision=self._settings.precision,
+            recomputed_blocks=self.steps.recomputed,
+            last_blocks=self.steps.learning,
         )
 
     def _group(self, group: Group) -> BundleGroup:

@@ -20,13 +20,17 @@ from edge_tcur_runtime.preprocess import build_preprocessor, image_size
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
 
-def make_case(model: FactorModel, example: Example) -> Case:
+def make_case(model: FactorModel, example: Example, *, partial: bool = False) -> Case:
     """What torch computes for one example: outputs, loss, the gradient of every core and extra, and the
-    loss after some steps of the optimiser."""
+    loss after some steps of the optimiser.
+
+    Args:
+        partial: some of them may be without a gradient; theirs is zero.
+    """
     feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
     trained = example.trained()
     loss, outputs, _ = model(*example.arguments())
-    gradients = torch.autograd.grad(loss, list(trained.values()))
+    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=partial)
     later = _later_loss(model, example)
     return Case(
         feeds=feeds,

@@ -186,6 +186,25 @@ def inputs_to_initializers(model: ir.Model, values: dict[str, np.ndarray]) -> ir
     return model
 
 
+def add_zero_gradients(model: ir.Model, names: Collection[str]) -> ir.Model:
+    """Adds an output ``<name>.grad`` of zeros, of the input's shape, for each input in `names`: no gradient
+    reaches them, and readers expect one of everything that can be trained."""
+    graph = model.graph
+    zero = ir.AttrTensor("value", ir.tensor(np.zeros(1, np.float32)))
+    for value in [value for value in graph.inputs if value.name in names]:
+        sizes = ir.Node("", "Shape", [value], num_outputs=1, name=f"{value.name}.sizes")
+        zeros = ir.Node(
+            "", "ConstantOfShape", sizes.outputs, [zero], num_outputs=1, name=f"{value.name}.zeros"
+        )
+        output = zeros.outputs[0]
+        sizes.outputs[0].name, output.name = f"{value.name}.sizes", f"{value.name}.grad"
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        output.shape = None if value.shape is None else ir.Shape(list(value.shape))
+        graph.extend([sizes, zeros])
+        graph.outputs.append(output)
+    return model
+
+
 def declare_layer_norm_outputs(model: ir.Model) -> ir.Model:
     """Declares Mean and InvStdDev on every LayerNormalization.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,9 @@ TOLERANCES = {"outputs": 1e-4, "loss": 1e-4, "gradients": 1e-3, "steps": 1e-3, "
 STEPS, RATE = 3, 1e-3  # of the optimiser, after which the loss is compared once more
 OPTIMIZER = AdamWSettings(learning_rate=RATE, max_gradient_norm=0)
 _PROGRAMS = "edge_tcur_export.program_parity"
-_ENGINES = {"step": "ort-step", "train": "ort-training"}
+_ENGINES = {"step": "ort-step", "step_recompute": "ort-step", "train": "ort-training"}
+_ANY_RANK = ("step", "step_recompute")
+LAST = "step_last"
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,17 @@ class Stepper(Protocol):
         ...
 
 
-def verify_bundle(root: Path, cases: list[Case], *, programs: bool) -> dict[str, dict[str, float]]:
+def verify_bundle(
+    root: Path, cases: list[Case], *, programs: bool, last: Sequence[Case] = ()
+) -> dict[str, dict[str, float]]:
     """Compares the bundle at `root` with torch in fresh processes.
 
     Args:
         programs: whether the bundle has ExecuTorch programs.
+        last: what torch computed where the last blocks alone learn; empty without such a graph.
 
     Returns:
-        target (``infer``, ``step``, ``train``, or the name of an ExecuTorch program) -> quantity ->
+        target (``infer``, ``step``, ``train``, ..., or the name of an ExecuTorch program) -> quantity ->
         largest relative error.
 
     Raises:
@@ -84,6 +89,9 @@ def verify_bundle(root: Path, cases: list[Case], *, programs: bool) -> dict[str,
         errors = _run(__name__, root, reference)
         if programs:
             errors |= _run(_PROGRAMS, root, reference)
+        if last:
+            reference.write_bytes(save(_pack(last)))
+            errors |= _run(__name__, root, reference, LAST)
     for target, quantities in errors.items():
         for quantity, error in quantities.items():
             if not error <= TOLERANCES[quantity]:
@@ -94,10 +102,10 @@ def verify_bundle(root: Path, cases: list[Case], *, programs: bool) -> dict[str,
     return errors
 
 
-def _run(module: str, root: Path, reference: Path) -> dict[str, dict[str, float]]:
+def _run(module: str, root: Path, reference: Path, *arguments: str) -> dict[str, dict[str, float]]:
     from edge_tcur.errors import ExportError
 
-    command = [sys.executable, "-m", module, str(root), str(reference)]
+    command = [sys.executable, "-m", module, str(root), str(reference), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
@@ -106,7 +114,7 @@ def _run(module: str, root: Path, reference: Path) -> dict[str, dict[str, float]
     return errors
 
 
-def _pack(cases: list[Case]) -> dict[str, np.ndarray]:
+def _pack(cases: Sequence[Case]) -> dict[str, np.ndarray]:
     packed: dict[str, np.ndarray] = {}
     for number, case in enumerate(cases):
         packed |= {f"{number}/feed/{name}": np.asarray(v, order="C") for name, v in case.feeds.items()}
@@ -204,19 +212,24 @@ def has_exported_rank(case: Case, bundle: Bundle) -> bool:
     return all(case.feeds[f"{name}.core"].shape[1] == group.rank for name, group in groups)
 
 
-def _work(root: Path, reference: Path) -> dict[str, dict[str, float]]:
+def _work(root: Path, reference: Path, *, last: bool) -> dict[str, dict[str, float]]:
     from edge_tcur_runtime.engines import open_engine
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     bundle, cases = open_bundle(root), read_cases(reference)
+    if last:
+        engine = open_engine("ort-step", bundle, threads=1, graph=LAST)
+        return {LAST: compare_steps(engine, bundle, cases)}
     errors = {"infer": _compare_infer(bundle, cases)}
-    for role, engine in _ENGINES.items():
+    for role, name in _ENGINES.items():
         if bundle.graph(role) is not None:
-            usable = [case for case in cases if role == "step" or has_exported_rank(case, bundle)]
-            errors[role] = compare_steps(open_engine(engine, bundle, threads=1), bundle, usable)
+            usable = [case for case in cases if role in _ANY_RANK or has_exported_rank(case, bundle)]
+            opened = open_engine(name, bundle, threads=1, graph=role)
+            errors[role] = compare_steps(opened, bundle, usable)
     return errors
 
 
 if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # a device has no torch
-    sys.stdout.write(json.dumps(_work(Path(sys.argv[1]), Path(sys.argv[2]))) + "\n")
+    found = _work(Path(sys.argv[1]), Path(sys.argv[2]), last=LAST in sys.argv[3:])
+    sys.stdout.write(json.dumps(found) + "\n")

@@ -67,6 +67,8 @@ class ExportSettings:
         optimizer: what ``optimizer.onnx`` of the target ``ort-training`` does, out of `OPTIMIZERS`. Native
             apps use it; our runtime has its own.
         precision: of the base's large weights, out of `PRECISIONS`.
+        recompute: write a second step graph that trades time for memory (`recompute`).
+        last_blocks: K: write a step graph in which the last K blocks alone learn (`last_blocks`); 0: none.
     """
 
     targets: tuple[str, ...] = TARGETS
@@ -75,6 +77,8 @@ class ExportSettings:
     programs: ProgramSettings = field(default_factory=ProgramSettings)
     optimizer: str = ADAMW
     precision: str = FP32
+    recompute: bool = False
+    last_blocks: int = 0
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)
@@ -89,3 +93,8 @@ class ExportSettings:
                 f"ExecuTorch's programs have a float32 base; --precision {self.precision} is for ONNX's",
                 hint="export two bundles, one with --target executorch alone",
             )
+        if self.last_blocks < 0:
+            raise UsageError(f"--last-blocks {self.last_blocks}: expected at least 1")
+        for option, value in (("--recompute", self.recompute), ("--last-blocks", self.last_blocks)):
+            if value and "step" not in self.targets:
+                raise UsageError(f"{option} is for the step graph", hint="add --target step")

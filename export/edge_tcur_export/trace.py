@@ -401,8 +401,9 @@ def trace_step(forward: Traced, example: Example) -> Traced:
     """
     program = trace_backward(forward.program)
     order = _gradient_order(program, forward.signature)
-    if set(order) != set(example.trained()):
-        raise ExportError(f"gradients came out for {order}; expected {list(example.trained())}")
+    wanted = [name for name, value in example.trained().items() if value.requires_grad]
+    if set(order) != set(wanted):
+        raise ExportError(f"gradients came out for {order}; expected {wanted}")
     for spec in program.graph_signature.output_specs:
         spec.kind, spec.target = OutputKind.USER_OUTPUT, None
     outputs = (*OUTPUTS, *(f"{name}.grad" for name in order))

@@ -62,7 +62,7 @@ class Progress:
         first, second: the optimiser's moments by name, float64; empty before the first update.
         losses: of every update; scores: held-out score of every epoch that ended.
         before, after: score and mean loss on the held-out part, or None.
-        micro_batch: samples per pass.
+        micro_batch: samples per pass; graph: role of the bundle's graph that ran.
     """
 
     steps: int
@@ -74,6 +74,7 @@ class Progress:
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
     micro_batch: int = 1
+    graph: str = "step"
 
 
 def identify(
@@ -112,6 +113,7 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "identity": dict(identity),
         "steps": progress.steps,
         "micro_batch": progress.micro_batch,
+        "graph": progress.graph,
         # As text, so that every bit comes back and a loss that is no number is no bad JSON.
         **{key: [value.hex() for value in getattr(progress, key) or ()] for key in _NUMBERS},
     }
@@ -161,6 +163,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
         micro_batch=fields.integer("micro_batch", low=1),
+        graph=fields.text("graph"),
         **arrays,
     )
 

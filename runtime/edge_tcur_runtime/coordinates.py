@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, Manifest
 from edge_tcur_runtime.formats.factors import Factors
 from edge_tcur_runtime.formats.weights import read_columns_and_rows
 from edge_tcur_runtime.frame import Frame, build_frame
@@ -21,10 +21,13 @@ class Coordinates:
     Attributes:
         start: the adapter that training starts from; its rows and columns stay.
         frames: group -> frame.
+        still: graph name -> mask of what keeps the start's bits whatever an optimiser does (weight decay):
+            slices of a core, bool [n3], or a whole extra, bool [].
     """
 
     start: Adapter
     frames: Mapping[str, Frame]
+    still: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def initial(self) -> dict[str, np.ndarray]:
         """Trained values float64 by graph name: cores in the frame, extras as they are."""
@@ -40,10 +43,13 @@ class Coordinates:
         What float32 cannot hold comes out as infinity or NaN, without a warning.
         """
         with np.errstate(over="ignore", invalid="ignore"):
-            return {
+            result = {
                 name: (self._frame(name).to_raw(value) if self.is_core(name) else value).astype(np.float32)
                 for name, value in values.items()
             }
+        for name, still in self.still.items():
+            result[name][still] = self._start(name)[still]
+        return result
 
     def pull_back(self, gradients: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Gradients float64 of the trained values from gradients in raw coordinates."""
@@ -63,8 +69,25 @@ class Coordinates:
         """Whether a graph name is a core's (and not an extra's)."""
         return name not in self.start.extras
 
+    def _start(self, name: str) -> np.ndarray:
+        if not self.is_core(name):
+            return self.start.extras[name]
+        return self.start.factors[name.removesuffix(".core")].core
+
     def _frame(self, name: str) -> Frame:
         return self.frames[name.removesuffix(".core")]
+
+
+def still_parts(manifest: Manifest) -> dict[str, np.ndarray]:
+    """`Coordinates.still` of a run that trains the last blocks alone."""
+    learning = manifest.last_blocks
+    assert learning is not None  # the graph is there, and they come together
+    result = {}
+    for name, group in manifest.groups.items():
+        mask = np.ones(len(group.parameters), bool)
+        mask[list(learning.slices[name])] = False
+        result[f"{name}.core"] = mask
+    return result | {name: np.array(True) for name in manifest.extras if name not in learning.extras}
 
 
 def read_coordinates(bundle: Bundle, start: Adapter) -> Coordinates:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -16,9 +17,10 @@ from safetensors.numpy import load_file
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
 from edge_tcur_runtime.checkpoint import Progress, identify
-from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
+from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_parts
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
+from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try, keeps_within
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
@@ -50,6 +52,7 @@ class PersonalizeResult:
         loss_before, loss_after: mean loss on the held-out part; None without one.
         losses: mean loss of every step; scores: held-out score of every epoch.
         engine, engine_reason: which engine ran, and why.
+        graph: role of the bundle's graph that it ran.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
@@ -77,6 +80,7 @@ class PersonalizeResult:
     holdout_samples: int
     base_digest_before: str
     base_digest_after: str
+    graph: str
     resumed_from: int
     notes: tuple[str, ...]
 
@@ -128,6 +132,7 @@ class Trainer:
         settings: see `PersonalizeSettings`.
         budget: checked after every pass.
         keeper: told of every update; may end the run after any pass.
+        graph: role of the graph that the engine runs.
     """
 
     def __init__(
@@ -138,8 +143,10 @@ class Trainer:
         settings: PersonalizeSettings,
         budget: Budget,
         keeper: Keeper | None = None,
+        graph: str = "step",
     ) -> None:
         self._engine = engine
+        self.graph = graph
         self._keeper = keeper or Keeper()
         self._coordinates = coordinates
         self._data = data
@@ -153,6 +160,7 @@ class Trainer:
         self._optimizer = AdamW(settings.optimizer)
         self._move(coordinates.initial())
         self.micro_batch = settings.batch_size
+        self._growth, self._peak_two = 0, 0
         self.step_seconds: list[float] = []
 
     def calibrate(self) -> None:
@@ -167,9 +175,15 @@ class Trainer:
         one, two = (self._measure(longest[:count]) for count in (1, 2))
         # Loading may have left a peak above what a step needs; what is resident then shows the growth.
         growth = max(two.peak - one.peak, two.resident - one.resident)
+        self._growth, self._peak_two = growth, two.peak
         self.micro_batch = choose_micro_batch(
             self._settings.batch_size, self._budget.limit, two.peak - growth, two.peak
         )
+
+    def leaves_room(self, blocks: int) -> bool:
+        """Whether the plain step surely fits, after `calibrate` with the graph that recomputes `blocks`."""
+        limit = self._budget.limit
+        return limit is None or keeps_within(limit, self._peak_two, self._growth, blocks)
 
     def _measure(self, indices: np.ndarray) -> Memory:
         self._run(indices, self._data, "by a step of one or two samples")
@@ -254,6 +268,7 @@ class Trainer:
             before=outcome.before,
             after=outcome.after,
             micro_batch=self.micro_batch,
+            graph=self.graph,
         )
         self._keeper.reached(progress)
 
@@ -322,8 +337,11 @@ def personalize(
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
-    name, reason = choose_engine(settings.engine, bundle, find_onnxruntime(), start)
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
+    graph = graph_to_try(name, bundle, settings)
     coordinates = read_coordinates(bundle, start)
+    if graph == "step_last":
+        coordinates = replace(coordinates, still=still_parts(bundle.manifest))
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         _Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
@@ -333,12 +351,12 @@ def personalize(
     keeper = open_keeper(keep or KeepSettings(), identity)
     with keeper.listening():
         progress = keeper.resume()
-        engine = open_engine(name, bundle, threads=settings.threads)
-        trainer = Trainer(engine, coordinates, kept, settings, budget, keeper)
+        make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
         if progress is None:
-            trainer.calibrate()
+            trainer = _calibrated(make, graph, bundle, settings)
             outcome = _begin(trainer, held_out)
         else:
+            trainer = make(progress.graph)
             outcome = trainer.restore(progress)
         _train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
@@ -363,6 +381,7 @@ def personalize(
         holdout_samples=len(held_out.targets),
         base_digest_before=before,
         base_digest_after=_digest_again(bundle, before),
+        graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
         notes=keeper.notes,
     )
@@ -372,6 +391,41 @@ def _provenance(bundle: Bundle) -> dict[str, str]:
     """Where the adapter comes from; rows, columns and core were trained against the dequantised weights."""
     precision = bundle.manifest.precision
     return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
+
+
+def _open_trainer(
+    name: str,
+    bundle: Bundle,
+    coordinates: Coordinates,
+    data: _Batch,
+    settings: PersonalizeSettings,
+    budget: Budget,
+    keeper: Keeper,
+    graph: str,
+) -> Trainer:
+    engine = open_engine(name, bundle, threads=settings.threads, graph=graph)
+    return Trainer(engine, coordinates, data, settings, budget, keeper, graph)
+
+
+def _calibrated(
+    make: Callable[[str], Trainer], graph: str, bundle: Bundle, settings: PersonalizeSettings
+) -> Trainer:
+    """A trainer with the micro-batch that fits, on the plain step where that fits too."""
+    trainer = make(graph)
+    trainer.calibrate()
+    if graph == "step_recompute" and _plain_fits(trainer, bundle, settings):
+        del trainer  # two sessions would hold the base twice
+        trainer = make("step")
+        trainer.calibrate()
+    return trainer
+
+
+def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:
+    """Whether the plain step may take over from the one that recomputes."""
+    blocks = bundle.manifest.recomputed_blocks
+    if settings.recompute != "auto" or blocks is None or bundle.graph("step") is None:
+        return False
+    return trainer.leaves_room(blocks)
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:

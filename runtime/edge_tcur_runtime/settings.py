@@ -11,6 +11,7 @@ from edge_tcur_runtime.errors import ConfigError
 
 Gate = Callable[[], "str | None"]  # says why a run must wait for another time, or None
 RESUME = ("auto", "yes", "no")
+RECOMPUTE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class PersonalizeSettings:
         engine: ``auto``, ``ort-training`` or ``ort-step``.
         threads: CPU threads; 0 takes all that this process may use.
         seed: of the split and the order of the data.
+        recompute: ``on`` runs the step graph that keeps only each block's input (less memory, more time),
+            ``off`` the plain one, ``auto`` the former where the latter might not fit the budget.
+        last_blocks: train the last blocks alone, with the step graph that was exported for it.
     """
 
     epochs: int = 20
@@ -63,6 +67,8 @@ class PersonalizeSettings:
     engine: str = "auto"
     threads: int = 0
     seed: int = 0
+    recompute: str = "auto"
+    last_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("epochs", 1), ("batch_size", 1), ("threads", 0), ("seed", 0)):
@@ -70,6 +76,14 @@ class PersonalizeSettings:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")
+        if self.recompute not in RECOMPUTE:
+            raise ConfigError(f"{self.recompute!r}; expected {', '.join(RECOMPUTE)}", where="recompute")
+        if self.last_blocks and self.recompute == "on":
+            raise ConfigError(
+                "the graph of the last blocks keeps nothing of the others: there is nothing to recompute",
+                where="recompute",
+                hint="leave --recompute or --last-blocks out",
+            )
 
 
 @dataclass(frozen=True)

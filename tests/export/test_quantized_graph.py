@@ -17,6 +17,7 @@ from edge_tcur.errors import ExportError
 from edge_tcur_export.ort_training import _generate
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
 from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
+from edge_tcur_runtime.formats.bundle import ADAMW
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 # Forward, rows, columns, and backward of one layer, as the exported graphs have them.
@@ -236,7 +237,7 @@ ir.save(model, root / "deep.onnx")
 PEAK = """
 import sys
 import numpy as np
-from edge_tcur_runtime.formats.bundle import ADAMW
+
 from edge_tcur_runtime.budget import read_memory
 from edge_tcur_runtime.engines.session import open_session
 from pathlib import Path

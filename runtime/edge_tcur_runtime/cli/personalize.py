@@ -16,7 +16,14 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.output import Sink, table
-from edge_tcur_runtime.settings import RESUME, AdamWSettings, Gate, KeepSettings, PersonalizeSettings
+from edge_tcur_runtime.settings import (
+    RECOMPUTE,
+    RESUME,
+    AdamWSettings,
+    Gate,
+    KeepSettings,
+    PersonalizeSettings,
+)
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -41,6 +48,12 @@ _OPTIONS = (
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
+    (
+        "--recompute",
+        _DEFAULT.recompute,
+        click.Choice(RECOMPUTE),
+        "Less memory for more time; auto: if needed.",
+    ),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
 )
@@ -74,6 +87,7 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("bundle", type=EXISTING_DIRECTORY)
 @data_options(required=True)
 @click.option("--budget", type=SIZE, help="Peak memory of this whole process, e.g. 256MiB.")
+@click.option("--last-blocks", is_flag=True, help="Train the last blocks alone (export --last-blocks).")
 @click.option("--start", default="active", show_default=True, metavar="REF",
               help="Start from: base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
@@ -199,6 +213,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     budget = "none" if result.budget_bytes is None else format_size(result.budget_bytes)
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
+        ("graph", result.graph),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),

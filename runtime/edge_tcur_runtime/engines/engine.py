@@ -18,6 +18,7 @@ ENGINES = {  # name -> roles of the graphs that it needs
     "ort-training": ("train", "eval", "checkpoint"),
     "ort-step": ("step",),
 }
+_EXPORT = {"step_recompute": "--recompute", "step_last": "--last-blocks"}
 _INSTALL = {
     "ort-training": "pip install 'edge-tcur-runtime[ort-training]' (Python 3.10 to 3.12, x86-64)",
     "ort-step": "pip install 'edge-tcur-runtime[ort]'",
@@ -124,10 +125,11 @@ def no_training_interface(installed: OnnxRuntimeInstall) -> MissingEngineError:
 
 
 def _no_graph(bundle: Bundle, roles: str, engine: str) -> IncompatibleError:
+    target = f"--target {'step' if engine == 'ort-step' else engine}"
     return IncompatibleError(
         f"the bundle has no {roles} graph",
         where=str(bundle.root),
-        hint=f"export it again with --target {'step' if engine == 'ort-step' else engine}",
+        hint=f"export it again with {_EXPORT.get(roles, target)}",
     )
 
 
@@ -165,10 +167,11 @@ def forward_outputs(bundle: Bundle) -> tuple[str, ...]:
     return ("loss", "logits") + (() if bundle.manifest.metric is None else ("metric",))
 
 
-def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngine:
+def open_engine(name: str, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> TrainingEngine:
     """Loads an engine by its name (as `choose_engine` returned it).
 
     Args:
+        graph: role of the graph that ``ort-step`` runs.
         threads: CPU threads; 0 takes all that this process may use.
 
     Raises:
@@ -184,7 +187,7 @@ def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngin
         return OrtTrainingEngine(bundle, threads=threads)
     from edge_tcur_runtime.engines.ort_step import OrtStepEngine
 
-    return OrtStepEngine(bundle, threads=threads)
+    return OrtStepEngine(bundle, threads=threads, graph=graph)
 
 
 def require_onnxruntime() -> OnnxRuntimeInstall:

@@ -20,20 +20,20 @@ _SUFFIX = ".grad"
 
 
 class OrtStepEngine:
-    """Runs ``step.onnx``, standard operators only, on the CPU provider."""
+    """Runs a step graph (role ``step`` or one of `STEP_VARIANTS`), standard operators only, on the CPU."""
 
     name = "ort-step"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
-        graph = require_graph(bundle, "step", self.name)
-        self._session = open_session(graph, threads=threads)
+    def __init__(self, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> None:
+        path = require_graph(bundle, graph, self.name)
+        self._session = open_session(path, threads=threads)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]
-        require_names(graph, "output", (*forward_outputs(bundle), *gradients), self._outputs)
+        require_names(path, "output", (*forward_outputs(bundle), *gradients), self._outputs)
         fed = [*bundle.manifest.inputs, TARGETS, *bundle.manifest.factor_names()]
-        require_names(graph, "input", fed, self._inputs)
-        require_names(graph, "default for", self._inputs, fed)
+        require_names(path, "input", fed, self._inputs)
+        require_names(path, "default for", self._inputs, fed)
 
     def step(
         self, inputs: Mapping[str, np.ndarray], targets: np.ndarray, feeds: Mapping[str, np.ndarray]

@@ -28,9 +28,10 @@ MAX_MANIFEST_BYTES = 4 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are there when asked for
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
-_OPTIONAL = ("programs", "metric", "optimizer", "precision")
+_OPTIONAL = ("programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,21 @@ class ProgramSpec:
 
 
 @dataclass(frozen=True)
+class LastBlocks:
+    """What learns in the graph ``step_last``: a gradient goes through the last blocks of the model alone.
+
+    Attributes:
+        count: how many blocks.
+        slices: group -> numbers of the slices of its core that get a gradient.
+        extras: names of the extras that get one.
+    """
+
+    count: int
+    slices: Mapping[str, tuple[int, ...]]
+    extras: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
 
@@ -90,7 +106,7 @@ class Manifest:
     Attributes:
         base_digest: canonical digest of the base's tensors (`digest_state`).
         files: file name -> size and digest, every file but the manifest.
-        graphs: role (`GRAPHS`) -> file name; roles that were not exported are absent.
+        graphs: role (`GRAPHS`, `STEP_VARIANTS`) -> file name; roles that were not exported are absent.
         inputs: model input name -> dtype and shape, in graph order, factors not included.
         groups: adapted groups; the graphs take ``<group>.<part>`` of each of `parts` as inputs.
         tensors: parameter name -> place in `base.bin`, for the adapted weights.
@@ -109,6 +125,8 @@ class Manifest:
             does not say (then AdamW).
         precision: of the base's large weights, out of `PRECISIONS`; `base_digest` is that of the float32
             base in each, so that one adapter fits all of them.
+        recomputed_blocks: how many blocks the graph ``step_recompute`` computes again; None without it.
+        last_blocks: what learns in the graph ``step_last``; None without it.
     """
 
     base_digest: str
@@ -135,6 +153,8 @@ class Manifest:
     metric: str | None = None
     optimizer: str | None = None
     precision: str = FP32
+    recomputed_blocks: int | None = None
+    last_blocks: LastBlocks | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -179,7 +199,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     check_version(fields, FORMAT_VERSION)
     fields.only("format_version", "kind", *Manifest.__dataclass_fields__)
     fields.choice("kind", ("edge-tcur-bundle",))
-    graphs, versions = fields.child("graphs").only(*GRAPHS), fields.child("versions")
+    graphs, versions = fields.child("graphs").only(*GRAPHS, *STEP_VARIANTS), fields.child("versions")
     manifest = Manifest(
         base_digest=fields.text("base_digest"),
         files={name: _parse_file(name, child) for name, child in fields.children("files").items()},
@@ -205,8 +225,11 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         metric=fields.text("metric") if "metric" in fields.mapping_keys() else None,
         optimizer=fields.choice("optimizer", OPTIMIZERS) if "optimizer" in fields.mapping_keys() else None,
         precision=_precision(fields),
+        recomputed_blocks=_recomputed_blocks(fields),
+        last_blocks=_parse_last_blocks(fields),
     )
     _check_references(manifest, where)
+    _check_variants(manifest, where)
     return manifest
 
 
@@ -273,6 +296,40 @@ def _parse_program(fields: Fields) -> ProgramSpec:
         {axis: limits.integer(axis, low=1) for axis in limits.mapping_keys()},
         fields.integer("memory"),
     )
+
+
+def _recomputed_blocks(fields: Fields) -> int | None:
+    key = "recomputed_blocks"
+    return fields.integer(key, low=1) if key in fields.mapping_keys() else None
+
+
+def _parse_last_blocks(fields: Fields) -> LastBlocks | None:
+    if "last_blocks" not in fields.mapping_keys():
+        return None
+    found = fields.child("last_blocks").only("count", "slices", "extras")
+    slices = found.child("slices")
+    return LastBlocks(
+        found.integer("count", low=1),
+        {group: slices.sizes(group) for group in slices.mapping_keys()},
+        found.texts("extras"),
+    )
+
+
+def _check_variants(manifest: Manifest, where: str) -> None:
+    """The fields of the variants are there where their graphs are, and name what the bundle has."""
+    learning = manifest.last_blocks
+    for role, found in (("step_recompute", manifest.recomputed_blocks), ("step_last", learning)):
+        if (role in manifest.graphs) != (found is not None):
+            raise FileFormatError(f"the graph {role!r} and its field must come together", where=where)
+    if learning is None:
+        return
+    for group, slices in learning.slices.items():
+        count = len(manifest.groups[group].parameters) if group in manifest.groups else 0
+        if any(place >= count for place in slices) or len(set(slices)) != len(slices):
+            raise FileFormatError(f"'last_blocks': no such slices in the group {group!r}", where=where)
+    unknown = set(learning.extras) - set(manifest.extras)
+    if unknown or set(learning.slices) != set(manifest.groups):
+        raise FileFormatError("'last_blocks' does not fit the bundle's groups and extras", where=where)
 
 
 def _parse_input(fields: Fields) -> InputSpec:
