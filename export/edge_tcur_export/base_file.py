@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +20,16 @@ _LARGE_BYTES = 64 * 2**10
 class BaseFile:
     """Collects tensors of several graphs; equal content is stored once.
 
+    Args:
+        always: names of initializers that go into the file whatever their size.
+
     Attributes:
         size: bytes so far.
         offsets: initializer name -> offset in bytes of its content.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, always: Collection[str] = ()) -> None:
+        self._always = frozenset(always)
         self._path = directory / BASE_FILE
         self._directory = directory
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
@@ -42,7 +47,9 @@ class BaseFile:
         with self._path.open("ab") as file:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
-                if tensor is None or name in keep or tensor.nbytes <= _INLINE_BYTES:
+                if tensor is None or name in keep:
+                    continue
+                if tensor.nbytes <= _INLINE_BYTES and name not in self._always:
                     continue
                 raw = tensor.tobytes()
                 key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())

@@ -166,7 +166,7 @@ class _Writer:
         converted = graphs.to_graph(forward)
         if "ort-training" in targets:
             check_gradients(converted, example.trained())
-        base_file = BaseFile(self._work)
+        base_file = BaseFile(self._work, always=_adapted_weights(self._groups))
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
             stages.begin("writing the step graph (forward and backward)")
@@ -265,15 +265,23 @@ class _Writer:
         )
 
 
+def _adapted_weights(groups: tuple[Group, ...]) -> set[str]:
+    """Names in the graphs of the weights whose places the manifest gives."""
+    names = (f"{name}.weight" for group in groups for name in group.modules)
+    return {stored for name in names for stored in stored_weight(name)}
+
+
 def _places(groups: tuple[Group, ...], base_file: BaseFile) -> dict[str, TensorPlace]:
     result = {}
     for group in groups:
         for name in group.modules:
-            stored, _ = stored_weight(f"{name}.weight")
-            if stored not in base_file.offsets:
+            stored = [name for name in stored_weight(f"{name}.weight") if name in base_file.offsets]
+            if not stored:
                 raise ExportError(f"the weight {name} did not come out as a tensor of the graph")
-            offset = base_file.offsets[stored]
-            result[f"{name}.weight"] = TensorPlace(offset, "float32", (group.n2, group.n1), True)
+            transposed = stored[0].endswith("weight_t")
+            shape = (group.n2, group.n1) if transposed else (group.n1, group.n2)
+            offset = base_file.offsets[stored[0]]
+            result[f"{name}.weight"] = TensorPlace(offset, "float32", shape, transposed)
     return result
 
 

@@ -22,6 +22,7 @@ from torch.export import ExportedProgram
 from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.tasks import Task
+from edge_tcur_export.decompositions import FLAT, has_volumes
 from edge_tcur_export.lowering import batch_products, drop_idle, import_executorch, left_over, lower, xnnpack
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
@@ -186,14 +187,16 @@ class ProgramWriter:
         )
         with torch.no_grad():
             arguments = (example.inputs, example.factors, example.extras)
-            return trace_program(InferProgram(self._model), arguments, shapes)
+            program = trace_program(InferProgram(self._model), arguments, shapes)
+            return program.run_decompositions(FLAT) if has_volumes(program) else program
 
     def _trace_train(self) -> ExportedProgram:
         example, (inputs, targets) = self._example, self._shapes()
         program = TrainProgram(self._model, self._values, tuple(example.extras))
         frozen = {group: parts[1:] for group, parts in example.factors.items()}
         shapes: tuple[Any, ...] = (inputs, targets, {group: ({}, {}) for group in frozen})
-        return trace_backward(trace_program(program, (example.inputs, example.targets, frozen), shapes))
+        forward = trace_program(program, (example.inputs, example.targets, frozen), shapes)
+        return trace_backward(forward, FLAT)
 
     def _write(self, traced: ExportedProgram, name: str, backend: str) -> tuple[str, int]:
         """Writes one program; its file's name and the bytes that it reserves."""
