@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 _aten = torch.ops.aten
@@ -83,9 +84,7 @@ def _on_weight(
     return torch.cat(parts) if groups > 1 else parts[0]
 
 
-def flat_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any
-) -> Any:
+def flat_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Any:
     """``aten.convolution`` over depth, height and width by one over height and width; others are left.
 
     The steps of the kernel along the depth become channels, so that the weight is only seen in another
@@ -119,7 +118,8 @@ def _flat(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tensor:
     pictures = torch.stack(taps, 2).permute(0, 3, 1, 2, 4, 5).reshape(-1, x.shape[1] * steps, *x.shape[3:])
     kernel = weight.reshape(weight.shape[0], -1, *weight.shape[3:])
     output = _aten.convolution(pictures, kernel, None, *_two(settings))
-    return output.reshape(-1, depth, *output.shape[1:]).transpose(1, 2)
+    # The batch is named: a -1 would become a quotient that later guards cannot solve.
+    return output.reshape(x.shape[0], depth, *output.shape[1:]).transpose(1, 2)
 
 
 def _flat_transposed(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tensor:
@@ -129,9 +129,9 @@ def _flat_transposed(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tens
     pictures = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
     kernel = weight.reshape(weight.shape[0], -1, *weight.shape[3:])
     output = _aten.convolution(pictures, kernel, None, *_two(settings))
-    parts = output.reshape(-1, depth, channels, steps, *output.shape[2:]).permute(0, 2, 3, 1, 4, 5)
+    parts = output.reshape(x.shape[0], depth, channels, steps, *output.shape[2:]).permute(0, 2, 3, 1, 4, 5)
     if (stride, padding, dilation, extra) == (steps, 0, 1, 0):  # the steps do not overlap
-        return parts.transpose(2, 3).reshape(-1, channels, depth * steps, *output.shape[2:])
+        return parts.transpose(2, 3).reshape(x.shape[0], channels, depth * steps, *output.shape[2:])
     reach = dilation * (steps - 1)
     shifted = [
         _aten.constant_pad_nd(
@@ -155,15 +155,17 @@ def _spread(x: Tensor, stride: int) -> Tensor:
     return wide[:, :, : (x.shape[2] - 1) * stride + 1]
 
 
-BACKWARD: Table = {_aten.convolution_backward.default: convolution_backward}
-FLAT: Table = {_aten.convolution.default: flat_convolution}
-_VOLUMES = (_aten.conv3d.default, _aten.conv3d.padding, _aten.conv_transpose3d.input, _aten.convolution.default)
+_VOLUMES = (_aten.conv3d.default, _aten.conv3d.padding, _aten.conv_transpose3d.input)
+_POOL_BACKWARD = _aten.max_pool2d_with_indices_backward.default
+BACKWARD: Table = {
+    _aten.convolution_backward.default: convolution_backward,
+    # By a scatter: ExecuTorch 1.5.1's own kernel gives wrong gradients, and ONNX has none.
+    _POOL_BACKWARD: decomposition_table[_POOL_BACKWARD],
+}
+# Before the joint trace, convolutions have names of their own.
+FLAT: Table = {_aten.convolution.default: flat_convolution} | {each: each.decompose for each in _VOLUMES}
 
 
 def has_volumes(program: ExportedProgram) -> bool:
-    """Whether a program has convolutions over three axes, which `FLAT` is for."""
-    return any(
-        node.target in _VOLUMES and node.meta["val"].dim() == 5
-        for node in program.graph.nodes
-        if node.op == "call_function"
-    )
+    """Whether a traced forward program has convolutions over three axes, which `FLAT` is for."""
+    return any(node.target in _VOLUMES for node in program.graph.nodes)

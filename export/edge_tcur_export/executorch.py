@@ -23,7 +23,15 @@ from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur_export.decompositions import FLAT, has_volumes
-from edge_tcur_export.lowering import batch_products, drop_idle, import_executorch, left_over, lower, xnnpack
+from edge_tcur_export.lowering import (
+    batch_products,
+    drop_idle,
+    import_executorch,
+    left_over,
+    lower,
+    reshape_weights,
+    xnnpack,
+)
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
     TARGETS,
@@ -210,7 +218,7 @@ class ProgramWriter:
                 config = exir.ExecutorchBackendConfig(external_constants=lambda node: frozen.get(node.name))
                 program = edge.to_executorch(config=config)
             except Exception as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                reason = _reason(error)
                 raise ExportError(
                     f"ExecuTorch cannot take the {name} program: {reason}",
                     hint="export for ONNX alone (--target onnx --target step); --debug shows all of it",
@@ -232,8 +240,16 @@ class ProgramWriter:
         return found
 
 
+def _reason(error: Exception) -> str:
+    """One line of a failure of ExecuTorch, whose messages may hold whole graphs: the first failure's last line."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return f"{lines[-1]:.300}"
+
+
 def _prepare(program: ExportedProgram, backend: str) -> ExportedProgram:
-    drop_idle(program)
+    reshape_weights(drop_idle(program))
     return program if backend == "portable" else batch_products(program)
 
 
@@ -254,10 +270,10 @@ def tensor_file(tensors: Mapping[str, np.ndarray]) -> bytes:
             "float32": ScalarType.FLOAT, "int32": ScalarType.INT, "int64": ScalarType.LONG,
             "int8": ScalarType.CHAR, "uint8": ScalarType.BYTE, "bool": ScalarType.BOOL,
         }  # fmt: skip
-        buffers: list[bytes] = []
+        buffers: dict[bytes, int] = {}  # one tensor may be held in several shapes
         entries = {}
         for name, value in tensors.items():
             layout = TensorLayout(kinds[value.dtype.name], list(value.shape), list(range(value.ndim)))
-            entries[name] = DataEntry(len(buffers), _ALIGNMENT, layout)
-            buffers.append(np.ascontiguousarray(value).tobytes())
-        return bytes(FlatTensorSerializer().serialize(DataPayload(buffers, entries)))
+            place = buffers.setdefault(np.ascontiguousarray(value).tobytes(), len(buffers))
+            entries[name] = DataEntry(place, _ALIGNMENT, layout)
+        return bytes(FlatTensorSerializer().serialize(DataPayload(list(buffers), entries)))

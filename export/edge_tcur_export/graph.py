@@ -17,6 +17,7 @@ from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export.failures import EAGER
 from edge_tcur_export.operators import remember_modules
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import PREFIX, TARGETS, Traced
@@ -75,11 +76,14 @@ def _convert(program: ExportedProgram) -> ir.Model:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         missing = _MISSING.search(str(error))
+        fused = missing is not None and "attention" in missing[1]
         raise ExportError(
             f"torch's operator {missing[1]} has no ONNX form"
             if missing
             else "torch.onnx cannot convert the model",
-            hint="replace it in the model by operators that have one; --debug shows torch's own report",
+            hint=EAGER
+            if fused
+            else "replace it in the model by operators that have one; --debug shows torch's own report",
         ) from error
     assert converted is not None
     return converted.model

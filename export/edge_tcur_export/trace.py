@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
 from edge_tcur.errors import ExportError
@@ -27,7 +28,8 @@ from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
 from edge_tcur_export.convolution import FrozenConvolution, FrozenLayer, Parts, Update, Updates
 from edge_tcur_export.decompositions import BACKWARD, Table
-from edge_tcur_export.quiet import explained
+from edge_tcur_export.failures import explained, explained_backward
+from edge_tcur_export.rewrites import rewrite
 from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 
 # core [n3, r, r] and the frozen factors: rows, cols int32 [b, r], or left [n3, n1, r], right [n3, r, n2]
@@ -35,14 +37,6 @@ GroupFactors = tuple[Tensor, Tensor, Tensor]
 PREFIX = "model."  # what `FactorModel` puts before the names of the base
 TARGETS = "labels"  # name of the targets in every graph
 EXAMPLE_LENGTH = 16  # tokens of an example, where the base takes as many
-_FORWARD_HINT = (
-    "control flow that depends on tensor values, and fused attention, cannot be traced: "
-    "write attention out (attn_implementation='eager') and use tensor operations"
-)
-_BACKWARD_HINT = (
-    "an operator has no backward, or one that cannot be decomposed; replace it, "
-    "or export for inference alone with --target onnx"
-)
 
 
 class _Coupled:
@@ -356,7 +350,7 @@ def trace_program(model: nn.Module, arguments: tuple[Any, ...], shapes: tuple[An
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
-    return explained(export, "the model", _FORWARD_HINT)
+    return rewrite(explained(export, model))
 
 
 def trace_backward(program: ExportedProgram, table: Table | None = None) -> ExportedProgram:
@@ -368,9 +362,7 @@ def trace_backward(program: ExportedProgram, table: Table | None = None) -> Expo
     Raises:
         ExportError: an operator of the model has no backward that can be traced.
     """
-    return explained(
-        lambda: _joint(program, BACKWARD | (table or {})), "the backward pass of the model", _BACKWARD_HINT
-    )
+    return explained_backward(lambda: _joint(program, BACKWARD | (table or {})), program)
 
 
 def _joint(program: ExportedProgram, table: Table) -> ExportedProgram:
@@ -379,13 +371,15 @@ def _joint(program: ExportedProgram, table: Table) -> ExportedProgram:
     from torch.export import experimental
     from torch.export.exported_program import _decompose_exported_program
 
-    joint = _decompose_exported_program(
-        program,
-        cia_to_decomp={},
-        python_decomp_table={**core_aten_decompositions(), **table},
-        joint_loss_index=0,
-        decompose_custom_triton_ops=False,
-    )
+    # Fused attention that a model calls for has a backward without decomposition; this way has one.
+    with sdpa_kernel(SDPBackend.MATH):
+        joint = _decompose_exported_program(
+            program,
+            cia_to_decomp={},
+            python_decomp_table={**core_aten_decompositions(), **table},
+            joint_loss_index=0,
+            decompose_custom_triton_ops=False,
+        )
     module, signature = experimental._copy_graph_module_and_signature(joint)
     experimental._remove_detach_pass(module, signature)
     return joint._update(module, signature)

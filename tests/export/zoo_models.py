@@ -149,8 +149,7 @@ class Unetr(nn.Module):
         self.blocks = nn.ModuleList(Block(width, 2) for _ in range(2))
         self.norm = nn.LayerNorm(width)
         self.encoder1 = Refine(1, 4)
-        self.encoder2_up = nn.ConvTranspose3d(width, 8, 2, stride=2, bias=False)
-        self.encoder2 = Refine(8, 8)
+        self.encoder2 = nn.ConvTranspose3d(width, 8, 2, stride=2, bias=False)
         self.decoder2, self.decoder1 = Rise(width, 8), Rise(8, 4)
         self.out = nn.Conv3d(4, self.classes, 1)
 
@@ -168,8 +167,7 @@ class Unetr(nn.Module):
         def as_volume(tokens):
             return tokens.transpose(1, 2).reshape(-1, self.width, *sides)
 
-        skip2 = self.encoder2(self.encoder2_up(as_volume(hidden)))
-        x = self.decoder2(as_volume(deepest), skip2)
+        x = self.decoder2(as_volume(deepest), self.encoder2(as_volume(hidden)))
         return self.out(self.decoder1(x, self.encoder1(volume)))
 
     def forward(self, pixel_values):
