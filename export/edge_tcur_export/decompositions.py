@@ -109,7 +109,7 @@ def _two(settings: Sequence[Any]) -> list[Any]:
 def _flat(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tensor:
     stride, padding, dilation = (values[0] for values in settings[:3])
     steps = weight.shape[2]
-    padded = _aten.constant_pad_nd(x, [0, 0, 0, 0, padding, padding]) if padding else x
+    padded = _pad(x, padding, padding)
     depth = (padded.shape[2] - dilation * (steps - 1) - 1) // stride + 1
     taps = [
         padded[:, :, step * dilation : step * dilation + (depth - 1) * stride + 1 : stride]
@@ -134,10 +134,7 @@ def _flat_transposed(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tens
         return parts.transpose(2, 3).reshape(x.shape[0], channels, depth * steps, *output.shape[2:])
     reach = dilation * (steps - 1)
     shifted = [
-        _aten.constant_pad_nd(
-            _spread(parts[:, :, step], stride),
-            [0, 0, 0, 0, step * dilation, reach - step * dilation + extra],
-        )
+        _pad(_spread(parts[:, :, step], stride), step * dilation, reach - step * dilation + extra)
         for step in range(steps)
     ]
     whole = shifted[0]
@@ -146,12 +143,19 @@ def _flat_transposed(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tens
     return whole[:, :, padding : whole.shape[2] - padding]
 
 
+def _pad(x: Tensor, before: int, after: int) -> Tensor:
+    """Zeros along the depth. Not by ``constant_pad_nd``, which fixes the batch size inside a joint trace."""
+    parts = [x.new_zeros((*x.shape[:2], count, *x.shape[3:])) for count in (before, after)]
+    kept = [part for part in (parts[0], x, parts[1]) if part.shape[2] > 0]
+    return torch.cat(kept, 2) if len(kept) > 1 else x
+
+
 def _spread(x: Tensor, stride: int) -> Tensor:
     """[b, c, depth, h, w] with ``stride - 1`` zeros between neighbours along the depth."""
     if stride == 1:
         return x
-    wide = _aten.constant_pad_nd(x.unsqueeze(3), [0, 0, 0, 0, 0, stride - 1])
-    wide = wide.reshape(*x.shape[:2], x.shape[2] * stride, *x.shape[3:])
+    zeros = x.new_zeros((*x.shape[:3], stride - 1, *x.shape[3:]))
+    wide = torch.cat([x.unsqueeze(3), zeros], 3).reshape(*x.shape[:2], x.shape[2] * stride, *x.shape[3:])
     return wide[:, :, : (x.shape[2] - 1) * stride + 1]
 
 
