@@ -1,4 +1,4 @@
-"""`edge-tcur eval`: the accuracy of an adapter and of its base."""
+"""`edge-tcur eval`: the score of an adapter and of its base."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import click
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import output_options
 from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.tasks import find_device_task
 
 EPILOG = """\b
 Examples:
@@ -34,9 +35,9 @@ def evaluate(run: Path, data: Path, adapter: Path | None, sink: Sink) -> None:
     content = read_adapter(scored)
     with stage_bar(sink, "scoring"):
         result = evaluate_run(opened, data, adapter=content)
-    rows = [
-        ("base", f"{result.base_accuracy:.1%}"),
-        ("adapter", f"{result.adapter_accuracy:.1%}"),
-    ]
+    metric = find_device_task(opened.config.task).metric
+    rows = [("base", metric.format(result.base_score)), ("adapter", metric.format(result.adapter_score))]
     payload = {"run": str(run), "adapter": str(scored), "data": str(data), **asdict(result)}
-    sink.result(payload, f"{table(('Model', 'Accuracy'), rows)}\non {result.samples} samples of {data}")
+    sink.result(
+        payload, f"{table(('Model', metric.name.capitalize()), rows)}\non {result.samples} samples of {data}"
+    )

@@ -11,6 +11,7 @@ import click
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
@@ -57,6 +58,11 @@ _SHOWN = 6  # operators in one line
     type=click.IntRange(min=1),
     help="Tokens that they reserve memory for.  [default: the base's, at most 128]",
 )
+@click.option(
+    "--optimizer",
+    type=click.Choice(OPTIMIZERS),
+    help="What optimizer.onnx of ONNX Runtime Training does.  [default: adamw]",
+)
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
@@ -81,20 +87,26 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
 
     targets = tuple(dict.fromkeys(options["targets"])) or TARGETS
     for_programs = {f"--{name.replace('_', '-')}": options[name] for name in ("max_batch", "max_length")}
-    _refuse_idle(targets, {"--backend": options["backends"], **for_programs})
+    idle = {"--backend": options["backends"], **for_programs}
+    _refuse_idle(targets, EXECUTORCH, "ExecuTorch's programs", idle)
+    training = "ort-training"
+    _refuse_idle(
+        targets, training, "ONNX Runtime Training's artifacts", {"--optimizer": options["optimizer"]}
+    )
     programs = ProgramSettings(
         tuple(dict.fromkeys(options["backends"])) or BACKENDS,
         options["max_batch"] or 0,
         options["max_length"] or 0,
     )
-    return ExportSettings(targets, options["device"], options["verify"], programs)
+    optimizer = options["optimizer"] or ADAMW
+    return ExportSettings(targets, options["device"], options["verify"], programs, optimizer)
 
 
-def _refuse_idle(targets: tuple[str, ...], options: Mapping[str, object]) -> None:
+def _refuse_idle(targets: tuple[str, ...], target: str, what: str, options: Mapping[str, object]) -> None:
     """Options of a target that was not asked for would do nothing."""
     for name, value in options.items():
-        if value and EXECUTORCH not in targets:
-            raise UsageError(f"{name} is for ExecuTorch's programs", hint=f"add --target {EXECUTORCH}")
+        if value and target not in targets:
+            raise UsageError(f"{name} is for {what}", hint=f"add --target {target}")
 
 
 def _describe(report: ExportReport, out: Path) -> str:

@@ -19,6 +19,7 @@ from edge_tcur.settings import TrainConfig, config_from_dict, read_config
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
+from edge_tcur_runtime.tasks import find_device_task
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -118,7 +119,8 @@ def _resolve(file: Path | None, given: dict[str, object]) -> TrainConfig:
 
 def _payload(result: TrainResult, adapter: Adapter) -> dict[str, object]:
     run = result.run
-    measured = {key: value for key, value in run.metrics.items() if key not in {"losses", "accuracies"}}
+    series = ("losses", "scores", "accuracies")
+    measured = {key: value for key, value in run.metrics.items() if key not in series}
     return {
         "run": str(run.root),
         "adapter": str(run.adapter_path),
@@ -129,8 +131,7 @@ def _payload(result: TrainResult, adapter: Adapter) -> dict[str, object]:
         "groups": describe_groups(adapter),
         **measured,
         "steps": len(run.metrics["losses"]),
-        "losses": run.metrics["losses"],
-        "accuracies": run.metrics["accuracies"],
+        **{key: run.metrics[key] for key in series},
         "skipped": result.skipped,
         "notes": list(result.notes),
         "config": run.config.to_dict(),
@@ -139,16 +140,18 @@ def _payload(result: TrainResult, adapter: Adapter) -> dict[str, object]:
 
 def _describe(result: TrainResult, adapter: Adapter) -> str:
     run, metrics = result.run, result.run.metrics
-    accuracy = metrics["accuracy"]
+    metric = find_device_task(run.config.task).metric
     held_out = metrics["held_out_samples"]
-    scored = "no held-out samples" if accuracy is None else f"{accuracy:.1%} of {held_out} held-out samples"
+    scored = "no held-out samples"
+    if metrics["score"] is not None:
+        scored = f"{metric.format(metrics['score'])} of {held_out} held-out samples"
     lines = [
         group_rows(adapter),
         "",
         f"trained numbers    {metrics['trained_numbers']:,}",
         f"head numbers       {metrics['head_numbers']:,}",
         f"adapter            {format_size(metrics['adapter_bytes'])}",
-        f"accuracy           {scored}",
+        f"{metric.name:<19}{scored}",
         f"seconds a step     {metrics['step_seconds']:.3f} ({len(metrics['losses'])} steps)",
         f"base               {run.base_digest}",
         *_skipped_lines(result.skipped),

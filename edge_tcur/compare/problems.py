@@ -21,7 +21,7 @@ from edge_tcur.data import Samples, prepare
 from edge_tcur.models import Base, load_base
 from edge_tcur.quickstart import digits
 from edge_tcur.tasks import Task, find_task
-from edge_tcur.training.loop import accuracy
+from edge_tcur.training.loop import score_model
 from edge_tcur_runtime.atomic import write_atomic
 from edge_tcur_runtime.data import Dataset, label_names, load_dataset
 from edge_tcur_runtime.errors import DataError
@@ -55,7 +55,7 @@ class Problem:
     control: tuple[str, ...]
     epochs: int
     rehearsal_rate: float
-    score: Callable[[nn.Module, Samples, Task], float] = accuracy
+    score: Callable[[nn.Module, Samples, Task], float] = score_model
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TextProblem:
         few, validation = _few_shot(rows, self.shots, seed)
         pick = np.sort(np.random.Generator(np.random.PCG64(0)).permutation(len(later))[:_TEST_ROWS])
         train, held, test = (
-            prepare(part, labels, spec, folder) for part in (few, validation, later.select(pick))
+            prepare(part, labels, spec, folder, task) for part in (few, validation, later.select(pick))
         )
         return Problem(
             base, task, train, held, test, (), epochs=self.epochs, rehearsal_rate=self.rehearsal_rate
@@ -162,7 +162,7 @@ class DigitsProblem:
         order = np.random.Generator(np.random.PCG64(seed)).permutation(len(scans))
         cuts = (order[:300], order[300:500], order[500:])
         train, held, test = (
-            prepare(scans.select(np.sort(cut)), labels, base.preprocessing, folder) for cut in cuts
+            prepare(scans.select(np.sort(cut)), labels, base.preprocessing, folder, task) for cut in cuts
         )
         return Problem(
             base,

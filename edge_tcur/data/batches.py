@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edge_tcur_runtime.data import Dataset, encode_labels
+from edge_tcur.tasks import Task
+from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
 
 
@@ -38,13 +39,15 @@ class PreparedData:
 
     Attributes:
         dataset: where it came from.
-        targets: int64 [n].
+        targets: as `edge_tcur_runtime.data.encode_targets` gives them, one a sample.
+        task: makes a batch's targets of them.
         spec: the ``preprocessing`` object; text is padded batch by batch, to its buckets.
         root: directory of the tokenizer that `spec` names.
     """
 
     dataset: Dataset
     targets: np.ndarray
+    task: Task
     spec: Mapping[str, Any]
     root: Path
 
@@ -55,17 +58,19 @@ class PreparedData:
         """Model inputs and targets of the samples at `indices`, in that order."""
         inputs = self._preprocess(self.dataset.select(indices).samples)
         tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
-        return tensors, torch.from_numpy(self.targets[indices])
+        return tensors, torch.from_numpy(self.task.batch_targets(self.targets[indices], inputs))
 
     @cached_property
     def _preprocess(self) -> Preprocessor:
         return build_preprocessor(self.spec, self.root)
 
 
-def prepare(dataset: Dataset, labels: tuple[str, ...], spec: Mapping[str, Any], root: Path) -> PreparedData:
-    """Encodes the labels of `dataset` as positions in `labels`.
+def prepare(
+    dataset: Dataset, labels: tuple[str, ...], spec: Mapping[str, Any], root: Path, task: Task
+) -> PreparedData:
+    """Encodes the targets of `dataset` for outputs that `labels` name.
 
     Raises:
         DataError: a label that is not in `labels` (file and line named).
     """
-    return PreparedData(dataset, encode_labels(dataset, labels), spec, root)
+    return PreparedData(dataset, encode_targets(dataset, labels), task, spec, root)

@@ -21,7 +21,7 @@ from edge_tcur.tasks import Task
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.formats.bundle import InputSpec
 from edge_tcur_runtime.formats.digest import digest_state
-from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.preprocess import build_preprocessor, image_size
 
 
 @dataclass
@@ -115,7 +115,7 @@ class LogitsOnly(nn.Module):
         self.module = module
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Outputs [batch, classes] of the wrapped module."""
+        """Outputs of the wrapped module, for example [batch, classes]."""
         output = self.module(**inputs)
         if isinstance(output, Tensor):
             return output
@@ -128,7 +128,7 @@ def _load_function(reference: str, task: Task, labels: tuple[str, ...], options:
         raise BaseModelError(
             f"a function gives a picture model; the task takes {task.kind}",
             where=reference,
-            hint="use --task image-classification, or a Hugging Face directory",
+            hint="use a task for pictures, such as --task image-classification, or a Hugging Face directory",
         )
     model = _call_function(reference)
     preprocessing = getattr(model, "preprocessing", None) or options.get("preprocessing")
@@ -137,11 +137,12 @@ def _load_function(reference: str, task: Task, labels: tuple[str, ...], options:
             "the module says nothing of its inputs",
             where=reference,
             hint="set module.preprocessing = {'kind': 'image', 'input': 'pixel_values', 'height': ..., "
-            "'width': ..., 'channels': ..., 'scale': ..., 'mean': [...], 'std': [...]}",
+            "'width': ..., 'channels': ..., 'scale': ..., 'mean': [...], 'std': [...]}; of volumes "
+            "'depth' too",
         )
     inputs = image_inputs(preprocessing, reference)
     wrapped = LogitsOnly(model)
-    check_outputs(wrapped, inputs, labels, reference)
+    check_outputs(wrapped, inputs, task, labels, reference)
     return Base(wrapped, reference, inputs, preprocessing, labels=labels)
 
 
@@ -184,7 +185,8 @@ def _current_directory_on_path() -> Iterator[None]:
 
 
 def image_inputs(preprocessing: dict[str, Any], reference: str) -> dict[str, InputSpec]:
-    """The one input of a picture model, float32 [batch, channels, height, width].
+    """The one input of a picture model, float32 [batch, channels, height, width], of volumes [batch,
+    channels, depth, height, width].
 
     Raises:
         BaseModelError: the preprocessing lacks a field, or has one that is not valid.
@@ -195,7 +197,7 @@ def image_inputs(preprocessing: dict[str, Any], reference: str) -> dict[str, Inp
         raise BaseModelError(
             f"its preprocessing is not valid: {error.message}", where=reference, hint=error.hint
         ) from error
-    shape = ("batch", preprocessing["channels"], preprocessing["height"], preprocessing["width"])
+    shape = ("batch", preprocessing["channels"], *image_size(preprocessing))
     return {preprocessing["input"]: InputSpec("float32", shape)}
 
 
@@ -215,20 +217,23 @@ def example_inputs(inputs: dict[str, InputSpec], sizes: dict[str, int], seed: in
 def check_outputs(
     model: nn.Module,
     inputs: dict[str, InputSpec],
+    task: Task,
     labels: tuple[str, ...],
     reference: str,
     *,
     sequence: int = 8,
 ) -> None:
-    """Runs the model once, on `sequence` tokens, and compares the shape of its outputs with the labels.
+    """Runs the model once, on two samples (of text: of `sequence` tokens), and compares the shape of its
+    outputs with what the task says of these labels.
 
     Raises:
         BaseModelError: it fails on its inputs, or answers in another shape.
     """
     model.eval()
+    sizes = {"batch": 2, "sequence": sequence}
     try:
         with torch.no_grad():
-            output = model(**example_inputs(inputs, {"batch": 2, "sequence": sequence}))
+            output = model(**example_inputs(inputs, sizes))
     except Exception as error:
         shapes = {name: ["batch", *spec.shape[1:]] for name, spec in inputs.items()}
         reason = next(iter(str(error).splitlines()), "")
@@ -236,9 +241,17 @@ def check_outputs(
             f"the model fails on inputs of the shapes {shapes}: {type(error).__name__}: {reason}",
             where=reference,
         ) from error
-    if not isinstance(output, Tensor) or output.shape != (2, len(labels)):
-        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    axes = [sizes.get(str(axis), axis) for axis in task.output_axes(inputs, labels)]
+    shape: tuple[int, ...] | str = (
+        tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    )
+    fits = len(shape) == len(axes) and all(
+        isinstance(axis, str) or axis == size for axis, size in zip(axes, shape, strict=False)
+    )
+    if not fits:
         raise BaseModelError(
-            f"two samples gave {shape}; expected (2, {len(labels)}), one output for each label",
+            f"two samples gave {shape}; expected ({', '.join(map(str, axes))})"
+            + (f", one output for each of the {len(labels)} labels" if labels else ""),
             where=reference,
+            hint=f"the task {task.name} is for models of such outputs",
         )

@@ -1,4 +1,4 @@
-"""Bases in the Hugging Face layout: text encoders and vision transformers."""
+"""Bases in the Hugging Face layout: text encoders, causal language models and vision transformers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from edge_tcur.errors import BaseModelError
 from edge_tcur.models.base import Base, LogitsOnly, check_outputs, image_inputs
 from edge_tcur.models.quiet import import_quietly
 from edge_tcur.tasks import Task
+from edge_tcur_runtime.data.targets import LABEL, LABELS, MASKS, NOTHING, VALUES
 from edge_tcur_runtime.errors import ConfigError, NetworkError
 from edge_tcur_runtime.formats.bundle import InputSpec
 
@@ -32,6 +33,12 @@ _Parts = tuple[dict[str, Any], dict[str, InputSpec], str | None]
 
 
 _HEADS = {"text": "ForSequenceClassification", "image": "ForImageClassification"}
+# What a checkpoint says of its head (``problem_type``), by how the task's targets are read.
+_PROBLEMS = {
+    LABEL: (None, "single_label_classification"),
+    LABELS: ("multi_label_classification",),
+    VALUES: ("regression",),
+}
 
 
 class PooledClassifier(nn.Module):
@@ -49,7 +56,7 @@ class PooledClassifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, **inputs: Tensor) -> Tensor:
-        """Outputs [batch, classes]; padding, where ``attention_mask`` is 0, is left out of the mean."""
+        """Outputs [batch, labels]; padding, where ``attention_mask`` is 0, is left out of the mean."""
         hidden = self.encoder(**inputs).last_hidden_state
         mask = inputs.get("attention_mask")
         if mask is None:
@@ -64,25 +71,31 @@ class PooledClassifier(nn.Module):
 def load_huggingface(reference: str, task: Task, labels: tuple[str, ...], options: dict[str, Any]) -> Base:
     """Loads a `transformers` directory or hub id with attention written out (it must be traceable).
 
-    A checkpoint with a classification head for exactly these labels keeps it, frozen; otherwise a
-    new head is put on the pooled encoder and trained in all rows.
+    A checkpoint with a head for exactly these labels keeps it, frozen; otherwise a new head is put on the
+    pooled encoder and trained in all rows. A causal language model always keeps its own.
 
     Raises:
         BaseModelError: not found, not a model, weights missing, or not of the task's kind.
         ConfigError: ``max_length`` is more than the model takes.
         NetworkError: a hub id, and the hub cannot be reached.
     """
+    if task.reads == MASKS:
+        raise BaseModelError(
+            "segmentation takes a function that returns a model",
+            where=reference,
+            hint="say --base package.module:function; its outputs are [batch, classes, *space]",
+        )
     location = _locate(reference)
     with quiet_transformers():
         config = _load_config(location, reference)
-        order = _own_order(config, task.kind, labels)
+        order = _own_order(config, task, labels)
         if task.kind == "text":
             parts = _text_parts(location, config, reference, int(options.get("max_length") or 0))
         else:
             parts = _image_parts(location, config, reference)
-        model = _load_model(location, task.kind, order is not None, len(labels), reference)
+        model = _load_model(location, task, order is not None, len(labels), reference)
     preprocessing, inputs, tokenizer = parts
-    check_outputs(model, inputs, labels, reference, sequence=preprocessing.get("max_length", 0))
+    check_outputs(model, inputs, task, labels, reference, sequence=preprocessing.get("max_length", 0))
     head = ("head",) if order is None else ()
     note = _left_out_head(config, task.kind, len(labels)) if order is None else ""
     return Base(model, reference, inputs, preprocessing, head, tokenizer, order or labels, note)
@@ -138,14 +151,18 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _own_order(config: Any, kind: str, labels: tuple[str, ...]) -> tuple[str, ...] | None:
+def _own_order(config: Any, task: Task, labels: tuple[str, ...]) -> tuple[str, ...] | None:
     """The labels in the order of the checkpoint's own head, or None where it has no head for them.
 
     A head that names its outputs must name these labels; one that does not (``LABEL_0``) must have
-    as many.
+    as many. A head for another kind of answer (``problem_type``) is none for them.
     """
-    suffix = _HEADS[kind]
+    if task.reads == NOTHING:
+        return ()
+    suffix = _HEADS[task.kind]
     if not any(name.endswith(suffix) for name in config.architectures or ()):
+        return None
+    if getattr(config, "problem_type", None) not in _PROBLEMS[task.reads]:
         return None
     names = tuple(config.id2label[index] for index in range(config.num_labels))
     if len(names) == len(labels) and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
@@ -168,13 +185,15 @@ def _locate(reference: str) -> str:
     return reference
 
 
-def _load_model(location: str, kind: str, keep_head: bool, classes: int, reference: str) -> nn.Module:
+def _load_model(location: str, task: Task, keep_head: bool, classes: int, reference: str) -> nn.Module:
     import transformers
 
-    name = {"text": "AutoModelForSequenceClassification", "image": "AutoModelForImageClassification"}[kind]
-    factory = getattr(transformers, name if keep_head else "AutoModel")
+    own = "ForCausalLM" if task.reads == NOTHING else _HEADS[task.kind]
+    factory = getattr(transformers, f"AutoModel{own if keep_head else ''}")
     # The fused attention kernel's backward has no decomposition, so attention is written out.
     settings = {"attn_implementation": "eager", "dtype": torch.float32}
+    if task.reads == NOTHING:
+        settings["use_cache"] = False  # no keys and values of earlier tokens among the outputs
     try:
         model, report = factory.from_pretrained(location, output_loading_info=True, **settings)
     except Exception as error:  # damaged weights raise the reader's own errors

@@ -21,7 +21,7 @@ from edge_tcur.data import PreparedData, prepare
 from edge_tcur.models import Base, load_base
 from edge_tcur.quickstart.digits import TASK
 from edge_tcur.tasks import Task, find_task
-from edge_tcur.training.loop import LoopSettings, accuracy, fit
+from edge_tcur.training.loop import LoopSettings, fit, score_model
 from edge_tcur_runtime.data import label_names, load_dataset
 from edge_tcur_runtime.errors import EdgeError
 
@@ -49,7 +49,7 @@ def full_fine_tuning(
         parameter.requires_grad_(True)
     fit(model, [(parameters, _FULL_RATE)], data, task, settings)
     count = sum(parameter.numel() for parameter in parameters)
-    return Baseline(accuracy(model, test, task), count, 4 * count)
+    return Baseline(score_model(model, test, task), count, 4 * count)
 
 
 def lora(base: Base, data: PreparedData, test: PreparedData, task: Task, settings: LoopSettings) -> Baseline:
@@ -67,7 +67,7 @@ def lora(base: Base, data: PreparedData, test: PreparedData, task: Task, setting
         model.module = wrapped
         parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         fit(model, [(parameters, _LORA_RATE)], data, task, settings)
-        score = accuracy(model, test, task)
+        score = score_model(model, test, task)
         with TemporaryDirectory() as work:
             wrapped.save_pretrained(work)
             size = (Path(work) / "adapter_model.safetensors").stat().st_size
@@ -100,11 +100,11 @@ def train_rivals(root: Path, seed: int, epochs: int) -> Rivals:
 
     def read(name: str) -> PreparedData:
         dataset = load_dataset(root / "data" / f"{name}.npz", "image")
-        return prepare(dataset, labels, base.preprocessing, root)
+        return prepare(dataset, labels, base.preprocessing, root, task)
 
     test = read("test")
     return Rivals(
-        plain_accuracy=accuracy(base.model, read("plain_test"), task),
+        plain_accuracy=score_model(base.model, read("plain_test"), task),
         full=full_fine_tuning(base, read("sample"), test, task, settings),
         full_local=full_fine_tuning(base, read("local"), test, task, settings),
         lora=lora(base, read("sample"), test, task, settings),

@@ -97,7 +97,7 @@ def train_base(data: Path, folder: Path, seed: int, on_epoch: Callable[[int, flo
     dataset = load_dataset(data, "image")
     labels, task = label_names(dataset), find_task(TASK)
     base = load_base(str(folder), task, labels, {})
-    prepared = prepare(dataset, labels, base.preprocessing, folder)
+    prepared = prepare(dataset, labels, base.preprocessing, folder, task)
     parameters = list(base.model.parameters())
     settings = LoopSettings(_BASE_EPOCHS, batch_size=64, weight_decay=0.01, seed=seed)
     fit(base.model, [(parameters, _BASE_RATE)], prepared, task, settings, on_epoch=on_epoch)

@@ -12,20 +12,29 @@ from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.targets import group_specs
 from edge_tcur.models import Base, load_base
 from edge_tcur.tasks import find_task
-from edge_tcur.training.loop import accuracy
+from edge_tcur.training.loop import score_model
 from edge_tcur.training.run import Run
 from edge_tcur.training.train import read_data, set_threads
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.factors import factor_parts
+from edge_tcur_runtime.tasks import ACCURACY
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Accuracies, 0 to 1, of the adapter and of the base without it."""
+    """The task's metric for the adapter and for the base without it.
 
-    adapter_accuracy: float
-    base_accuracy: float
+    Attributes:
+        metric: its name.
+        adapter_accuracy, base_accuracy: the scores, 0 to 1, where the metric is accuracy; else None.
+    """
+
+    metric: str
+    adapter_score: float
+    base_score: float
+    adapter_accuracy: float | None
+    base_accuracy: float | None
     samples: int
 
 
@@ -102,7 +111,16 @@ def evaluate_run(run: Run, data: Path, *, adapter: Adapter | None = None) -> Eva
     task = find_task(run.config.task)
     base = load_run_base(run)
     dataset = read_data(str(data), task, run.config, base=base)
-    prepared = prepare(dataset, run.labels, run.preprocessing, run.root)
-    base_accuracy = accuracy(base.model, prepared, task)
+    prepared = prepare(dataset, run.labels, run.preprocessing, run.root, task)
+    base_score = score_model(base.model, prepared, task)
     apply_adapter(base, run, adapter or run.adapter())
-    return EvalResult(accuracy(base.model, prepared, task), base_accuracy, len(prepared))
+    scores = score_model(base.model, prepared, task), base_score
+    accuracies = scores if task.metric.name == ACCURACY else (None, None)
+    return EvalResult(
+        metric=task.metric.name,
+        adapter_score=scores[0],
+        base_score=scores[1],
+        adapter_accuracy=accuracies[0],
+        base_accuracy=accuracies[1],
+        samples=len(prepared),
+    )

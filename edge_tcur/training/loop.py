@@ -1,4 +1,4 @@
-"""The loop: batches in, parameters moved, loss and accuracy out. It knows nothing of adapters or files."""
+"""The loop: batches in, parameters moved, loss and score out. It knows nothing of adapters or files."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from edge_tcur.data import Samples, in_batches
 from edge_tcur.tasks import Task
 from edge_tcur_runtime.optimizer import schedule
+from edge_tcur_runtime.tasks import mean_by_weight
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class LoopSettings:
 
 @dataclass
 class History:
-    """What `fit` saw: per step the loss, per epoch the held-out accuracy, seconds in all."""
+    """What `fit` saw: per step the loss, per epoch the held-out score, seconds in all."""
 
     losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -128,7 +129,7 @@ def fit(
         nonlocal since
         history.seconds += time.perf_counter() - since
         if held_out is not None:
-            history.accuracies.append(accuracy(model, held_out, task))
+            history.scores.append(score_model(model, held_out, task))
         if on_epoch is not None:
             on_epoch(epoch, float(np.mean(found)))
         since = time.perf_counter()
@@ -137,12 +138,12 @@ def fit(
     return history
 
 
-def accuracy(model: nn.Module, data: Samples, task: Task, *, batch_size: int = 64) -> float:
-    """Part of the targets of `data` that `model` answers correctly, 0 to 1."""
+def score_model(model: nn.Module, data: Samples, task: Task, *, batch_size: int = 64) -> float:
+    """The task's metric of `model` over `data`, for example the part of it that is answered correctly."""
     model.eval()
-    correct = total = 0
+    values, weights = [], []
     with torch.no_grad():
         for inputs, targets in in_batches(data, batch_size):
-            correct += int(task.correct(model(**inputs), targets))
-            total += targets.numel()
-    return correct / max(1, total)
+            values.append(task.measure(model(**inputs), targets).item())
+            weights.append(task.weight(targets.cpu().numpy()))
+    return mean_by_weight(values, weights)

@@ -25,9 +25,12 @@ from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import History, LoopSettings, fit
 from edge_tcur.training.rehearsal import rehearse
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
-from edge_tcur_runtime.data import Dataset, check_trainable, label_names, load_dataset, split
+from edge_tcur_runtime.data import Dataset, Layout, check_trainable, label_names, read_dataset, split
+from edge_tcur_runtime.data.targets import LABEL
 from edge_tcur_runtime.errors import ConfigError, OutputExistsError
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, write_adapter
+from edge_tcur_runtime.preprocess import image_size
+from edge_tcur_runtime.tasks import ACCURACY
 
 
 @dataclass(frozen=True)
@@ -47,24 +50,27 @@ def read_data(path: str, task: Task, config: TrainConfig, *, base: Base | None =
     """
     spec = base.preprocessing if base is not None else {}
     image = spec.get("kind") == "image"
-    return load_dataset(
-        Path(path),
+    layout = Layout(
         task.kind,
+        task.reads,
         text_column=config.text_column,
         label_column=config.label_column,
-        image_size=(int(spec["height"]), int(spec["width"])) if image else None,
+        image_size=image_size(spec) if image else None,
         channels=int(spec["channels"]) if image else None,
     )
+    return read_dataset(Path(path), layout)
 
 
 def read_labels(path: str, task: Task, config: TrainConfig) -> tuple[str, ...]:
-    """The class names of training data, before the base is known.
+    """What the outputs are called, from training data, before the base is known.
 
     Raises:
         DataError: unreadable, or nothing can be learnt from it (no samples, one class).
     """
     root = Path(path)
-    if task.kind == "image" and root.is_dir():  # a folder's images cannot be read without a size
+    if (
+        task.reads == LABEL and task.kind == "image" and root.is_dir()
+    ):  # a folder's images cannot be read without a size
         names = tuple(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name[0] != ".")
         dataset = Dataset(task.kind, names, names, path, names)
     else:
@@ -168,7 +174,7 @@ def _load(config: TrainConfig, work: Path) -> _Material:
         dataset, held_out = split(dataset, config.eval_fraction, config.seed)
     if base.tokenizer is not None:
         (work / "tokenizer.json").write_text(base.tokenizer, encoding="utf-8")
-    data, test = (prepare(part, base.labels, base.preprocessing, work) for part in (dataset, held_out))
+    data, test = (prepare(part, base.labels, base.preprocessing, work, task) for part in (dataset, held_out))
     return _Material(base, task, data, test)
 
 
@@ -263,10 +269,20 @@ def _fit(
         )
 
 
+def _accuracies(metric: str, scores: list[float]) -> dict[str, object]:
+    """The scores under the names of an accuracy, where they are one."""
+    if metric != ACCURACY:
+        return {"accuracy": None, "accuracies": []}
+    return {"accuracy": scores[-1] if scores else None, "accuracies": scores}
+
+
 def _metrics(adapter: Adapter, history: History, material: _Material, size: int) -> dict[str, object]:
+    metric = material.task.metric
     return {
-        "accuracy": history.accuracies[-1] if history.accuracies else None,
-        "accuracies": history.accuracies,
+        "metric": metric.name,
+        "score": history.scores[-1] if history.scores else None,
+        "scores": history.scores,
+        **_accuracies(metric.name, history.scores),
         "losses": history.losses,
         "trained_numbers": adapter.trained_numbers,
         "head_numbers": adapter.extra_numbers,

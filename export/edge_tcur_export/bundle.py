@@ -138,7 +138,9 @@ class _Writer:
             return adapter.factors[group.name].rank
 
         def make(rank_of: Callable[[Group], int], batch: int, seed: int) -> Example:
-            return make_example(base, self._groups, rank_of, batch=batch, seed=seed, config=self._config)
+            return make_example(
+                base, self._groups, rank_of, batch=batch, seed=seed, config=self._config, task=self._task
+            )
 
         # Sizes of 1 are taken as constants by the tracer, so it is shown larger ones.
         self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), _SAMPLES, 0)
@@ -175,7 +177,7 @@ class _Writer:
             stages.begin("writing ONNX Runtime Training's graphs")
             values = self._trained_values()
             training = graphs.inputs_to_initializers(converted, values)
-            roles |= write_artifacts(training, values, base_file, self._work)
+            roles |= write_artifacts(training, values, base_file, self._work, self._settings.optimizer)
         if EXECUTORCH in targets:
             self._write_programs(model, limits)
         stages.begin("writing the manifest")
@@ -256,6 +258,8 @@ class _Writer:
             versions=_versions(),
             device=device,
             programs=self.programs.programs,
+            metric=self._task.metric.name,
+            optimizer=self._settings.optimizer if "optimizer" in roles else None,
         )
 
     def _group(self, group: Group) -> BundleGroup:

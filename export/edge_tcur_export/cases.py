@@ -14,7 +14,7 @@ from edge_tcur.training.run import Run
 from edge_tcur_export.parity import OPTIMIZER, STEPS, Case
 from edge_tcur_export.trace import Example, FactorModel
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.preprocess import build_preprocessor, image_size
 
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
@@ -24,7 +24,7 @@ def make_case(model: FactorModel, example: Example) -> Case:
     loss after some steps of the optimiser."""
     feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
     trained = example.trained()
-    loss, outputs = model(*example.arguments())
+    loss, outputs, _ = model(*example.arguments())
     gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
     idle = [name for name, value in zip(trained, gradients, strict=True) if value is None]
     if idle:
@@ -89,7 +89,7 @@ def _canary_samples(base: Base) -> list[str] | np.ndarray:
     spec = base.preprocessing
     if spec["kind"] == "text":
         return list(_CANARY_TEXTS)
-    shape = (2, spec["height"], spec["width"], spec["channels"])
+    shape = (2, *image_size(spec), spec["channels"])
     generator = np.random.Generator(np.random.PCG64(0))
     scans = generator.random(shape) / max(float(spec["scale"]), 1e-6)
     return np.asarray(scans, dtype=np.float32)

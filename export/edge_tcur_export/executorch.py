@@ -34,6 +34,7 @@ from edge_tcur_export.lowering import (
 )
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
+    OUTPUTS,
     TARGETS,
     Example,
     FactorModel,
@@ -83,7 +84,7 @@ class InferProgram(nn.Module):
 
 
 class TrainProgram(nn.Module):
-    """``forward(inputs, targets, frozen) -> (loss, outputs)``: cores and extras are parameters.
+    """``forward(inputs, targets, frozen) -> (loss, outputs, metric)``: cores and extras are parameters.
 
     Args:
         base: the frozen base and its adapted layers.
@@ -107,13 +108,13 @@ class TrainProgram(nn.Module):
 
     def forward(
         self, inputs: dict[str, Tensor], targets: Tensor, frozen: dict[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `FactorModel.forward`."""
         trained = dict(self.trained.named_parameters())
         factors = {group: (trained[f"{group}.core"], *parts) for group, parts in frozen.items()}
         extras = {name: trained[name] for name in self._extras}
-        loss, outputs = self.base(inputs, targets, factors, extras)
-        return loss, outputs
+        result: tuple[Tensor, Tensor, Tensor] = self.base(inputs, targets, factors, extras)
+        return result
 
 
 def require_executorch() -> None:
@@ -165,7 +166,7 @@ class ProgramWriter:
             INFER: tuple(name for name in named if name != TARGETS),
             TRAIN: (*example.inputs, TARGETS, *frozen),
         }
-        outputs = {INFER: ("logits",), TRAIN: ("loss", "logits")}
+        outputs = {INFER: ("logits",), TRAIN: OUTPUTS}
         makers = {INFER: self._trace_infer, TRAIN: self._trace_train}
         for kind, make in makers.items():
             for backend in backends:
@@ -184,7 +185,7 @@ class ProgramWriter:
         """Dynamic shapes of the model's inputs and of the targets."""
         dynamic = free_axes(self._base, self._limits)
         inputs = {name: dynamic(spec.shape) for name, spec in self._base.inputs.items()}
-        return inputs, dynamic(self._task.target_axes)
+        return inputs, dynamic(self._task.target_axes(self._base.inputs, self._base.labels))
 
     def _trace_infer(self) -> ExportedProgram:
         example, (inputs, _) = self._example, self._shapes()

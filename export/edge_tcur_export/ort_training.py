@@ -22,6 +22,7 @@ from edge_tcur.errors import ExportError
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.graph import IR_VERSION, declare_layer_norm_outputs, to_proto
 from edge_tcur_export.operators import find_undifferentiable
+from edge_tcur_runtime.formats.bundle import ADAMW, SGD
 
 FILES = {
     "train": ("training_model.onnx", "train.onnx"),
@@ -29,6 +30,7 @@ FILES = {
     "optimizer": ("optimizer_model.onnx", "optimizer.onnx"),
 }
 CHECKPOINT = "checkpoint"
+_OPTIMIZERS = {ADAMW: "AdamW", SGD: "SGD"}  # name -> that of the library's OptimType
 _FORWARD = "forward.onnx"
 _SHOWN = 4  # operators in one message
 _HINT = (
@@ -54,15 +56,16 @@ def check_gradients(model: ir.Model, trained: Collection[str]) -> None:
 
 
 def write_artifacts(
-    model: ir.Model, trained: Collection[str], base_file: BaseFile, directory: Path
+    model: ir.Model, trained: Collection[str], base_file: BaseFile, directory: Path, optimizer: str
 ) -> dict[str, str]:
-    """Writes the artifacts of a forward graph (outputs ``loss, logits``).
+    """Writes the artifacts of a forward graph (its first output is the loss).
 
     Args:
         model: the trained tensors are initializers of it, the base's tensors too (in memory).
         trained: names of the initializers that get gradients.
         base_file: where the frozen tensors are, or go.
         directory: the bundle being written.
+        optimizer: out of the manifest's `OPTIMIZERS`, for ``optimizer.onnx``.
 
     Returns:
         role -> file name for the manifest.
@@ -73,24 +76,24 @@ def write_artifacts(
     """
     declare_layer_norm_outputs(model)
     with TemporaryDirectory() as work:
-        _generate(to_proto(model), trained, Path(work))
+        _generate(to_proto(model), trained, Path(work), optimizer)
         for produced, name in (FILES["train"], FILES["eval"]):
             graph = ir.load(Path(work) / produced)
             graph.ir_version = IR_VERSION
             base_file.externalize(graph)
             ir.save(graph, directory / name)
         produced, name = FILES["optimizer"]
-        optimizer = onnx.load(str(Path(work) / produced))
-        optimizer.ir_version = IR_VERSION
-        onnx.save(optimizer, str(directory / name))
+        update = onnx.load(str(Path(work) / produced))
+        update.ir_version = IR_VERSION
+        onnx.save(update, str(directory / name))
         (directory / CHECKPOINT).write_bytes((Path(work) / CHECKPOINT).read_bytes())
     return {**{role: name for role, (_, name) in FILES.items()}, "checkpoint": CHECKPOINT}
 
 
-def _generate(proto: onnx.ModelProto, trained: Collection[str], directory: Path) -> None:
+def _generate(proto: onnx.ModelProto, trained: Collection[str], directory: Path, optimizer: str) -> None:
     """Runs this module as a process of its own: the library prints every rewrite it makes."""
     onnx.save(proto, str(directory / _FORWARD))
-    command = [sys.executable, "-m", __name__, str(directory), *sorted(trained)]
+    command = [sys.executable, "-m", __name__, str(directory), optimizer, *sorted(trained)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise _failure(done.stderr)
@@ -112,7 +115,7 @@ def _failure(stderr: str) -> Exception:
     return ExportError(f"ONNX Runtime Training cannot build the gradient graph: {reason}", hint=_HINT)
 
 
-def _work(directory: Path, trained: list[str]) -> None:
+def _work(directory: Path, optimizer: str, trained: list[str]) -> None:
     from onnxruntime.training import artifacts
 
     artifacts.generate_artifacts(
@@ -120,10 +123,10 @@ def _work(directory: Path, trained: list[str]) -> None:
         requires_grad=trained,
         frozen_params=[],
         loss=None,
-        optimizer=artifacts.OptimType.AdamW,
+        optimizer=artifacts.OptimType[_OPTIMIZERS[optimizer]],
         artifact_directory=str(directory),
     )
 
 
 if __name__ == "__main__":
-    _work(Path(sys.argv[1]), sys.argv[2:])
+    _work(Path(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -57,12 +57,13 @@ class ProgramStepper:
             self._module.forward_backward("forward", arguments)
         for name, value in self._module.named_parameters().items():
             value.copy_(torch.from_numpy(feeds[name.removeprefix(PREFIX)]))
-        loss, outputs = self._module.forward_backward("forward", arguments)
+        loss, outputs, metric = self._module.forward_backward("forward", arguments)
         gradients = self._module.named_gradients()
         return StepResult(
             loss=float(loss),
             outputs=outputs.numpy().copy(),
             gradients={name.removeprefix(PREFIX): value.numpy() for name, value in gradients.items()},
+            metric=float(metric),
         )
 
 

@@ -9,6 +9,7 @@ from edge_tcur.training.run import Run
 from edge_tcur_export.executorch import BACKENDS
 from edge_tcur_export.trace import EXAMPLE_LENGTH
 from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
 
 TARGETS = ("onnx", "step", "ort-training")
 EXECUTORCH = "executorch"
@@ -62,14 +63,19 @@ class ExportSettings:
         device: name of a device profile, or the path of one; recorded, and its memory compared.
         verify: compare every graph with torch in a fresh process before the bundle appears.
         programs: of the target ``executorch``.
+        optimizer: what ``optimizer.onnx`` of the target ``ort-training`` does, out of `OPTIMIZERS`. Native
+            apps use it; our runtime has its own.
     """
 
     targets: tuple[str, ...] = TARGETS
     device: str | None = None
     verify: bool = True
     programs: ProgramSettings = field(default_factory=ProgramSettings)
+    optimizer: str = ADAMW
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)
         if unknown:
             raise UsageError(f"unknown target {unknown.pop()!r}; expected {', '.join(ALL_TARGETS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UsageError(f"unknown optimizer {self.optimizer!r}; expected {', '.join(OPTIMIZERS)}")

@@ -36,6 +36,7 @@ from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 GroupFactors = tuple[Tensor, Tensor, Tensor]
 PREFIX = "model."  # what `FactorModel` puts before the names of the base
 TARGETS = "labels"  # name of the targets in every graph
+OUTPUTS = ("loss", "logits", "metric")  # of the forward pass, before any gradients
 EXAMPLE_LENGTH = 16  # tokens of an example, where the base takes as many
 
 
@@ -124,12 +125,12 @@ class FrozenLinear(FrozenLayer):
 
 
 class FactorModel(nn.Module):
-    """``forward(inputs, targets, factors, extras) -> (loss, outputs)`` over a frozen base.
+    """``forward(inputs, targets, factors, extras) -> (loss, outputs, metric)`` over a frozen base.
 
     Args:
         base: consumed: its linear layers are replaced and its parameters become buffers.
         groups: the adapted groups.
-        task: gives the loss.
+        task: gives loss and metric.
         config: says which factors there are and what couples them.
     """
 
@@ -159,10 +160,12 @@ class FactorModel(nn.Module):
         targets: Tensor,
         factors: dict[str, GroupFactors],
         extras: dict[str, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """Mean loss (scalar) and outputs; the outputs are detached: only the loss has a backward."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean loss (scalar), outputs and metric (scalar); the last two are detached: only the loss has a
+        backward."""
         outputs = self.outputs(inputs, factors, extras)
-        return self._task.loss(outputs, targets), outputs.detach()
+        detached = outputs.detach()
+        return self._task.loss(outputs, targets), detached, self._task.measure(detached, targets)
 
     def outputs(
         self, inputs: dict[str, Tensor], factors: dict[str, GroupFactors], extras: dict[str, Tensor]
@@ -256,18 +259,20 @@ def make_example(
     batch: int,
     seed: int,
     config: TCurConfig,
+    task: Task,
 ) -> Example:
     """Random arguments: valid frozen factors, a small core, head values around zero.
 
     Args:
         rank: of each group; no larger than its sizes.
         config: says which factors and extras there are.
+        task: says what targets are.
     """
     generator = torch.Generator().manual_seed(seed)
     length = min(EXAMPLE_LENGTH, int(base.preprocessing.get("max_length", EXAMPLE_LENGTH)))
     inputs = example_inputs(base.inputs, {"batch": batch, "sequence": length}, seed)
     with torch.no_grad():
-        classes = base.model(**inputs).shape[-1]
+        targets = task.example_targets(base.model(**inputs), generator)
 
     def pick(group: Group, size: int) -> Tensor:
         count = rank(group)
@@ -288,7 +293,6 @@ def make_example(
         name: 0.1 * torch.randn(value.shape, generator=generator)
         for name, value in base.extra_parameters(config.modules_to_save).items()
     }
-    targets = torch.arange(batch) % classes
     example = Example(inputs, targets, factors, extras, factor_parts(config.frame))
     for value in example.trained().values():
         value.requires_grad_(True)
@@ -317,20 +321,25 @@ def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: 
         indices = example.parts == factor_parts("raw")
         factors[group.name] = ({1: rank, 2: rank}, {1 if indices else 2: rank}, {1: rank})
     inputs = {name: dynamic(spec.shape) for name, spec in base.inputs.items()}
-    return inputs, dynamic(task.target_axes), factors, {name: {} for name in example.extras}
+    return (
+        inputs,
+        dynamic(task.target_axes(base.inputs, base.labels)),
+        factors,
+        {name: {} for name in example.extras},
+    )
 
 
 def trace_forward(
     model: FactorModel, base: Base, groups: tuple[Group, ...], task: Task, example: Example
 ) -> Traced:
-    """Traces the forward pass with free batch, sequence and ranks: outputs ``loss, logits``.
+    """Traces the forward pass with free batch, sequence and ranks: outputs `OUTPUTS`.
 
     Raises:
         ExportError: torch.export cannot trace the model; the module and line are named.
     """
     shapes = _dynamic_shapes(base, groups, task, example)
     program = trace_program(model, example.arguments(), shapes)
-    return Traced(program, Signature(tuple(example.named()), ("loss", "logits")))
+    return Traced(program, Signature(tuple(example.named()), OUTPUTS))
 
 
 def trace_program(model: nn.Module, arguments: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:
@@ -386,8 +395,8 @@ def _joint(program: ExportedProgram, table: Table) -> ExportedProgram:
 
 
 def trace_step(forward: Traced, example: Example) -> Traced:
-    """Forward and backward in one program: outputs ``loss, logits`` and ``<factor>.grad`` of each core
-    and extra.
+    """Forward and backward in one program: outputs `OUTPUTS` and ``<factor>.grad`` of each core and
+    extra.
 
     Raises:
         ExportError: an operator of the model has no backward that can be traced.
@@ -398,7 +407,7 @@ def trace_step(forward: Traced, example: Example) -> Traced:
         raise ExportError(f"gradients came out for {order}; expected {list(example.trained())}")
     for spec in program.graph_signature.output_specs:
         spec.kind, spec.target = OutputKind.USER_OUTPUT, None
-    outputs = ("loss", "logits", *(f"{name}.grad" for name in order))
+    outputs = (*OUTPUTS, *(f"{name}.grad" for name in order))
     program.module_call_graph[0].signature.out_spec = _pytree.tree_structure(tuple(range(len(outputs))))
     return Traced(program, Signature(forward.signature.inputs, outputs))
 

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
-from edge_tcur_runtime.data import Dataset, check_trainable, encode_labels, split
+from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import StepResult, TrainingEngine, choose_engine, open_engine
-from edge_tcur_runtime.errors import ConfigError, IncompatibleError, IntegrityError
+from edge_tcur_runtime.errors import ConfigError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
@@ -28,6 +28,7 @@ from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.optimizer import AdamW, schedule
 from edge_tcur_runtime.preprocess import Preprocessor, build_preprocessor
 from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.tasks import ACCURACY, DeviceTask, find_device_task, mean_by_weight, ranks
 
 _PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
 _LIBRARIES_BYTES = 24 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
@@ -41,8 +42,10 @@ class PersonalizeResult:
         adapter: the new adapter.
         better: whether it beats the adapter that it started from on the held-out part; True where
             there was no held-out part.
-        accuracy_before, accuracy_after: on the held-out part, 0 to 1; None without one.
-        losses: mean loss of every step; accuracies: held-out accuracy of every epoch.
+        metric: name of the score (`edge_tcur_runtime.tasks`).
+        score_before, score_after: on the held-out part; None without one.
+        loss_before, loss_after: mean loss on the held-out part; None without one.
+        losses: mean loss of every step; scores: held-out score of every epoch.
         engine, engine_reason: which engine ran, and why.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
@@ -52,10 +55,13 @@ class PersonalizeResult:
 
     adapter: Adapter
     better: bool
-    accuracy_before: float | None
-    accuracy_after: float | None
+    metric: str
+    score_before: float | None
+    score_after: float | None
+    loss_before: float | None
+    loss_after: float | None
     losses: list[float]
-    accuracies: list[float]
+    scores: list[float]
     engine: str
     engine_reason: str
     micro_batch: int
@@ -68,18 +74,35 @@ class PersonalizeResult:
     base_digest_before: str
     base_digest_after: str
 
+    @property
+    def accuracy_before(self) -> float | None:
+        """`score_before` where the metric is accuracy, 0 to 1."""
+        return self.score_before if self.metric == ACCURACY else None
+
+    @property
+    def accuracy_after(self) -> float | None:
+        """`score_after` where the metric is accuracy, 0 to 1."""
+        return self.score_after if self.metric == ACCURACY else None
+
+    @property
+    def accuracies(self) -> list[float]:
+        """`scores` where the metric is accuracy."""
+        return self.scores if self.metric == ACCURACY else []
+
 
 @dataclass(frozen=True)
 class _Batch:
-    """Encoded samples: preprocessing of any part of a data set, and its labels."""
+    """Encoded samples: preprocessing of any part of a data set, and its targets."""
 
     dataset: Dataset
     targets: np.ndarray
     preprocess: Preprocessor
+    task: DeviceTask
 
     def take(self, indices: np.ndarray) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
         """Model inputs and targets of the samples at `indices`."""
-        return self.preprocess(self.dataset.select(indices).samples), self.targets[indices]
+        inputs = self.preprocess(self.dataset.select(indices).samples)
+        return inputs, self.task.batch_targets(self.targets[indices], inputs)
 
     def longest_first(self) -> np.ndarray:
         """Indices of the samples, the ones that need most memory first."""
@@ -154,24 +177,29 @@ class Trainer:
             raise FloatingPointError("a factor is too large for float32")
         self.values, self._feeds = values, {**self._frozen, **raw}
 
-    def _run(self, indices: np.ndarray, data: _Batch, what: str) -> StepResult:
+    def _run(self, indices: np.ndarray, data: _Batch, what: str) -> tuple[StepResult, np.ndarray]:
         inputs, targets = data.take(indices)
         result = self._engine.step(inputs, targets, self._feeds)
         self._budget.check(what)
-        return result
+        return result, targets
 
     def _accumulate(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
-        """Mean loss and its gradients over all samples, micro-batch by micro-batch."""
+        """Mean loss and its gradients over all samples, micro-batch by micro-batch: each counts by its
+        weight, so that the update is that of one batch of all of them."""
         loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
+        weights = 0
         for start in range(0, len(indices), self.micro_batch):
             chosen = indices[start : start + self.micro_batch]
-            result = self._run(chosen, self._data, "by a training step")
-            weight = len(chosen) / len(indices)
+            result, targets = self._run(chosen, self._data, "by a training step")
+            weight = self._data.task.weight(targets)
+            weights += weight
             loss += result.loss * weight
             with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused in `step`
                 for name, gradient in self._coordinates.pull_back(result.gradients).items():
                     total[name] += gradient * weight
-        return loss, total
+        scale = 1 / max(1, weights)
+        with np.errstate(invalid="ignore"):
+            return loss * scale, {name: value * scale for name, value in total.items()}
 
     def step(self, indices: np.ndarray, progress: float) -> float:
         """One update over the samples at `indices`; returns their mean loss.
@@ -205,17 +233,19 @@ class Trainer:
         return loss
 
     def score(self, data: _Batch) -> tuple[float, float]:
-        """Accuracy (0 to 1) and mean loss on other samples.
+        """Metric and mean loss on other samples.
 
         The training graph answers too: a second session would hold the base twice.
         """
-        correct, loss = 0, 0.0
+        metrics, losses, weights = [], [], []
         for start in range(0, len(data.targets), self.micro_batch):
             indices = np.arange(start, min(start + self.micro_batch, len(data.targets)))
-            result = self._run(indices, data, "by scoring held-out samples")
-            correct += int((result.outputs.argmax(axis=-1) == data.targets[indices]).sum())
-            loss += result.loss * len(indices)
-        return correct / len(data.targets), loss / len(data.targets)
+            result, targets = self._run(indices, data, "by scoring held-out samples")
+            scored = data.task.score(result.outputs, targets) if result.metric is None else result.metric
+            metrics.append(scored)
+            losses.append(result.loss)
+            weights.append(data.task.weight(targets))
+        return mean_by_weight(metrics, weights), mean_by_weight(losses, weights)
 
 
 def personalize(
@@ -247,11 +277,12 @@ def personalize(
     before = digest_file(bundle.path(BASE_FILE))
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
+    task = find_device_task(bundle.manifest.task)
     name, reason = choose_engine(settings.engine, bundle, find_onnxruntime(), start)
     coordinates = read_coordinates(bundle, start)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
-        _Batch(part, encode_labels(part, bundle.manifest.labels), preprocess)
+        _Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
         for part in split(dataset, settings.holdout, settings.seed)
     )
     engine = open_engine(name, bundle, threads=settings.threads)
@@ -262,10 +293,13 @@ def personalize(
     return PersonalizeResult(
         adapter=coordinates.adapter(outcome.values, _PROVENANCE),
         better=outcome.better,
-        accuracy_before=outcome.before[0] if outcome.before else None,
-        accuracy_after=outcome.after[0] if outcome.after else None,
+        metric=task.metric.name,
+        score_before=outcome.before[0] if outcome.before else None,
+        score_after=outcome.after[0] if outcome.after else None,
+        loss_before=outcome.before[1] if outcome.before else None,
+        loss_after=outcome.after[1] if outcome.after else None,
         losses=outcome.losses,
-        accuracies=outcome.accuracies,
+        scores=outcome.scores,
         engine=name,
         engine_reason=reason,
         micro_batch=trainer.micro_batch,
@@ -282,8 +316,14 @@ def personalize(
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
     """What can be known before anything is loaded: data without use, unknown labels, too small a budget."""
+    task = find_device_task(bundle.manifest.task)
+    if dataset.reads != task.reads:
+        raise UsageError(
+            f"the targets were read as {dataset.reads!r}; the task {task.name} takes {task.reads!r}",
+            hint="read them with edge_tcur_runtime.data.read_dataset and Layout(reads=...)",
+        )
     check_trainable(dataset)
-    encode_labels(dataset, bundle.manifest.labels)
+    encode_targets(dataset, bundle.manifest.labels)
     memory, base_size = read_memory(), bundle.manifest.files[BASE_FILE].size
     budget.require(
         max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"
@@ -304,24 +344,23 @@ def _digest_again(bundle: Bundle, before: str) -> str:
 
 @dataclass
 class _Outcome:
-    """Values of the last epoch, and scores (accuracy, loss) on the held-out part."""
+    """Values of the last epoch, and scores (metric, loss) on the held-out part."""
 
+    task: DeviceTask
     values: dict[str, np.ndarray]
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
     losses: list[float] = field(default_factory=list)
-    accuracies: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
 
     @property
     def better(self) -> bool:
-        """More correct answers than before, or as many at a lower loss, which must be a number."""
+        """A better metric than before, or the same at a lower loss, which must be a number."""
         if self.before is None or self.after is None:
             return True
-        return bool(np.isfinite(self.after[1])) and _rank(self.after) > _rank(self.before)
-
-
-def _rank(score: tuple[float, float]) -> tuple[float, float]:
-    return score[0], -score[1]
+        return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
+            self.task, *self.before
+        )
 
 
 def _train(
@@ -334,7 +373,7 @@ def _train(
     generator = np.random.Generator(np.random.PCG64(settings.seed))
     count = len(kept.targets)
     total = settings.epochs * -(-count // settings.batch_size)
-    outcome = _Outcome(trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
+    outcome = _Outcome(kept.task, trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
     for _ in range(settings.epochs):
         order = generator.permutation(count)
         for begin in range(0, count, settings.batch_size):
@@ -345,7 +384,7 @@ def _train(
                 on_step(done + 1, total, loss)
         if outcome.before is not None:
             outcome.after = trainer.score(held_out)
-            outcome.accuracies.append(outcome.after[0])
+            outcome.scores.append(outcome.after[0])
     # The last epoch, where the learning rate has come down to zero: picking the best of many epochs on
     # a few held-out samples picks the luckiest one.
     outcome.values = trainer.values

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from edge_tcur_runtime.data import Dataset, encode_labels
+from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.errors import DataError, IncompatibleError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle
 from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.tasks import Answer, Prediction, find_device_task, mean_by_weight
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """The answer to one sample.
-
-    Attributes:
-        label: the most probable class.
-        scores: probability of every class, in label order; they sum to 1.
-    """
-
-    label: str
-    scores: tuple[float, ...]
+__all__ = ["Model", "Prediction"]
 
 
 class Model:
@@ -54,6 +44,7 @@ class Model:
             )
         self.bundle = bundle
         self.labels = bundle.manifest.labels
+        self.task = find_device_task(bundle.manifest.task)
         self._session = open_session(graph, threads=threads)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
@@ -73,51 +64,55 @@ class Model:
         self._feeds = {} if adapter is None else build_feeds(self.bundle.manifest, adapter)
 
     def outputs(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """Raw outputs f32 [samples, classes] of model inputs.
+        """Raw outputs f32 [samples, ...] of model inputs.
 
         Raises:
-            IncompatibleError: the graph has another number of classes than the bundle has labels.
+            IncompatibleError: the graph's outputs are not those of the task with the bundle's labels.
         """
         result: np.ndarray = self._session.run(["logits"], {**inputs, **self._feeds})[0]
-        if result.shape[-1] != len(self.labels):
+        axes = self.task.output_axes(self.bundle.manifest.inputs, self.labels)
+        fixed = [
+            axis if isinstance(axis, int) else size for axis, size in zip(axes, result.shape, strict=False)
+        ]
+        if result.shape != tuple(fixed) or len(axes) != result.ndim:
             raise IncompatibleError(
-                f"the graph gives {result.shape[-1]} outputs and the bundle has {len(self.labels)} labels",
+                f"the graph gives {math.prod(result.shape[1:2])} outputs and the bundle has "
+                f"{len(self.labels)} labels; its shape is {list(result.shape)}, that of the task "
+                f"{self.task.name} is [{', '.join(map(str, axes))}]",
                 where=str(self.bundle.root),
                 hint="export the bundle again",
             )
         return result
 
-    def predict(self, samples: Sequence[str] | np.ndarray, *, batch_size: int = 16) -> list[Prediction]:
-        """Predictions for raw samples (texts, or images [n, h, w] or [n, h, w, c])."""
-        results = []
+    def predict(self, samples: Sequence[str] | np.ndarray, *, batch_size: int = 16) -> list[Answer]:
+        """Answers for raw samples (texts, or images [n, *size] or [n, *size, c]): of a classification
+        `Prediction`, of other tasks see `edge_tcur_runtime.tasks`."""
+        results: list[Answer] = []
         for start in range(0, len(samples), batch_size):
-            outputs = self.outputs(self._preprocess(samples[start : start + batch_size]))
-            shifted = np.exp(outputs - outputs.max(axis=-1, keepdims=True))
-            scores = shifted / shifted.sum(axis=-1, keepdims=True)
-            results += [
-                Prediction(self.labels[int(row.argmax())], tuple(float(score) for score in row))
-                for row in scores
-            ]
+            inputs = self._preprocess(samples[start : start + batch_size])
+            results += self.task.answer(self.outputs(inputs), inputs, self.labels)
         return results
 
-    def accuracy(self, dataset: Dataset, *, batch_size: int = 16) -> float:
-        """Part of a labelled data set that is answered correctly, 0 to 1.
+    def evaluate(self, dataset: Dataset, *, batch_size: int = 16) -> tuple[list[Answer], float]:
+        """The answers to a data set with targets, and their score by the task's metric.
 
         Raises:
-            DataError: see `accuracy_of`.
+            DataError: no samples, no targets, or a label that the bundle does not have.
         """
-        encode_labels(dataset, self.labels)  # an unknown label ends here, before the work
-        return accuracy_of(self.predict(dataset.samples, batch_size=batch_size), dataset, self.labels)
+        encoded = encode_targets(dataset, self.labels)  # an unknown label ends here, before the work
+        if not len(dataset):
+            raise DataError("the data set is empty", where=dataset.source, hint="add labelled samples")
+        answers: list[Answer] = []
+        scores, weights = [], []
+        for start in range(0, len(dataset), batch_size):
+            part = slice(start, start + batch_size)
+            inputs = self._preprocess(dataset.samples[part])
+            outputs, targets = self.outputs(inputs), self.task.batch_targets(encoded[part], inputs)
+            answers += self.task.answer(outputs, inputs, self.labels)
+            scores.append(self.task.score(outputs, targets))
+            weights.append(self.task.weight(targets))
+        return answers, mean_by_weight(scores, weights)
 
-
-def accuracy_of(predictions: Sequence[Prediction], dataset: Dataset, labels: Sequence[str]) -> float:
-    """Part of a labelled data set that these predictions answer correctly, 0 to 1.
-
-    Raises:
-        DataError: no samples, no labels, or a label that is not in `labels`.
-    """
-    targets = encode_labels(dataset, labels)
-    if not len(targets):
-        raise DataError("the data set is empty", where=dataset.source, hint="add labelled samples")
-    answers = [labels.index(item.label) for item in predictions]
-    return float(np.mean(np.asarray(answers) == targets))
+    def score(self, dataset: Dataset, *, batch_size: int = 16) -> float:
+        """Score of the answers to a data set; see `evaluate`."""
+        return self.evaluate(dataset, batch_size=batch_size)[1]

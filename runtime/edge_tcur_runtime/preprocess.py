@@ -47,24 +47,23 @@ class Preprocessor(Protocol):
 
 @dataclass(frozen=True)
 class ImagePreprocessor:
-    """Scales images to float32 [n, c, h, w]: ``(x * scale - mean) / std``.
+    """Scales images to float32 [n, c, *size]: ``(x * scale - mean) / std``.
 
     Attributes:
         input: name of the model's input.
-        height, width: in pixels.
+        size: (height, width) in pixels, or (depth, height, width) of a volume.
         mean, std: one value per channel, applied after `scale`.
     """
 
     input: str
-    height: int
-    width: int
+    size: tuple[int, ...]
     channels: int
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __call__(self, samples: Sequence[str] | np.ndarray) -> dict[str, np.ndarray]:
-        """Model inputs of uint8 or floating images [n, h, w] (one channel) or [n, h, w, c].
+        """Model inputs of uint8 or floating images [n, *size] (one channel) or [n, *size, c].
 
         Raises:
             DataError: no such array, another size or number of channels, NaN or infinity.
@@ -77,19 +76,20 @@ class ImagePreprocessor:
                 f"expected images as an array of uint8 or floating point, not {actual}",
                 hint="this model takes images",
             )
-        images = samples[..., np.newaxis] if samples.ndim == 3 else samples
-        expected = (self.height, self.width, self.channels)
-        if images.ndim != 4 or images.shape[1:] != expected:
+        axes = len(self.size)
+        images = samples[..., np.newaxis] if samples.ndim == axes + 1 else samples
+        expected = (*self.size, self.channels)
+        if images.ndim != axes + 2 or images.shape[1:] != expected:
             raise DataError(
-                f"images of shape {list(samples.shape)}; expected [n, {self.height}, {self.width}, "
-                f"{self.channels}]{' or without the last axis' if self.channels == 1 else ''}",
-                hint=f"resize the images to {self.height}x{self.width} with {self.channels} channels",
+                f"images of shape {list(samples.shape)}; expected [n, {', '.join(map(str, expected))}]"
+                f"{' or without the last axis' if self.channels == 1 else ''}",
+                hint=f"resize the images to {'x'.join(map(str, self.size))} with {self.channels} channels",
             )
         with np.errstate(over="ignore", invalid="ignore"):
-            pixels = images.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+            pixels = np.moveaxis(images, -1, 1).astype(np.float32, order="C")
             pixels *= np.float32(self.scale)
-            pixels -= np.asarray(self.mean, np.float32).reshape(-1, 1, 1)
-            pixels /= np.asarray(self.std, np.float32).reshape(-1, 1, 1)
+            pixels -= np.asarray(self.mean, np.float32).reshape(-1, *[1] * axes)
+            pixels /= np.asarray(self.std, np.float32).reshape(-1, *[1] * axes)
         if not np.isfinite(pixels).all():
             raise DataError("the images hold NaN, infinity or values too large", hint="repair the images")
         return {self.input: pixels}
@@ -171,8 +171,9 @@ def build_preprocessor(spec: Mapping[str, Any], root: Path) -> Preprocessor:
     """The preprocessor that a manifest's `preprocessing` object describes.
 
     Args:
-        spec: ``{"kind": "image", "input", "height", "width", "channels", "scale", "mean", "std"}`` or
-            ``{"kind": "text", "tokenizer", "max_length", "pad_id", "inputs", "buckets"}``.
+        spec: ``{"kind": "image", "input", "height", "width", "channels", "scale", "mean", "std"}``, with
+            ``"depth"`` for volumes, or ``{"kind": "text", "tokenizer", "max_length", "pad_id", "inputs",
+            "buckets"}``.
         root: directory that holds the tokenizer's file.
 
     Raises:
@@ -186,8 +187,14 @@ def build_preprocessor(spec: Mapping[str, Any], root: Path) -> Preprocessor:
     return _build_text(fields, root)
 
 
+def image_size(spec: Mapping[str, Any]) -> tuple[int, ...]:
+    """(height, width) of a checked image `spec`, or (depth, height, width)."""
+    return tuple(int(spec[name]) for name in ("depth", "height", "width") if name in spec)
+
+
 def _build_image(fields: Fields) -> ImagePreprocessor:
-    fields.only("kind", "input", "height", "width", "channels", "scale", "mean", "std")
+    fields.only("kind", "input", "depth", "height", "width", "channels", "scale", "mean", "std")
+    sides = ("depth", "height", "width") if "depth" in fields.mapping_keys() else ("height", "width")
     channels = fields.integer("channels", low=1, high=MAX_CHANNELS)
     scale = fields.number("scale")
     if not math.isfinite(scale):
@@ -197,8 +204,7 @@ def _build_image(fields: Fields) -> ImagePreprocessor:
         raise FileFormatError("the field 'std' must hold numbers above 0", where=fields.where)
     return ImagePreprocessor(
         input=fields.text("input"),
-        height=fields.integer("height", low=1, high=MAX_SIDE),
-        width=fields.integer("width", low=1, high=MAX_SIDE),
+        size=tuple(fields.integer(name, low=1, high=MAX_SIDE) for name in sides),
         channels=channels,
         scale=scale,
         mean=_numbers(fields, "mean", channels),

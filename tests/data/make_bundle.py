@@ -79,7 +79,7 @@ def train_base(folder: Path, data: Path, layers: int) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(_PROCESSOR), encoding="utf-8")
     dataset = load_dataset(data, "image")
     base = load_base(str(folder), find_task(TASK), label_names(dataset), {})
-    prepared = prepare(dataset, label_names(dataset), base.preprocessing, folder)
+    prepared = prepare(dataset, label_names(dataset), base.preprocessing, folder, find_task(TASK))
     settings = LoopSettings(epochs=20, batch_size=32, seed=0)
     fit(base.model, [(list(base.model.parameters()), 5e-3)], prepared, find_task(TASK), settings)
     base.model.module.save_pretrained(folder)

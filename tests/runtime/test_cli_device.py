@@ -89,7 +89,7 @@ def personalize(device, *arguments, **options):
 
 def test_predict_prints_one_json_object(device):
     result = device("predict", V1, "--data", USER, "--adapter", "bundle", "--json").json
-    assert set(result) == {"schema_version", "labels", "predictions", "accuracy"}
+    assert set(result) == {"schema_version", "task", "labels", "predictions", "metric", "score", "accuracy"}
     assert result["schema_version"] == 1
     assert result["labels"] == ["0", "1", "2", "3"]
     assert len(result["predictions"]) == 80
@@ -235,6 +235,7 @@ def test_a_newer_adapter_has_exit_code_4(device, tmp_path):
 
 RESULT = {
     "schema_version", "better", "accuracy_before", "accuracy_after", "losses", "accuracies", "engine",
+    "metric", "score_before", "score_after", "loss_before", "loss_after", "scores",
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
     "head_numbers",
@@ -337,7 +338,7 @@ def test_compare_swaps_adapters_in_one_process(device):
     refs = ("base", "bundle", "active", "personal", digest, ADAPTER, "base")
     arguments = [word for ref in refs for word in ("--adapter", ref)]
     result = device("adapters", "compare", V1, "--data", USER, *arguments, "--json").json
-    assert set(result) == {"schema_version", "samples", "adapters", "peak_rss_bytes"}
+    assert set(result) == {"schema_version", "samples", "metric", "adapters", "peak_rss_bytes"}
     assert result["samples"] == 80
     assert [item["adapter"] for item in result["adapters"]] == list(map(str, refs))
     assert all(item["swap_ms"] > 0 for item in result["adapters"])

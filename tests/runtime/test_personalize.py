@@ -29,6 +29,7 @@ from edge_tcur_runtime.errors import (
     DataError,
     IncompatibleError,
     IntegrityError,
+    UsageError,
 )
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, open_bundle
@@ -40,11 +41,13 @@ from edge_tcur_runtime.personalize import Trainer, blank_adapter, bundle_adapter
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
+from edge_tcur_runtime.tasks import find_device_task
 
 DATA = Path(__file__).parents[1] / "data"
 V1, SKETCH_V1, USER = DATA / "bundle-v1", DATA / "sketch-v1", DATA / "user.npz"
 MIB = 2**20
 INSTALLED = find_onnxruntime()
+ONE_LABEL = find_device_task("image-classification")
 
 pytestmark = pytest.mark.skipif(INSTALLED is None, reason="ONNX Runtime is not installed")
 needs_training = pytest.mark.skipif(
@@ -95,14 +98,14 @@ def check_learning(bundle, user, name, start):
     model = Model(bundle, threads=1)
     begin = bundle_adapter(bundle) if start == "bundle" else None
     model.attach(begin)
-    before = model.accuracy(user)
+    before = model.score(user)
     seen = []
     result = personalize(
         bundle, user, quick(epochs=20, engine=name), start=begin, on_step=lambda *step: seen.append(step)
     )
     model.attach(result.adapter)
     assert before < 0.3
-    assert model.accuracy(user) > 0.8
+    assert model.score(user) > 0.8
     assert result.better
     assert result.accuracy_before < 0.3
     assert result.accuracy_after > 0.8
@@ -268,7 +271,7 @@ def test_sketches_are_trained_as_they_are_but_for_alpha(sketched):
 
 def make_trainer(bundle, user, settings, budget=None, start=None):
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
-    data = module._Batch(user, encode_labels(user, bundle.manifest.labels), preprocess)
+    data = module._Batch(user, encode_labels(user, bundle.manifest.labels), preprocess, ONE_LABEL)
     coordinates = read_coordinates(bundle, start or bundle_adapter(bundle))
     engine = open_engine(settings.engine, bundle, threads=1)
     return Trainer(engine, coordinates, data, settings, Budget(budget))
@@ -319,7 +322,9 @@ def quadratic_trainer(engine, settings, count=7):
     samples = np.arange(count, dtype=np.float32)[:, None, None]
     labels = tuple(str(index % 2) for index in range(count))
     dataset = Dataset("image", samples, labels, "made", labels)
-    data = module._Batch(dataset, encode_labels(dataset, ("0", "1")), lambda samples: {"x": samples})
+    data = module._Batch(
+        dataset, encode_labels(dataset, ("0", "1")), lambda samples: {"x": samples}, ONE_LABEL
+    )
     return Trainer(engine, Coordinates(start, {"q": Frame()}), data, settings, Budget())
 
 
@@ -333,6 +338,53 @@ def test_a_step_weighs_micro_batches_by_their_samples():
     mean = 3 / 7
     assert loss == pytest.approx((4 + 3) * (9 - 6 * mean + mean) / 2)
     np.testing.assert_allclose(trainer._optimizer.first["head"] / 0.1, 3 - mean, rtol=1e-6)
+
+
+def test_micro_batches_of_a_language_model_weigh_by_their_tokens():
+    """Texts of three and one counted tokens: the second pass counts a third of the first, one without any
+    counts nothing."""
+
+    class Tokens(Quadratic):
+        def step(self, inputs, targets, feeds):
+            self.sizes.append(len(targets))
+            counted = targets[:, 1:] != -100
+            value = float(inputs["input_ids"][:, 1:][counted].mean()) if counted.any() else 0.0
+            gradients = {name: np.full(feeds[name].shape, value, np.float32) for name in ("q.core", "head")}
+            return StepResult(value, np.zeros((*targets.shape, 2), np.float32), gradients, value)
+
+    optimizer = {"max_gradient_norm": 0.0}
+    trainer = quadratic_trainer(engine := Tokens(), quick(optimizer=optimizer), count=3)
+    ids = np.array([[9, 1, 1, 1], [9, 5, 0, 0], [9, 0, 0, 0]])
+    mask = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+
+    def preprocess(samples):
+        rows = samples.ravel().astype(int)
+        return {"input_ids": ids[rows], "attention_mask": mask[rows]}
+
+    dataset = Dataset("text", trainer._data.dataset.samples, None, "made", ("a", "b", "c"), reads="nothing")
+    task = find_device_task("causal-lm")
+    trainer._data = module._Batch(dataset, np.empty((3, 0), np.int64), preprocess, task)
+    trainer.micro_batch = 1
+    assert trainer.score(trainer._data) == (2.0, 2.0)
+    assert trainer.step(np.arange(3), 1.0) == pytest.approx(2.0)
+    assert engine.sizes == [1] * 6
+    np.testing.assert_allclose(trainer._optimizer.first["head"] / 0.1, 2.0, rtol=1e-6)
+
+
+def test_the_better_of_two_adapters_is_the_tasks_business():
+    def better(task, before, after):
+        return module._Outcome(find_device_task(task), {}, before=before, after=after).better
+
+    assert better("text-regression", (2.0, 4.0), (1.0, 5.0))  # an error: less is better
+    assert not better("text-regression", (1.0, 4.0), (2.0, 1.0))
+    assert better("image-segmentation", (0.4, 1.0), (0.5, 1.2))
+    assert better("causal-lm", (0.5, 3.0), (0.4, 2.0))  # the likelihood of the text, not the best guesses
+    assert not better("causal-lm", (0.4, 2.0), (0.5, 2.0))
+
+
+def test_data_read_for_another_task_are_refused(bundle, user):
+    with pytest.raises(UsageError, match="read as 'values'; the task image-classification takes 'label'"):
+        personalize(bundle, replace(user, reads="values"), quick())
 
 
 @pytest.mark.parametrize("micro", [1, 3])
@@ -413,11 +465,11 @@ def test_a_factor_that_float32_cannot_hold_is_divergence_too():
 
 
 def test_a_held_out_loss_that_is_no_number_is_never_better():
-    outcome = module._Outcome({}, before=(0.0, 1.0), after=(1.0, float("nan")))
+    outcome = module._Outcome(ONE_LABEL, {}, before=(0.0, 1.0), after=(1.0, float("nan")))
     assert not outcome.better
-    assert module._Outcome({}, before=(0.5, 1.0), after=(0.5, 0.9)).better
-    assert not module._Outcome({}, before=(0.5, 1.0), after=(0.5, 1.0)).better
-    assert not module._Outcome({}, before=(0.5, 1.0), after=(0.4, 0.1)).better
+    assert module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 0.9)).better
+    assert not module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 1.0)).better
+    assert not module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.4, 0.1)).better
 
 
 # --- data and adapters that do not fit --------------------------------------------------------------

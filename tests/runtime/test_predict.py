@@ -19,7 +19,7 @@ from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.factors import Factors, SketchFactors
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import bundle_adapter
-from edge_tcur_runtime.predict import Model, accuracy_of
+from edge_tcur_runtime.predict import Model
 
 DATA = Path(__file__).parents[1] / "data"
 V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
@@ -182,18 +182,20 @@ def test_no_samples_give_no_predictions(model, user):
 def test_accuracy_is_the_part_answered_correctly(model, user):
     found = model.predict(user.samples)
     right = [item.label == label for item, label in zip(found, user.labels, strict=True)]
-    assert model.accuracy(user) == accuracy_of(found, user, model.labels) == sum(right) / 80
+    answers, score = model.evaluate(user)
+    assert answers == found
+    assert model.score(user) == score == sum(right) / 80
     answered = replace(user, labels=tuple(item.label for item in found))
-    assert model.accuracy(answered) == 1
+    assert model.score(answered) == 1
 
 
 def test_accuracy_of_data_that_cannot_be_scored_is_refused(model, user):
     with pytest.raises(DataError, match="unknown label 'cat'"):
-        model.accuracy(replace(user, labels=("cat",) * 80))
+        model.score(replace(user, labels=("cat",) * 80))
     with pytest.raises(DataError, match="no labels"):
-        model.accuracy(replace(user, labels=None))
+        model.score(replace(user, labels=None))
     with pytest.raises(DataError, match="empty"):
-        model.accuracy(user.select([]))
+        model.score(user.select([]))
 
 
 def test_samples_of_the_wrong_kind_are_refused(model):
@@ -378,4 +380,4 @@ def test_a_prediction_under_way_keeps_its_adapter_when_the_caller_lets_go_of_it(
 def test_a_data_set_can_be_made_in_memory(model):
     images = np.zeros((2, 8, 8), np.uint8)
     dataset = Dataset("image", images, ("0", "1"), "memory", ("a", "b"))
-    assert model.accuracy(dataset) in (0, 0.5, 1)
+    assert model.score(dataset) in (0, 0.5, 1)

@@ -219,7 +219,7 @@ def text_material(bert_dir, texts_csv, text_run):
     task = find_task(TEXT)
     base = load_base(str(bert_dir), task, ("card", "money"), {})
     dataset = read_data(str(texts_csv), task, TrainConfig())
-    return base, prepare(dataset, base.labels, base.preprocessing, text_run.root), task
+    return base, prepare(dataset, base.labels, base.preprocessing, text_run.root, task), task
 
 
 def test_data_in_batches(text_material):
@@ -256,7 +256,7 @@ def test_a_base_with_its_own_head_is_not_warmed_up(vit_dir, digits_npz, text_mat
     task = find_task(IMAGE)
     base = load_base(str(vit_dir), task, ("0", "1", "2"), {})
     dataset = read_data(str(digits_npz), task, TrainConfig(task=IMAGE), base=base)
-    data = prepare(dataset, base.labels, base.preprocessing, vit_dir)
+    data = prepare(dataset, base.labels, base.preprocessing, vit_dir, task)
     assert warm_head(base, data, task, LoopSettings(3, 8), 0.1) == []
     base, data, task = text_material
     assert warm_head(base, data, task, LoopSettings(0, 8), 0.1) == []
@@ -667,7 +667,7 @@ def test_a_gradient_that_is_not_finite_stops_the_loop(bert_dir, texts_csv, tmp_p
     base = load_base(str(bert_dir), find_task(TEXT), ("card", "money"), {})
     task = find_task(TEXT)
     dataset = read_data(str(texts_csv), task, TrainConfig())
-    data = prepare(dataset, base.labels, base.preprocessing, text_run.root)
+    data = prepare(dataset, base.labels, base.preprocessing, text_run.root, task)
     parameter = base.head_parameters()["head.weight"]
     parameter.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="gradient's norm nan at step 1"):

@@ -33,7 +33,7 @@ Example:
 def compare(
     bundle: Path, refs: tuple[str, ...], data: Path, columns: dict[str, str], store: Path, sink: Sink
 ) -> None:
-    """Swap through adapters without reloading the base; show accuracy and swap time of each.
+    """Swap through adapters without reloading the base; show score and swap time of each.
 
     A swap is timed from the adapter's file to the point where the next prediction uses it: reading,
     verifying and attaching; the median of five.
@@ -42,18 +42,22 @@ def compare(
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.formats.bundle import open_bundle
     from edge_tcur_runtime.predict import Model
+    from edge_tcur_runtime.tasks import ACCURACY
 
     opened = open_bundle(bundle)
     dataset = load_for(opened, data, columns, require_labels=True)
     model = Model(opened)
-    results = []
+    metric, results, rows = model.task.metric, [], []
     for ref in refs:
         swap_ms = _swap(model, ref, store)
-        results.append({"adapter": ref, "accuracy": model.accuracy(dataset), "swap_ms": swap_ms})
-    rows = [(str(r["adapter"]), f"{r['accuracy']:.1%}", f"{r['swap_ms']:.2f}") for r in results]
+        score = model.score(dataset)
+        scored = {"score": score, "accuracy": score if metric.name == ACCURACY else None}
+        rows.append((ref, metric.format(score), f"{swap_ms:.2f}"))
+        results.append({"adapter": ref, **scored, "swap_ms": swap_ms})
     peak = read_memory().peak
-    human = table(("adapter", "accuracy", "swap ms"), rows) + f"\npeak memory {format_size(peak)}"
-    sink.result({"samples": len(dataset), "adapters": results, "peak_rss_bytes": peak}, human)
+    human = table(("adapter", metric.name, "swap ms"), rows) + f"\npeak memory {format_size(peak)}"
+    payload = {"samples": len(dataset), "metric": metric.name, "adapters": results, "peak_rss_bytes": peak}
+    sink.result(payload, human)
 
 
 def _swap(model: Model, ref: str, store: Path) -> float:

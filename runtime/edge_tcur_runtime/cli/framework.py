@@ -133,7 +133,12 @@ def data_options(*, required: bool) -> Callable[[Decorated[R]], Decorated[R]]:
             help=".csv, .jsonl, .npz, or a folder of images per class.",
         )
         @click.option("--text-column", default="text", show_default=True, help="Column that holds the text.")
-        @click.option("--label-column", default="label", show_default=True, help="Column of the label.")
+        @click.option(
+            "--label-column",
+            default="",
+            help="Column of the label; of numbers all columns, separated by commas.  "
+            "[default: label; of numbers the names of the outputs]",
+        )
         @functools.wraps(command)
         def with_data(*arguments: Any, text_column: str, label_column: str, **options: Any) -> R:
             columns = {"text_column": text_column, "label_column": label_column}

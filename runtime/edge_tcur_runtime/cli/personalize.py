@@ -133,20 +133,32 @@ def _payload(result: PersonalizeResult, digest: str | None) -> dict[str, object]
     fields = {key: value for key, value in vars(result).items() if key != "adapter"}
     return {
         **fields,
+        "accuracy_before": result.accuracy_before,
+        "accuracy_after": result.accuracy_after,
+        "accuracies": result.accuracies,
         "installed": digest,
         "trained_numbers": result.adapter.trained_numbers,
         "head_numbers": result.adapter.extra_numbers,
     }
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
 def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.1%}"
+    from edge_tcur_runtime.tasks import find_device_task
+
+    metric = find_device_task(result.adapter.header.task).metric
+
+    def show(value: float | None) -> str:
+        return "-" if value is None else metric.format(value)
 
     budget = "none" if result.budget_bytes is None else format_size(result.budget_bytes)
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
-        ("held-out accuracy", f"{share(result.accuracy_before)} -> {share(result.accuracy_after)}"),
+        (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
+        ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
         ("micro-batch", str(result.micro_batch)),

@@ -1,9 +1,10 @@
-"""`edge-tcur-device predict`: answers for texts or a data set, and its accuracy where it has labels."""
+"""`edge-tcur-device predict`: answers for texts or a data set, and their score where it has targets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -12,13 +13,15 @@ from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 
 if TYPE_CHECKING:
-    from edge_tcur_runtime.data import Dataset
-    from edge_tcur_runtime.predict import Model, Prediction
+    from edge_tcur_runtime.predict import Model
+    from edge_tcur_runtime.tasks import Answer, Mask
 
+_SHOWN = 20  # samples in the table; JSON has all of them
 EPILOG = """\b
 Examples:
   edge-tcur-device predict bundle/ --text "where is my card?"
   edge-tcur-device predict bundle/ --data test.csv --adapter bundle --json
+  edge-tcur-device predict bundle/ --data scans.npz --masks answers.npz
 """
 
 
@@ -27,6 +30,8 @@ Examples:
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to answer; repeatable.")
 @click.option("--adapter", default="active", show_default=True, metavar="REF",
               help="base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
+@click.option("--masks", type=click.Path(path_type=Path), metavar="FILE",
+              help="Of a segmentation: write the masks to this .npz file.")  # fmt: skip
 @data_options(required=False)
 @store_option
 @output_options
@@ -34,6 +39,7 @@ def predict(
     bundle: Path,
     texts: tuple[str, ...],
     adapter: str,
+    masks: Path | None,
     data: Path | None,
     columns: dict[str, str],
     store: Path,
@@ -48,45 +54,78 @@ def predict(
         raise UsageError("give either --text or --data")
     opened = open_bundle(bundle)
     model = Model(opened)
+    _check_masks(model, masks)
     model.attach(load_reference(adapter, opened, store))
     if data is None:
         _answer(model, list(texts), sink)
     else:
-        _answer_data(model, data, columns, sink)
+        _answer_data(model, data, columns, masks, sink)
+
+
+def _check_masks(model: Model, masks: Path | None) -> None:
+    """Refuses a wrong option before the work."""
+    if masks is None:
+        return
+    if model.task.reads != "masks":
+        raise UsageError(f"--masks is for a segmentation; this bundle's task is {model.task.name}")
+    if masks.suffix != ".npz" or not masks.parent.is_dir():
+        raise UsageError(
+            f"{masks} is not a .npz file in a directory that exists", where="--masks", hint="say masks.npz"
+        )
 
 
 def _answer(model: Model, texts: list[str], sink: Sink) -> None:
-    if model.bundle.manifest.preprocessing["kind"] != "text":
+    if model.task.kind != "text":
         raise UsageError("this bundle answers images", hint="give them with --data")
     found = model.predict(texts)
-    rows = [(text, item.label, f"{max(item.scores):.3f}") for text, item in zip(texts, found, strict=True)]
-    sink.result(_payload(model, found), table(("text", "label", "score"), rows))
+    sink.result(_payload(model, found), _table(model, "text", texts, found))
 
 
-def _answer_data(model: Model, data: Path, columns: dict[str, str], sink: Sink) -> None:
+def _answer_data(model: Model, data: Path, columns: dict[str, str], masks: Path | None, sink: Sink) -> None:
     from edge_tcur_runtime.cli.inputs import load_for
-    from edge_tcur_runtime.data import encode_labels
-    from edge_tcur_runtime.predict import accuracy_of
+    from edge_tcur_runtime.tasks import ACCURACY
 
-    dataset: Dataset = load_for(model.bundle, data, columns, require_labels=False)
-    if dataset.labels is not None:
-        encode_labels(dataset, model.labels)  # an unknown label ends here, before the work
-    found = model.predict(dataset.samples)
-    accuracy = None if dataset.labels is None else accuracy_of(found, dataset, model.labels)
-    rows = [
-        (place, item.label, f"{max(item.scores):.3f}")
-        for place, item in list(zip(dataset.places, found, strict=True))[:20]
-    ]
-    lines = [table(("sample", "label", "score"), rows)]
-    if len(found) > len(rows):
-        lines.append(f"and {len(found) - len(rows)} more (all of them with --json)")
-    if accuracy is not None:
-        lines.append(f"accuracy {accuracy:.1%} of {len(found)} samples")
-    sink.result({**_payload(model, found), "accuracy": accuracy}, "\n".join(lines))
+    dataset = load_for(model.bundle, data, columns, require_labels=False)
+    score = None
+    if dataset.has_targets:
+        found, score = model.evaluate(dataset)
+    else:
+        found = model.predict(dataset.samples)
+    lines, metric = [_table(model, "sample", dataset.places[:_SHOWN], found[:_SHOWN])], model.task.metric
+    if len(found) > _SHOWN:
+        lines.append(f"and {len(found) - _SHOWN} more (all of them with --json)")
+    if score is not None:
+        lines.append(f"{metric.name} {metric.format(score)} of {len(found)} samples")
+    if masks is not None:
+        _write_masks(masks, cast("Sequence[Mask]", found))
+        lines.append(f"wrote {masks}")
+    accuracy = score if metric.name == ACCURACY else None
+    payload = {**_payload(model, found), "metric": metric.name, "score": score, "accuracy": accuracy}
+    sink.result(payload | ({"masks": str(masks)} if masks else {}), "\n".join(lines))
 
 
-def _payload(model: Model, found: list[Prediction]) -> dict[str, object]:
+def _write_masks(path: Path, answers: Sequence[Mask]) -> None:
+    """Writes ``masks`` [n, *size] old-or-new, in the smallest unsigned dtype that holds the classes."""
+    import io
+
+    import numpy as np
+
+    from edge_tcur_runtime.atomic import write_atomic
+
+    masks = np.stack([answer.mask for answer in answers])
+    content = io.BytesIO()
+    np.savez_compressed(content, masks=masks.astype(np.min_scalar_type(int(masks.max()))))
+    write_atomic(path, content.getvalue())
+
+
+def _table(model: Model, title: str, names: Sequence[str], answers: Sequence[Answer]) -> str:
+    rows = [(name, *answer.cells()) for name, answer in zip(names, answers, strict=True)]
+    return table((title, *model.task.columns), rows)
+
+
+def _payload(model: Model, found: Sequence[Answer]) -> dict[str, object]:
     return {
+        "task": model.task.name,
         "labels": list(model.labels),
-        "predictions": [{"label": item.label, "scores": list(item.scores)} for item in found],
+        "predictions": [answer.to_dict() for answer in found],
     }

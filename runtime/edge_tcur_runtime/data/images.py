@@ -9,7 +9,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -17,11 +17,33 @@ from typing import IO, Any
 import numpy as np
 
 from edge_tcur_runtime.data.limits import DataLimits
+from edge_tcur_runtime.data.targets import LABEL, LABELS, MASKS, NOTHING, VALUES, check_label_list
 from edge_tcur_runtime.errors import DataError, MissingEngineError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 _FORMATS = ("PNG", "JPEG", "BMP")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# How targets are read -> arrays that hold them, the first of them one a picture.
+_ARRAYS = {
+    LABEL: ("labels",),
+    LABELS: ("labels",),
+    VALUES: ("targets",),
+    MASKS: ("masks", "names"),
+    NOTHING: ("labels",),
+}
+_ONE = {"labels": "label", "targets": "target", "masks": "mask"}
+# Kinds of dtype, numbers of axes, what is expected and what to do.
+_TARGETS = {
+    "labels": ("iuU", (1,), "[n] integers or strings", "save one integer or string per image"),
+    "targets": (
+        "iuf",
+        (1, 2),
+        "[n] or [n, columns] numbers",
+        "save the same columns of numbers for each image",
+    ),
+    "masks": ("iub", (3, 4), "[n, height, width] integers", "save the number of a class for each pixel"),
+    "names": ("U", (1,), "[classes] strings", "save one name for each class, in the order of their numbers"),
+}
 # What zipfile and numpy raise on a damaged archive or array header.
 _DAMAGED = (
     ValueError, EOFError, KeyError, TypeError, SyntaxError, NotImplementedError, MemoryError, RecursionError,
@@ -34,58 +56,105 @@ class ImageRows:
     """What a reader found.
 
     Attributes:
-        images: uint8 or float32 [n, h, w] or [n, h, w, c].
-        labels: [n] class names, or None.
+        images: uint8 or float32 [n, *size] or [n, *size, c], size being (h, w) or, of volumes, (d, h, w).
+        labels: [n] class names or label lists, or None.
         places: [n] ``"file.npz[index]"`` or image file name.
+        targets: numbers f32 [n, columns] or masks (integers as they are in the file), or None.
+        names: of the classes of masks, where the file has them.
     """
 
     images: np.ndarray
     labels: tuple[str, ...] | None
     places: tuple[str, ...]
+    targets: np.ndarray | None = None
+    names: tuple[str, ...] = ()
 
 
-def read_npz(path: Path, *, require_labels: bool, limits: DataLimits) -> ImageRows:
-    """Reads the arrays `images` and `labels` of a `.npz` file; pickled objects are refused.
+def read_npz(
+    path: Path, *, require_labels: bool, limits: DataLimits, reads: str = LABEL, axes: int | None = None
+) -> ImageRows:
+    """Reads the arrays of a `.npz` file; pickled objects are refused.
 
-    `images` is uint8 or floating (returned as float32), [n, h, w] or [n, h, w, c]; `labels` holds n
-    integers or strings.
+    `images` is uint8 or floating (returned as float32), [n, *size] or [n, *size, c]. The targets lie in
+    `labels` (n integers or strings), in `targets` (numbers [n] or [n, columns]) or in `masks` (integers
+    [n, *size]) with or without `names` (strings, one for each class).
+
+    Args:
+        reads: how targets are read; see `edge_tcur_runtime.data.targets`.
+        axes: of a picture's size, 2 or 3; None where that is not known yet.
 
     Raises:
         DataError: unreadable, damaged, wrong shapes or dtypes, counts that differ, NaN or infinity,
             or over a limit (headers are checked before anything is decompressed).
     """
+    wanted = ("images", *_ARRAYS[reads])
     try:
         with zipfile.ZipFile(path) as archive:
-            members = _check_headers(archive, path, limits)
-            images, raw_labels = (_read_array(archive, members.get(name)) for name in ("images", "labels"))
+            members = _check_headers(archive, path, limits, wanted, axes)
+            arrays = {name: _read_array(archive, members.get(name)) for name in wanted}
     except OSError as error:
         raise _unreadable(path, error) from error
     except _DAMAGED as error:
         raise _damaged(path, str(error)) from error
-    if images is None or (raw_labels is None and require_labels):
+    images, target = arrays["images"], arrays[wanted[1]]
+    if images is None or (target is None and require_labels):
         raise DataError(
-            f"the array {'images' if images is None else 'labels'!r} is missing",
+            f"the array {'images' if images is None else wanted[1]!r} is missing",
             where=str(path),
-            hint="save the file with np.savez(path, images=…, labels=…)",
+            hint=f"save the file with np.savez(path, images=…, {wanted[1]}=…)",
         )
-    labels = None if raw_labels is None else _label_texts(raw_labels, len(images), path)
     places = tuple(f"{path}[{index}]" for index in range(len(images)))
-    return ImageRows(_plain_pixels(images, places), labels, places)
+    rows = ImageRows(_plain_pixels(images, places), None, places)
+    return rows if target is None else _with_targets(rows, target, arrays.get("names"), reads, path)
 
 
-def _check_headers(archive: zipfile.ZipFile, path: Path, limits: DataLimits) -> dict[str, zipfile.ZipInfo]:
-    """The two arrays' members of the archive, their shapes, dtypes and sizes checked by header alone."""
+def _with_targets(
+    rows: ImageRows, target: np.ndarray, names: np.ndarray | None, reads: str, path: Path
+) -> ImageRows:
+    if len(target) != len(rows.images):
+        array = _ARRAYS[reads][0]
+        raise DataError(
+            f"{len(rows.images)} images but {len(target)} {array}",
+            where=str(path),
+            hint=f"save one {_ONE[array]} per image",
+        )
+    if reads == MASKS:
+        texts = () if names is None else tuple(str(name) for name in names.tolist())
+        return replace(rows, targets=target, names=texts)
+    if reads == VALUES:
+        return replace(rows, targets=_plain_values(target, rows.places))
+    return replace(rows, labels=_label_texts(target, rows.places, reads))
+
+
+def _plain_values(values: np.ndarray, places: Sequence[str]) -> np.ndarray:
+    """f32 [n, columns]."""
+    with np.errstate(over="ignore"):
+        plain = values.reshape(len(values), -1).astype(np.float32)
+    finite = np.isfinite(plain).all(axis=1)
+    if not finite.all():
+        raise DataError(
+            "a target is NaN, infinity or too large for float32",
+            where=places[int(np.argmin(finite))],
+            hint="repair or remove the sample",
+        )
+    return plain
+
+
+def _check_headers(
+    archive: zipfile.ZipFile, path: Path, limits: DataLimits, wanted: Sequence[str], axes: int | None
+) -> dict[str, zipfile.ZipInfo]:
+    """The wanted arrays' members of the archive, their shapes, dtypes and sizes checked by header alone."""
     members = {}
     total = 0
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
-        if name not in ("images", "labels") or name == info.filename:
+        if name not in wanted or name == info.filename:
             continue
         if info.flag_bits & 1 or info.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise _damaged(path, "encrypted, or compressed in a way that numpy does not write")
         with archive.open(info) as member:
             shape, dtype = _array_header(member)
-        _check_array(name, shape, dtype, path)
+        _check_array(name, shape, dtype, path, axes)
         total += max(info.file_size, math.prod(shape) * dtype.itemsize)
         if total > limits.decoded_bytes or shape[0] > limits.samples:
             raise DataError(
@@ -118,14 +187,15 @@ def _array_header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
     return shape, dtype
 
 
-def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], path: Path) -> None:
+def _check_array(
+    name: str, shape: tuple[int, ...], dtype: np.dtype[Any], path: Path, axes: int | None
+) -> None:
     where = f"{path}: {name}"
-    if name == "labels":
-        if len(shape) != 1 or dtype.kind not in "iuU":
+    if name in _TARGETS:
+        kinds, allowed, expected, hint = _TARGETS[name]
+        if len(shape) not in allowed or dtype.kind not in kinds or 0 in shape[1:]:
             raise DataError(
-                f"shape {list(shape)} and dtype {dtype}; expected [n] integers or strings",
-                where=where,
-                hint="save one integer or string per image",
+                f"shape {list(shape)} and dtype {dtype}; expected {expected}", where=where, hint=hint
             )
         return
     if dtype != np.uint8 and not (dtype.kind == "f" and dtype.itemsize <= 8):
@@ -134,9 +204,11 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], path: 
             where=where,
             hint='convert the array, for example images.astype("uint8")',
         )
-    if len(shape) not in (3, 4) or 0 in shape[1:]:
+    size = "depth, height, width" if axes == 3 else "height, width"
+    allowed = (3, 4, 5) if axes is None else (axes + 1, axes + 2)
+    if len(shape) not in allowed or 0 in shape[1:]:
         raise DataError(
-            f"shape {list(shape)}; expected [n, height, width] or [n, height, width, channels]",
+            f"shape {list(shape)}; expected [n, {size}] or [n, {size}, channels]",
             where=where,
             hint="reorder or reshape the array: channels come last",
         )
@@ -144,15 +216,13 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], path: 
         raise DataError("the data set is empty", where=str(path), hint="add at least one image")
 
 
-def _label_texts(labels: np.ndarray, count: int, path: Path) -> tuple[str, ...]:
-    if len(labels) != count:
-        raise DataError(
-            f"{count} images but {len(labels)} labels", where=str(path), hint="save one label per image"
-        )
+def _label_texts(labels: np.ndarray, places: Sequence[str], reads: str) -> tuple[str, ...]:
     texts = tuple(str(label) for label in labels.tolist())
-    for index, text in enumerate(texts):
+    if reads == LABELS:
+        return tuple(check_label_list(text, place) for text, place in zip(texts, places, strict=True))
+    for text, place in zip(texts, places, strict=True):
         if not text.strip():
-            raise DataError("the label is empty", where=f"{path}[{index}]", hint="give every image a label")
+            raise DataError("the label is empty", where=place, hint="give every image a label")
     return texts
 
 
@@ -172,29 +242,37 @@ def _plain_pixels(images: np.ndarray, places: Sequence[str]) -> np.ndarray:
 
 
 def fit_images(
-    images: np.ndarray, size: tuple[int, int] | None, channels: int | None, where: str
+    images: np.ndarray, size: tuple[int, ...] | None, channels: int | None, where: str
 ) -> np.ndarray:
     """Images of the asked-for size: resized (bilinear, antialiased) where they differ from it.
 
     Args:
-        images: uint8 or float32 [n, h, w] or [n, h, w, c].
-        size: (height, width) in pixels, or None to keep the size.
+        images: uint8 or float32 [n, *size] or [n, *size, c].
+        size: (height, width) in pixels, or (depth, height, width) of volumes, which are not resized; None
+            keeps the size.
         channels: number of channels to insist on, or None; they are never converted here.
         where: the file, for messages.
 
     Raises:
-        DataError: another number of channels.
+        DataError: another number of channels, or volumes of another size.
         MissingEngineError: another size, and Pillow is not installed.
     """
-    actual = images.shape[3] if images.ndim == 4 else 1
+    axes = 2 if size is None else len(size)
+    actual = images.shape[-1] if images.ndim == axes + 2 else 1
     if channels is not None and actual != channels:
         raise DataError(
             f"the images have {actual} channels; expected {channels}",
             where=where,
             hint="convert the array before saving it",
         )
-    if size is None or images.shape[1:3] == size:
+    if size is None or images.shape[1 : axes + 1] == size:
         return images
+    if axes == 3:
+        raise DataError(
+            f"volumes of {'x'.join(map(str, images.shape[1:4]))}; expected {'x'.join(map(str, size))}",
+            where=where,
+            hint="volumes are not resized: resample or cut them before saving them",
+        )
     image_module = _pillow(
         f"resizing images from {images.shape[1]}x{images.shape[2]} to {size[0]}x{size[1]}", where
     )

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from edge_tcur_runtime.data.limits import DataLimits
+from edge_tcur_runtime.data.targets import (
+    LABEL,
+    LABELS,
+    NOTHING,
+    VALUES,
+    check_label_list,
+    join_labels,
+    no_target,
+    parse_values,
+)
 from edge_tcur_runtime.errors import DataError, FileFormatError
 from edge_tcur_runtime.formats.schema import nearest, parse_json
 
@@ -20,19 +32,33 @@ _LABEL_NAMES = ("label", "category", "class", "intent", "target", "sentiment", "
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns to read, and whether every row must have a label."""
+    """Names of the columns to read, how targets stand in them, and whether every row must have one.
+
+    Attributes:
+        text: of the text.
+        targets: of the targets: one, several numbers (`VALUES`), or none (`NOTHING`).
+        reads: see `edge_tcur_runtime.data.targets`.
+        required: refuse rows without a target.
+    """
 
     text: str
-    label: str
-    require_labels: bool
+    targets: tuple[str, ...]
+    reads: str
+    required: bool
 
 
 @dataclass(frozen=True)
 class TextRows:
-    """What a reader found: one entry per row; `labels` is None unless every row has one."""
+    """What a reader found: one entry per row.
+
+    Attributes:
+        labels: texts of labels; None unless every row has one.
+        values: numbers f32 [rows, columns]; None unless every row has them.
+    """
 
     samples: tuple[str, ...]
     labels: tuple[str, ...] | None
+    values: np.ndarray | None
     places: tuple[str, ...]
 
 
@@ -91,10 +117,12 @@ class _Rows:
         self._path, self._columns, self._limits = path, columns, limits
         self._samples: list[str] = []
         self._labels: list[str] = []
+        self._values: list[tuple[float, ...]] = []
         self._names: dict[str, str] = {}  # one string per class, however many rows carry it
         self._places: list[str] = []
 
-    def add(self, where: str, text: str | None, label: str | None) -> None:
+    def add(self, where: str, text: str | None, cells: Sequence[str | None] | None) -> None:
+        """A row; `cells` are those of the target's columns, None where the file has no such columns."""
         if len(self._samples) >= self._limits.samples:
             raise DataError(
                 f"more than {self._limits.samples} rows", where=where, hint="split the file into smaller ones"
@@ -107,22 +135,32 @@ class _Rows:
             )
         self._samples.append(text)
         self._places.append(where)
-        if label is not None and label.strip():
+        if self._columns.reads == NOTHING or cells is None:
+            return
+        if self._columns.reads == VALUES:
+            if self._columns.required or any(cell and cell.strip() for cell in cells):
+                self._values.append(parse_values(cells, self._columns.targets, where))
+            return
+        (label,) = cells
+        if self._columns.reads == LABELS:
+            label = check_label_list(label or "", where)
+        if label is not None and (label.strip() or self._columns.reads == LABELS):
             self._labels.append(self._names.setdefault(label, label))
-        elif self._columns.require_labels:
-            raise DataError(
-                f"the row has no label in the column {self._columns.label!r}",
-                where=where,
-                hint="remove the row, or fill the column in",
-            )
+        elif self._columns.required:
+            raise no_target(self._columns.targets[0], where)
 
     def finish(self) -> TextRows:
         if not self._samples:
             raise DataError(
                 "the data set is empty", where=str(self._path), hint="add at least one row of data"
             )
-        complete = len(self._labels) == len(self._samples)
-        return TextRows(tuple(self._samples), tuple(self._labels) if complete else None, tuple(self._places))
+        count = len(self._samples)
+        return TextRows(
+            samples=tuple(self._samples),
+            labels=tuple(self._labels) if len(self._labels) == count else None,
+            values=np.array(self._values, np.float32) if len(self._values) == count else None,
+            places=tuple(self._places),
+        )
 
 
 def read_csv(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
@@ -145,9 +183,9 @@ def read_csv(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
         if not header:
             raise DataError("the data set is empty", where=where, hint="add a header row and rows of data")
         text_at = _column_index(header, columns.text, where, _missing_text)
-        label_at = None
-        if columns.label in header or columns.require_labels:
-            label_at = _column_index(header, columns.label, where, _missing_label)
+        targets_at = None
+        if columns.required or set(columns.targets) <= set(header):
+            targets_at = [_column_index(header, name, where, _missing_label) for name in columns.targets]
         for where, row in records:
             if len(row) != len(header):
                 raise DataError(
@@ -155,7 +193,7 @@ def read_csv(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
                     where=where,
                     hint='put a field that holds a comma between "quotes"',
                 )
-            rows.add(where, row[text_at], None if label_at is None else row[label_at])
+            rows.add(where, row[text_at], None if targets_at is None else [row[at] for at in targets_at])
 
     return _read_lines(path, columns, limits, read)
 
@@ -163,7 +201,8 @@ def read_csv(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
 def read_jsonl(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
     """Reads a JSON Lines file: one object a line, in UTF-8; blank lines are skipped.
 
-    The text must be a string; the label a string or an integer. Other keys are ignored.
+    The text must be a string; the label a string or an integer, several labels also a list of them, a value
+    a number. Other keys are ignored.
 
     Raises:
         DataError: as for `read_csv`.
@@ -221,7 +260,7 @@ def _column_index(
     return header.index(name)
 
 
-def _parse_object(line: str, columns: Columns, where: str) -> tuple[str | None, str | None]:
+def _parse_object(line: str, columns: Columns, where: str) -> tuple[str | None, list[str | None] | None]:
     try:
         document = parse_json(line.encode("utf-8"), where)
     except FileFormatError as error:
@@ -229,15 +268,32 @@ def _parse_object(line: str, columns: Columns, where: str) -> tuple[str | None, 
     keys = list(document)
     if columns.text not in document:
         raise _missing_text(columns.text, keys, where)
-    if columns.label not in document and columns.require_labels:
-        raise _missing_label(columns.label, keys, where)
-    label = document.get(columns.label)
-    if isinstance(label, int) and not isinstance(label, bool):
-        label = str(label)
-    return (
-        _checked_string(document[columns.text], columns.text, "a string", where),
-        _checked_string(label, columns.label, "a string or an integer", where),
+    missing = [name for name in columns.targets if name not in document]
+    if missing and columns.required:
+        raise _missing_label(missing[0], keys, where)
+    cells = (
+        None if missing else [_cell(document[name], name, columns.reads, where) for name in columns.targets]
     )
+    return _checked_string(document[columns.text], columns.text, "a string", where), cells
+
+
+def _cell(value: object, name: str, reads: str, where: str) -> str | None:
+    """A target as a CSV file would hold it."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if reads == VALUES:
+        if value is not None and not plain:
+            raise DataError(
+                f"{name!r} must be a number, not {type(value).__name__}",
+                where=where,
+                hint='write the number without "quotes"',
+            )
+        return None if value is None else repr(value)
+    if reads == LABELS and isinstance(value, list):
+        return join_labels([_cell(item, name, LABEL, where) or "" for item in value], where)
+    if isinstance(value, int) and plain:
+        return str(value)
+    expected = "a string or an integer" + (", or a list of them" if reads == LABELS else "")
+    return _checked_string(value, name, expected, where)
 
 
 def _checked_string(value: object, name: str, expected: str, where: str) -> str | None:

@@ -32,11 +32,13 @@ class StepResult:
         loss: mean loss over its samples.
         outputs: f32 [samples, ...] outputs of the model.
         gradients: name of each core and extra -> f32 gradient of the mean loss, in raw coordinates.
+        metric: the task's metric over its samples; None where the bundle's graphs do not give it.
     """
 
     loss: float
     outputs: np.ndarray
     gradients: dict[str, np.ndarray]
+    metric: float | None = None
 
 
 class TrainingEngine(Protocol):
@@ -51,7 +53,7 @@ class TrainingEngine(Protocol):
 
         Args:
             inputs: model inputs of a micro-batch.
-            targets: int64 labels [samples].
+            targets: the task's targets (`edge_tcur_runtime.tasks`), for example int64 labels [samples].
             feeds: factors and extras by graph name (`edge_tcur_runtime.feeds.build_feeds`).
         """
         ...
@@ -156,6 +158,11 @@ def require_graph(bundle: Bundle, role: str, engine: str) -> Path:
 def trained_names(bundle: Bundle) -> list[str]:
     """Names of what an engine gives gradients for: every core and every extra of the bundle."""
     return [f"{group}.core" for group in bundle.manifest.groups] + list(bundle.manifest.extras)
+
+
+def forward_outputs(bundle: Bundle) -> tuple[str, ...]:
+    """Names of what a training graph gives besides gradients."""
+    return ("loss", "logits") + (() if bundle.manifest.metric is None else ("metric",))
 
 
 def open_engine(name: str, bundle: Bundle, *, threads: int = 0) -> TrainingEngine:

@@ -6,7 +6,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edge_tcur_runtime.engines.engine import StepResult, require_graph, trained_names
+from edge_tcur_runtime.engines.engine import (
+    StepResult,
+    forward_outputs,
+    require_graph,
+    trained_names,
+)
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.formats.bundle import Bundle
 
@@ -25,7 +30,7 @@ class OrtStepEngine:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]
-        require_names(graph, "output", ("loss", "logits", *gradients), self._outputs)
+        require_names(graph, "output", (*forward_outputs(bundle), *gradients), self._outputs)
         fed = [*bundle.manifest.inputs, TARGETS, *bundle.manifest.factor_names()]
         require_names(graph, "input", fed, self._inputs)
         require_names(graph, "default for", self._inputs, fed)
@@ -41,4 +46,5 @@ class OrtStepEngine:
             float(result["loss"]),
             result["logits"],
             {name.removesuffix(_SUFFIX): value for name, value in result.items() if name.endswith(_SUFFIX)},
+            float(result["metric"]) if "metric" in result else None,
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from edge_tcur_runtime.engines.engine import (
     StepResult,
+    forward_outputs,
     no_training_interface,
     require_graph,
     require_onnxruntime,
@@ -64,7 +65,8 @@ class OrtTrainingEngine:
             raise cannot_load(error, reading) from error
         self._inputs = self._module.input_names()
         self._parameters = [name for name, _ in self._state.parameters]
-        require_names(train, "output", ("loss", "logits"), self._module.output_names())
+        self._outputs = self._module.output_names()
+        require_names(train, "output", forward_outputs(bundle), self._outputs)
         require_names(train, "input", (*bundle.manifest.inputs, TARGETS), self._inputs)
         require_names(checkpoint, "parameter", trained_names(bundle), self._parameters)
 
@@ -88,6 +90,8 @@ class OrtTrainingEngine:
             parameter.data = np.asarray(feeds[name], order="C")
         fed = {**inputs, TARGETS: targets, **feeds}
         self._module.lazy_reset_grad()
-        loss, outputs = self._module(*(np.asarray(fed[name], order="C") for name in self._inputs))
+        values = self._module(*(np.asarray(fed[name], order="C") for name in self._inputs))
+        result = dict(zip(self._outputs, values, strict=True))
         gradients = {name: self._state.parameters[name].grad for name in self._parameters}
-        return StepResult(float(loss), outputs, gradients)
+        metric = float(result["metric"]) if "metric" in result else None
+        return StepResult(float(result["loss"]), result["logits"], gradients, metric)

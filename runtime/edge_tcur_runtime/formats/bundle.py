@@ -28,7 +28,11 @@ MANIFEST = "manifest.json"
 BASE_FILE = "base.bin"
 MAX_MANIFEST_BYTES = 4 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
+ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+
+# Fields that are absent where they say nothing: bundles without them are as they were before these fields.
+_OPTIONAL = ("programs", "metric", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,9 @@ class Manifest:
         versions: of the tool and the libraries that wrote the bundle.
         device: the device profile it was exported for, if any.
         programs: ``<infer or train>-<backend>`` -> ExecuTorch program; empty where none was exported.
+        metric: what the output ``metric`` of the training graphs is; None where they have none.
+        optimizer: which of `OPTIMIZERS` ``optimizer.onnx`` is; None where there is none, or where the bundle
+            does not say (then AdamW).
     """
 
     base_digest: str
@@ -143,6 +150,8 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
     programs: Mapping[str, ProgramSpec] = field(default_factory=dict)
+    metric: str | None = None
+    optimizer: str | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -169,8 +178,9 @@ class Bundle:
 def serialize_manifest(manifest: Manifest) -> bytes:
     """The bytes of `manifest.json`."""
     document = {"format_version": FORMAT_VERSION, "kind": "edge-tcur-bundle", **asdict(manifest)}
-    if not manifest.programs:  # an optional field: bundles without programs are as they were before it
-        del document["programs"]
+    for name in _OPTIONAL:
+        if not document[name]:
+            del document[name]
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -208,6 +218,8 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         versions={key: versions.text(key) for key in versions.mapping_keys()},
         device=fields.optional_text("device"),
         programs={name: _parse_program(child) for name, child in _optional_children(fields, "programs")},
+        metric=fields.text("metric") if "metric" in fields.mapping_keys() else None,
+        optimizer=fields.choice("optimizer", OPTIMIZERS) if "optimizer" in fields.mapping_keys() else None,
     )
     _check_references(manifest, where)
     return manifest
