@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 
-def _pictures(height, width, channels=1):
+def _pictures(*size, channels=1):
+    names = ("height", "width") if len(size) == 2 else ("depth", "height", "width")
     return {
-        "kind": "image", "input": "pixel_values", "height": height, "width": width, "channels": channels,
-        "scale": 1 / 255, "mean": [0.5] * channels, "std": [0.25] * channels,
+        "kind": "image", "input": "pixel_values", "channels": channels, "scale": 1 / 255,
+        **dict(zip(names, size, strict=True)),
+        "mean": [0.5] * channels, "std": [0.25] * channels,
     }  # fmt: skip
 
 
@@ -36,7 +38,7 @@ class Residual(nn.Module):
 class ResidualClassifier(nn.Module):
     """A stem, a pooling, two residual blocks and a linear head."""
 
-    preprocessing = _pictures(16, 16, 3)
+    preprocessing = _pictures(16, 16, channels=3)
 
     def __init__(self):
         super().__init__()
@@ -63,7 +65,8 @@ class SpeechClassifier(nn.Module):
         super().__init__()
         config = WhisperConfig(
             num_mel_bins=8, d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32,
-            max_source_positions=16, vocab_size=32, attn_implementation="eager",
+            max_source_positions=16, vocab_size=32, attn_implementation="eager", pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, decoder_start_token_id=1,
         )  # fmt: skip
         self.encoder = WhisperEncoder(config)
         self.head = nn.Linear(16, 3)
@@ -135,8 +138,8 @@ class Rise(nn.Module):
 
 class Unetr(nn.Module):
     """UNETR (Hatamizadeh et al., WACV 2022) of two decoder steps: a vision transformer over the patches of a
-    volume, whose hidden states are the skips of a convolutional decoder. The depth of the volume comes as
-    the channels of a picture; outputs [batch, classes, depth, height, width]."""
+    volume, whose hidden states are the skips of a convolutional decoder; outputs [batch, classes, depth,
+    height, width]."""
 
     preprocessing = _pictures(8, 8, 8)
     width, patch, classes = 16, 4, 3
@@ -153,9 +156,8 @@ class Unetr(nn.Module):
         self.decoder2, self.decoder1 = Rise(width, 8), Rise(8, 4)
         self.out = nn.Conv3d(4, self.classes, 1)
 
-    def segment(self, volume):
-        """Outputs of a volume [batch, 1, depth, height, width]."""
-        x = self.patch_embedding(volume)
+    def forward(self, pixel_values):
+        x = self.patch_embedding(pixel_values)
         sides = x.shape[2:]
         x = x.flatten(2).transpose(1, 2) + self.position
         states = []
@@ -168,17 +170,7 @@ class Unetr(nn.Module):
             return tokens.transpose(1, 2).reshape(-1, self.width, *sides)
 
         x = self.decoder2(as_volume(deepest), self.encoder2(as_volume(hidden)))
-        return self.out(self.decoder1(x, self.encoder1(volume)))
-
-    def forward(self, pixel_values):
-        return self.segment(pixel_values.unsqueeze(1))
-
-
-class VolumeClassifier(Unetr):
-    """The classes of a volume: the mean of those of its voxels."""
-
-    def forward(self, pixel_values):
-        return super().forward(pixel_values).mean(dim=(2, 3, 4))
+        return self.out(self.decoder1(x, self.encoder1(pixel_values)))
 
 
 def _made(kind):
@@ -197,5 +189,5 @@ def whisper():
 
 
 def unetr():
-    """A UNETR that classifies volumes."""
-    return _made(VolumeClassifier)
+    """A UNETR that segments volumes."""
+    return _made(Unetr)
