@@ -102,4 +102,5 @@ class FrozenConvolution(FrozenLayer):
         return update.reshape(*features.shape[:-1], -1).transpose(-1, -2).reshape(shape)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return self._plain[0]._conv_forward(x, weight, bias)
+        result: Tensor = self._plain[0]._conv_forward(x, weight, bias)
+        return result

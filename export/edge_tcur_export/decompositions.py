@@ -1,8 +1,9 @@
 """Operators that a target lacks, written in ones that it has; torch.export applies them as it traces.
 
 `BACKWARD`: torch keeps the backward pass of a convolution (and of a few others) as one operator, which has
-no ONNX form. `FLAT`: ExecuTorch's portable kernels have convolutions over one and two axes only, so those over
-three are made of ones over two. Each is compared with torch's own operator in tests/export/test_decompositions.py.
+no ONNX form. `FLAT`: ExecuTorch's portable kernels have convolutions over one and two axes only, so those
+over three are made of ones over two. Each is compared with torch's own operator in
+tests/export/test_decompositions.py.
 """
 
 from __future__ import annotations
@@ -36,23 +37,28 @@ def convolution_backward(
     sizes = (stride, padding, dilation)
     axes = (0, *range(2, gradient.dim()))
     return (
-        _on_input(gradient, x, weight, sizes, transposed and extra, groups) if on_x else None,
+        _on_input(gradient, x, weight, sizes, extra if transposed else None, groups) if on_x else None,
         _on_weight(gradient, x, weight, sizes, transposed, groups) if on_weight else None,
         gradient.sum(axes) if on_bias and bias_sizes is not None else None,
     )
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
+    result: Tensor = _aten.convolution(x, weight, bias, *settings)
+    return result
 
 
 _Sizes = tuple[Sequence[int], Sequence[int], Sequence[int]]
 
 
 def _on_input(
-    gradient: Tensor, x: Tensor, weight: Tensor, sizes: _Sizes, extra: Sequence[int] | bool, groups: int
+    gradient: Tensor, x: Tensor, weight: Tensor, sizes: _Sizes, extra: Sequence[int] | None, groups: int
 ) -> Tensor:
-    """`extra` is the output padding of a transposed convolution, or False."""
+    """`extra` is the output padding of a transposed convolution, None of another."""
     stride, padding, dilation = sizes
-    if extra is not False:
+    if extra is not None:
         none = [0] * len(stride)
-        result = _aten.convolution(gradient, weight, None, stride, padding, dilation, False, none, groups)
+        result = _convolve(gradient, weight, None, stride, padding, dilation, False, none, groups)
         for axis, more in enumerate(extra, 2):  # with a dilation it can hold one more place
             result = result.narrow(axis, 0, x.shape[axis]) if more else result
         return result
@@ -63,7 +69,7 @@ def _on_input(
         - (dilation[axis] * (weight.shape[axis + 2] - 1) + 1)
         for axis in range(len(stride))
     ]
-    return _aten.convolution(gradient, weight, None, stride, padding, dilation, True, rest, groups)
+    return _convolve(gradient, weight, None, stride, padding, dilation, True, rest, groups)
 
 
 def _on_weight(
@@ -74,7 +80,7 @@ def _on_weight(
     moved, still = (gradient, x) if transposed else (x, gradient)
     parts = []
     for one, other in zip(moved.chunk(groups, 1), still.chunk(groups, 1), strict=True):
-        part = _aten.convolution(
+        part = _convolve(
             one.transpose(0, 1), other.transpose(0, 1), None, dilation, padding, stride, False,
             [0] * len(stride), 1,
         )  # fmt: skip
@@ -117,7 +123,7 @@ def _flat(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tensor:
     ]
     pictures = torch.stack(taps, 2).permute(0, 3, 1, 2, 4, 5).reshape(-1, x.shape[1] * steps, *x.shape[3:])
     kernel = weight.reshape(weight.shape[0], -1, *weight.shape[3:])
-    output = _aten.convolution(pictures, kernel, None, *_two(settings))
+    output = _convolve(pictures, kernel, None, *_two(settings))
     # The batch is named: a -1 would become a quotient that later guards cannot solve.
     return output.reshape(x.shape[0], depth, *output.shape[1:]).transpose(1, 2)
 
@@ -128,7 +134,7 @@ def _flat_transposed(x: Tensor, weight: Tensor, settings: Sequence[Any]) -> Tens
     depth, steps, channels = x.shape[2], weight.shape[2], weight.shape[1] * groups
     pictures = x.transpose(1, 2).reshape(-1, x.shape[1], *x.shape[3:])
     kernel = weight.reshape(weight.shape[0], -1, *weight.shape[3:])
-    output = _aten.convolution(pictures, kernel, None, *_two(settings))
+    output = _convolve(pictures, kernel, None, *_two(settings))
     parts = output.reshape(x.shape[0], depth, channels, steps, *output.shape[2:]).permute(0, 2, 3, 1, 4, 5)
     if (stride, padding, dilation, extra) == (steps, 0, 1, 0):  # the steps do not overlap
         return parts.transpose(2, 3).reshape(x.shape[0], channels, depth * steps, *output.shape[2:])

@@ -242,7 +242,7 @@ class ProgramWriter:
 
 
 def _reason(error: Exception) -> str:
-    """One line of a failure of ExecuTorch, whose messages may hold whole graphs: the first failure's last line."""
+    """The last line of the first failure: ExecuTorch's messages may hold whole graphs."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]

@@ -1,4 +1,4 @@
-"""Failures of torch.export in the user's terms: the reason, the module, file and line, and the fix that fits."""
+"""Failures of torch.export in the user's terms: reason, module, file and line, and the fix that fits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -87,8 +86,8 @@ def explained(action: Callable[[], ExportedProgram], model: nn.Module) -> Export
 
 def _fixed_hint(axis: str) -> str:
     return (
-        f"the shape of {axis} became static: write -1 or x.shape[...] for it in reshape, view and expand, and "
-        "make tensors of its size in forward"
+        f"the shape of {axis} became static: write -1 or x.shape[...] for it in reshape, view and expand, "
+        "and make tensors of its size in forward"
     )
 
 
@@ -96,14 +95,16 @@ def explained_backward(action: Callable[[], ExportedProgram], program: ExportedP
     """Traces the backward pass of a forward program by `action`, quietly.
 
     Raises:
-        ExportError: it failed; names the reason, and the operator and module where the gradient ends, if it does.
+        ExportError: it failed; names the reason; where the gradient ends, operator and module.
     """
     try:
         with quiet_torch():
             return action()
     except Exception as error:
         end = _end_of_gradient(program)
-        reason, place = (_summary(error), Place()) if end is None else (f"{end.target} has no derivative", _at(end))
+        reason, place = (
+            (_summary(error), Place()) if end is None else (f"{end.target} has no derivative", _at(end))
+        )
         raise ExportError(
             f"torch.export cannot trace the backward pass of the model: {reason}{_of(place)}",
             where=place.line,
@@ -128,14 +129,14 @@ def _noting_fixed_sizes(places: list[Place], names: dict[int, str | None]) -> It
 
     original = ShapeEnv._log_guard
 
-    def noted(self: ShapeEnv, prefix: str, guard: Any, forcing_spec: bool) -> None:
-        if isinstance(guard, sympy.Eq) and len(guard.free_symbols) == 1:
+    def noted(self: Any, prefix: str, guard: Any, forcing_spec: bool) -> None:
+        if getattr(guard, "is_Equality", False) and len(guard.free_symbols) == 1:
             place = _innermost(_callers(sys._getframe(1)), names)
             if place.line is not None:
                 places.append(place)
         original(self, prefix, guard, forcing_spec)
 
-    ShapeEnv._log_guard = noted  # type: ignore[method-assign]
+    ShapeEnv._log_guard = noted  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -194,7 +195,7 @@ def _end_of_gradient(program: ExportedProgram) -> fx.Node | None:
     watch = _Watch(program.module())
     try:
         watch.run(*arguments, **options)
-    except Exception:  # the failure that is being explained matters more
+    except (RuntimeError, TypeError, ValueError):  # the failure that is being explained matters more
         return watch.end
     return watch.end
 

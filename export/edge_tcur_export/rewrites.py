@@ -46,8 +46,8 @@ def _rewrite(
 
 
 def write_instance_norms(program: ExportedProgram) -> ExportedProgram:
-    """Instance normalisation by means: ONNX Runtime Training has no gradient for the operator, and torch's own
-    way through batch normalisation over [1, batch * channels] fixes the batch size in ExecuTorch."""
+    """Instance normalisation by means: ONNX Runtime Training has no gradient for it, and torch's own way
+    through batch normalisation over [1, batch * channels] fixes the batch size in ExecuTorch."""
     return _rewrite(program, _aten.instance_norm.default, _instance_norm)
 
 
@@ -103,13 +103,15 @@ def write_transposed_convolutions(program: ExportedProgram) -> ExportedProgram:
 def _transposed_convolution(add: _Writer, node: fx.Node) -> fx.Node | None:
     places = node.args[0].meta["val"].dim() - 2  # type: ignore[union-attr]
     defaults = (None, [1] * places, [0] * places, [0] * places, 1, [1] * places)
-    x, weight, *given = node.args
-    bias, stride, padding, extra, groups, dilation = (*given, *defaults[len(given) :])
-    channels, filters, *kernel = weight.meta["val"].shape  # type: ignore[union-attr]
-    whole = (list(stride), groups, any(padding), any(extra), set(dilation))  # type: ignore[call-overload, arg-type]
+    arguments: tuple[Any, ...] = node.args
+    x, weight, given = arguments[0], arguments[1], arguments[2:]
+    options: tuple[Any, ...] = (*given, *defaults[len(given) :])
+    bias, stride, padding, extra, groups, dilation = options
+    channels, filters, *kernel = weight.meta["val"].shape
+    whole = (list(stride), groups, any(padding), any(extra), set(dilation))
     if whole != (kernel, 1, False, False, {1}):
         return None
-    sides = x.meta["val"].shape[2:]  # type: ignore[union-attr]
+    sides = x.meta["val"].shape[2:]
     if not all(isinstance(side, int) for side in sides):
         return None
     batch = add(_aten.sym_size.int, x, 0)  # a -1 would become a quotient that later guards cannot solve

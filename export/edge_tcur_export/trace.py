@@ -391,7 +391,8 @@ def _joint(program: ExportedProgram, table: Table) -> ExportedProgram:
         )
     module, signature = experimental._copy_graph_module_and_signature(joint)
     experimental._remove_detach_pass(module, signature)
-    return joint._update(module, signature)
+    result: ExportedProgram = joint._update(module, signature)
+    return result
 
 
 def trace_step(forward: Traced, example: Example) -> Traced:

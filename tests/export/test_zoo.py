@@ -1,5 +1,5 @@
-"""Every family of the zoo exports, agrees with torch (outputs, loss, gradients, three optimiser steps), and the
-table of docs/models.md says what was found.
+"""Every family of the zoo exports and agrees with torch (outputs, loss, gradients, three optimiser steps),
+and the table of docs/models.md says what was found.
 
 EDGE_TCUR_ZOO=all measures every cell; without it, each model's `tested` columns."""
 

@@ -136,7 +136,8 @@ MODELS: dict[str, Model] = {
         _texts,
     ),
     "CLIP, text tower": Model(
-        "text encoder", CLASSIFY, _saved("CLIPTextModel", "CLIPTextConfig", text=True, **_SMALL, **_TEXT), _texts
+        "text encoder", CLASSIFY,
+        _saved("CLIPTextModel", "CLIPTextConfig", text=True, **_SMALL, **_TEXT), _texts,
     ),
     "GPT-2": Model(
         "causal language model", LANGUAGE,
@@ -179,9 +180,7 @@ def measure(name: str, root: Path, columns: tuple[str, ...]) -> dict[str, str]:
     model = MODELS[name]
     root.mkdir(parents=True, exist_ok=True)
     usual = {"rank": 2, "epochs": 1, "head_epochs": 2, "batch_size": 4, "threads": 1, "max_length": 0}
-    config = TrainConfig(
-        model.base(root), model.data(root), task=model.task, **{**usual, **model.settings}
-    )
+    config = TrainConfig(model.base(root), model.data(root), task=model.task, **{**usual, **model.settings})
     run = train(config, root / "run").run
     whole = _attempt(run, root / "bundle", columns)
     if len(whole) == len(columns):
@@ -211,5 +210,8 @@ def _attempt(run: Any, out: Path, columns: tuple[str, ...]) -> dict[str, str]:
             errors = report.parity[target]
             wanted = {"outputs"} if target.startswith("infer") else set(TOLERANCES)
             assert set(errors) >= wanted, (target, errors)
-            assert all(error <= TOLERANCES.get(kind, 1e-3) for kind, error in errors.items()), (target, errors)
+            assert all(error <= TOLERANCES.get(kind, 1e-3) for kind, error in errors.items()), (
+                target,
+                errors,
+            )
     return dict.fromkeys(columns, "yes")

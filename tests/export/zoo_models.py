@@ -65,8 +65,8 @@ class SpeechClassifier(nn.Module):
         super().__init__()
         config = WhisperConfig(
             num_mel_bins=8, d_model=16, encoder_layers=2, encoder_attention_heads=2, encoder_ffn_dim=32,
-            max_source_positions=16, vocab_size=32, attn_implementation="eager", pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, decoder_start_token_id=1,
+            max_source_positions=16, vocab_size=32, attn_implementation="eager",
+            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
         )  # fmt: skip
         self.encoder = WhisperEncoder(config)
         self.head = nn.Linear(16, 3)
@@ -191,3 +191,33 @@ def whisper():
 def unetr():
     """A UNETR that segments volumes."""
     return _made(Unetr)
+
+
+class Convolutions(nn.Module):
+    """Convolutions of one shape with a stride, a dilation and a reflected border, for 8x8 pictures."""
+
+    preprocessing = _pictures(8, 8)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, stride=2, padding=1)
+        self.layers = nn.ModuleList(
+            [
+                nn.Conv2d(6, 6, 3, padding=2, dilation=2),
+                nn.Conv2d(6, 6, 3, padding=1, padding_mode="reflect", bias=False),
+                nn.Conv2d(6, 6, 3, padding="same"),
+            ]
+        )
+        self.point = nn.Conv2d(6, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, pixel_values):
+        x = self.stem(pixel_values)
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(self.point(x).mean(dim=(2, 3)))
+
+
+def convolutions():
+    """Convolutions that a transform can couple."""
+    return _made(Convolutions)
