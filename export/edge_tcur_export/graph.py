@@ -6,8 +6,11 @@ in which `bundle.build` calls them. Each has its test in tests/export/test_graph
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,7 +69,7 @@ def to_graph(traced: Traced) -> ir.Model:
 
 def _convert(program: ExportedProgram) -> ir.Model:
     try:
-        with quiet_torch():
+        with quiet_torch(), _one_registry():
             converted = torch.onnx.export(
                 _without_idle_decomposition(program),
                 dynamo=True,
@@ -89,6 +92,28 @@ def _convert(program: ExportedProgram) -> ir.Model:
     return converted.model
 
 
+@functools.cache
+def _registry() -> Any:
+    """torch's operators that have an ONNX form; making it reads the source of each."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
+@contextmanager
+def _one_registry() -> Iterator[None]:
+    """Lets the exporter use `_registry`: which it would make at each conversion."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = _registry()
+    original = ONNXRegistry.__dict__["from_torchlib"]
+    setattr(ONNXRegistry, "from_torchlib", staticmethod(lambda **_: made))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ONNXRegistry, "from_torchlib", original)  # noqa: B010
+
+
 def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
     """A program that the exporter does not trace once more, where that would change nothing.
 
@@ -97,10 +122,9 @@ def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
     usually left none. A program with any such operator is returned as it is.
     """
     from torch.export.experimental import _copy_graph_module_and_signature
-    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp
 
-    registry = _registration.ONNXRegistry().from_torchlib(opset_version=OPSET)
-    known = {*_decomp.get_onnx_implemented_overloads(registry), *_ASSERTIONS}
+    known = {*_decomp.get_onnx_implemented_overloads(_registry()), *_ASSERTIONS}
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     if any(isinstance(target, torch._ops.OperatorBase) and target not in known for target in targets):
         return program
