@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,18 @@ class BaseFile:
     Args:
         directory: the bundle being written.
         quantised: weights that are stored, and read by the graphs, in another form than float32.
+        always: names of initializers that go into the file whatever their size.
 
     Attributes:
         size: bytes so far.
         offsets: initializer name -> offset in bytes of its content.
     """
 
-    def __init__(self, directory: Path, quantised: WeightTable | None = None) -> None:
+    def __init__(
+        self, directory: Path, quantised: WeightTable | None = None, *, always: Collection[str] = ()
+    ) -> None:
         self._quantised = quantised or WeightTable(())
+        self._always = frozenset(always)
         self._path = directory / BASE_FILE
         self._directory = directory
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
@@ -52,7 +57,7 @@ class BaseFile:
                 tensor = value.const_value
                 if tensor is None or name in keep:
                     continue
-                if tensor.nbytes <= _INLINE_BYTES and name not in quantised:
+                if tensor.nbytes <= _INLINE_BYTES and name not in quantised | self._always:
                     continue
                 raw = tensor.tobytes()
                 key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())

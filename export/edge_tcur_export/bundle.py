@@ -35,6 +35,7 @@ from edge_tcur_export.trace import (
     Example,
     FactorModel,
     make_example,
+    stored_weight,
     trace_forward,
 )
 from edge_tcur_runtime.formats.adapter import Adapter
@@ -176,7 +177,7 @@ class _Writer:
         converted = graphs.to_graph(forward)
         if "ort-training" in targets:
             check_gradients(converted, example.trained())
-        base_file = BaseFile(self._work, self._quantised.base.table())
+        base_file = BaseFile(self._work, self._quantised.base.table(), always=_adapted_weights(self._groups))
         roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
         if "step" in targets:
             stages.begin("writing the step graph (forward and backward)")
@@ -277,11 +278,17 @@ class _Writer:
         )
 
 
+def _adapted_weights(groups: tuple[Group, ...]) -> set[str]:
+    """Names in the graphs of the weights whose places the manifest gives."""
+    names = (f"{name}.weight" for group in groups for name in group.modules)
+    return {stored for name in names for stored in stored_weight(name)}
+
+
 def _places(
     groups: tuple[Group, ...], quantised: QuantizedBase, base_file: BaseFile
 ) -> dict[str, TensorPlace]:
     return {
-        f"{name}.weight": quantised.place(f"{name}.weight", (group.n2, group.n1), base_file.offsets)
+        f"{name}.weight": quantised.place(f"{name}.weight", (group.n1, group.n2), base_file.offsets)
         for group in groups
         for name in group.modules
     }

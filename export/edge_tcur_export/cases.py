@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.training.evaluate import apply_adapter
 from edge_tcur.training.run import Run
@@ -30,7 +31,15 @@ def make_case(model: FactorModel, example: Example, *, partial: bool = False) ->
     feeds = {name: value.detach().numpy().copy() for name, value in example.named().items()}
     trained = example.trained()
     loss, outputs, _ = model(*example.arguments())
-    gradients = torch.autograd.grad(loss, list(trained.values()), materialize_grads=partial)
+    gradients = torch.autograd.grad(
+        loss, list(trained.values()), allow_unused=True, materialize_grads=partial
+    )
+    idle = [name for name, value in zip(trained, gradients, strict=True) if value is None]
+    if idle:
+        raise ExportError(
+            f"{', '.join(idle[:4])}: no gradient, because the loss does not depend on it",
+            hint="leave its module out of --targets and --modules-to-save: it then stays frozen (a buffer)",
+        )
     later = _later_loss(model, example)
     return Case(
         feeds=feeds,

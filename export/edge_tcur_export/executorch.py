@@ -22,7 +22,16 @@ from torch.export import ExportedProgram
 from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.tasks import Task
-from edge_tcur_export.lowering import batch_products, drop_idle, import_executorch, left_over, lower, xnnpack
+from edge_tcur_export.decompositions import FLAT, has_volumes
+from edge_tcur_export.lowering import (
+    batch_products,
+    drop_idle,
+    import_executorch,
+    left_over,
+    lower,
+    reshape_weights,
+    xnnpack,
+)
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
     OUTPUTS,
@@ -187,14 +196,16 @@ class ProgramWriter:
         )
         with torch.no_grad():
             arguments = (example.inputs, example.factors, example.extras)
-            return trace_program(InferProgram(self._model), arguments, shapes)
+            program = trace_program(InferProgram(self._model), arguments, shapes)
+            return program.run_decompositions(FLAT) if has_volumes(program) else program
 
     def _trace_train(self) -> ExportedProgram:
         example, (inputs, targets) = self._example, self._shapes()
         program = TrainProgram(self._model, self._values, tuple(example.extras))
         frozen = {group: parts[1:] for group, parts in example.factors.items()}
         shapes: tuple[Any, ...] = (inputs, targets, {group: ({}, {}) for group in frozen})
-        return trace_backward(trace_program(program, (example.inputs, example.targets, frozen), shapes))
+        forward = trace_program(program, (example.inputs, example.targets, frozen), shapes)
+        return trace_backward(forward, FLAT)
 
     def _write(self, traced: ExportedProgram, name: str, backend: str) -> tuple[str, int]:
         """Writes one program; its file's name and the bytes that it reserves."""
@@ -208,7 +219,7 @@ class ProgramWriter:
                 config = exir.ExecutorchBackendConfig(external_constants=lambda node: frozen.get(node.name))
                 program = edge.to_executorch(config=config)
             except Exception as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[-1]
+                reason = _reason(error)
                 raise ExportError(
                     f"ExecuTorch cannot take the {name} program: {reason}",
                     hint="export for ONNX alone (--target onnx --target step); --debug shows all of it",
@@ -230,8 +241,16 @@ class ProgramWriter:
         return found
 
 
+def _reason(error: Exception) -> str:
+    """The last line of the first failure: ExecuTorch's messages may hold whole graphs."""
+    while error.__cause__ is not None and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    return f"{lines[-1]:.300}"
+
+
 def _prepare(program: ExportedProgram, backend: str) -> ExportedProgram:
-    drop_idle(program)
+    reshape_weights(drop_idle(program))
     return program if backend == "portable" else batch_products(program)
 
 
@@ -252,10 +271,10 @@ def tensor_file(tensors: Mapping[str, np.ndarray]) -> bytes:
             "float32": ScalarType.FLOAT, "int32": ScalarType.INT, "int64": ScalarType.LONG,
             "int8": ScalarType.CHAR, "uint8": ScalarType.BYTE, "bool": ScalarType.BOOL,
         }  # fmt: skip
-        buffers: list[bytes] = []
+        buffers: dict[bytes, int] = {}  # one tensor may be held in several shapes
         entries = {}
         for name, value in tensors.items():
             layout = TensorLayout(kinds[value.dtype.name], list(value.shape), list(range(value.ndim)))
-            entries[name] = DataEntry(len(buffers), _ALIGNMENT, layout)
-            buffers.append(np.ascontiguousarray(value).tobytes())
-        return bytes(FlatTensorSerializer().serialize(DataPayload(buffers, entries)))
+            place = buffers.setdefault(np.ascontiguousarray(value).tobytes(), len(buffers))
+            entries[name] = DataEntry(place, _ALIGNMENT, layout)
+        return bytes(FlatTensorSerializer().serialize(DataPayload(list(buffers), entries)))

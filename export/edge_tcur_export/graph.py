@@ -6,8 +6,11 @@ in which `bundle.build` calls them. Each has its test in tests/export/test_graph
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,6 +20,7 @@ from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export.failures import EAGER
 from edge_tcur_export.operators import remember_modules
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import PREFIX, TARGETS, Traced
@@ -65,7 +69,7 @@ def to_graph(traced: Traced) -> ir.Model:
 
 def _convert(program: ExportedProgram) -> ir.Model:
     try:
-        with quiet_torch():
+        with quiet_torch(), _one_registry():
             converted = torch.onnx.export(
                 _without_idle_decomposition(program),
                 dynamo=True,
@@ -75,14 +79,39 @@ def _convert(program: ExportedProgram) -> ir.Model:
             )
     except torch.onnx.errors.OnnxExporterError as error:
         missing = _MISSING.search(str(error))
+        fused = missing is not None and "attention" in missing[1]
         raise ExportError(
             f"torch's operator {missing[1]} has no ONNX form"
             if missing
             else "torch.onnx cannot convert the model",
-            hint="replace it in the model by operators that have one; --debug shows torch's own report",
+            hint=EAGER
+            if fused
+            else "replace it in the model by operators that have one; --debug shows torch's own report",
         ) from error
     assert converted is not None
     return converted.model
+
+
+@functools.cache
+def _registry() -> Any:
+    """torch's operators that have an ONNX form; making it reads the source of each."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    return ONNXRegistry.from_torchlib(opset_version=OPSET)
+
+
+@contextmanager
+def _one_registry() -> Iterator[None]:
+    """Lets the exporter use `_registry`: which it would make at each conversion."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    made = _registry()
+    original = ONNXRegistry.__dict__["from_torchlib"]
+    setattr(ONNXRegistry, "from_torchlib", staticmethod(lambda **_: made))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(ONNXRegistry, "from_torchlib", original)  # noqa: B010
 
 
 def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
@@ -93,10 +122,9 @@ def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:
     usually left none. A program with any such operator is returned as it is.
     """
     from torch.export.experimental import _copy_graph_module_and_signature
-    from torch.onnx._internal.exporter import _decomp, _registration
+    from torch.onnx._internal.exporter import _decomp
 
-    registry = _registration.ONNXRegistry().from_torchlib(opset_version=OPSET)
-    known = {*_decomp.get_onnx_implemented_overloads(registry), *_ASSERTIONS}
+    known = {*_decomp.get_onnx_implemented_overloads(_registry()), *_ASSERTIONS}
     targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
     if any(isinstance(target, torch._ops.OperatorBase) and target not in known for target in targets):
         return program

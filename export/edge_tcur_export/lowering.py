@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 
 from edge_tcur.models.quiet import import_quietly
 from edge_tcur_export.quiet import quiet_torch
@@ -49,6 +50,56 @@ def drop_idle(program: ExportedProgram) -> ExportedProgram:
     graph.eliminate_dead_code()
     program.graph_module.recompile()
     return program
+
+
+_VIEWS = (
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.flatten.using_ints,
+)
+
+
+def reshape_weights(program: ExportedProgram) -> ExportedProgram:
+    """Keeps no view of a frozen tensor: ExecuTorch cannot emit one of a tensor that lies in another file.
+
+    A tensor that is only read in one other shape is held in that shape, under a name of its own. One that is
+    read in several (the kernel of an adapted convolution, whose columns are picked from a matrix) is copied
+    while the program runs.
+    """
+    graph, signature = program.graph_module.graph, program.graph_signature
+    for spec in signature.input_specs:
+        if spec.kind is not InputKind.BUFFER:
+            continue
+        weight = next(node for node in graph.nodes if node.op == "placeholder" and node.name == spec.arg.name)
+        views = [user for user in weight.users if user.target in _VIEWS]
+        shapes = {tuple(view.meta["val"].shape) for view in views}
+        if len(views) == len(weight.users) and len(shapes) == 1:
+            spec.target = _hold_in(program, str(spec.target), shapes.pop())
+            weight.meta = {**weight.meta, "val": views[0].meta["val"]}
+            for view in views:
+                view.replace_all_uses_with(weight)
+                graph.erase_node(view)
+        else:
+            _copy_for(graph, weight, views)
+    program.graph_module.recompile()
+    return program
+
+
+def _hold_in(program: ExportedProgram, target: str, shape: tuple[int, ...]) -> str:
+    """Reshapes a frozen tensor of a program; its new name."""
+    named = f"{target}_{'x'.join(map(str, shape))}"
+    held = program.state_dict if target in program.state_dict else program.constants
+    held[named] = held[target].reshape(shape)
+    del held[target]
+    return named
+
+
+def _copy_for(graph: fx.Graph, weight: fx.Node, views: Sequence[fx.Node]) -> None:
+    for view in views:
+        with graph.inserting_before(view):
+            copy = graph.call_function(torch.ops.aten.clone.default, (weight,))
+        copy.meta = dict(weight.meta)
+        view.replace_input_with(weight, copy)
 
 
 def batch_products(program: ExportedProgram) -> ExportedProgram:
@@ -94,6 +145,8 @@ def drop_copies(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if node.op != "call_function" or _short_name(node) not in _COPIES:
             continue
+        if node.args[0].op == "placeholder" and any(_short_name(user) == "view_copy" for user in node.users):
+            continue  # see `reshape_weights`
         before, after = node.args[0].meta["val"], node.meta["val"]
         if before.shape == after.shape and before.dtype == after.dtype:
             node.replace_all_uses_with(node.args[0])

@@ -58,24 +58,26 @@ class QuantizedBase:
         return WeightTable(self.weights.values())
 
     def place(self, parameter: str, shape: tuple[int, int], offsets: Mapping[str, int]) -> TensorPlace:
-        """Where an adapted weight lies.
+        """Where an adapted weight lies: of a linear layer transposed, of a convolution as it is.
 
         Args:
-            shape: as stored, [n2, n1].
+            shape: n1 and n2 of its matrix.
             offsets: of `BaseFile`.
 
         Raises:
             ExportError: it is in none of the graphs.
         """
-        name, _ = stored_weight(parameter)
+        name, plain = stored_weight(parameter)
         if name + VALUES in offsets:
             block = BLOCK if self.precision == INT4 else None
             return TensorPlace(
-                offsets[name + VALUES], self.precision, shape, True, offsets[name + SCALES], block
+                offsets[name + VALUES], self.precision, shape[::-1], True, offsets[name + SCALES], block
             )
-        if name not in offsets:
-            raise ExportError(f"the weight {parameter} did not come out as a tensor of the graph")
-        return TensorPlace(offsets[name], "float32", shape, True)
+        if name in offsets:
+            return TensorPlace(offsets[name], "float32", shape[::-1], True)
+        if plain in offsets:
+            return TensorPlace(offsets[plain], "float32", shape, False)
+        raise ExportError(f"the weight {parameter} did not come out as a tensor of the graph")
 
 
 def quantize_base(base: Base, precision: str, trained: Collection[str]) -> QuantizedBase:

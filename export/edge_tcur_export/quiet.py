@@ -1,38 +1,15 @@
-"""torch's exporters, made quiet, and their failures explained in the user's terms."""
+"""torch's exporters, made quiet."""
 
 from __future__ import annotations
 
 import logging
 import sys
-import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import Any, TextIO, cast
 
-import torch
-from torch.export import ExportedProgram
-
-import edge_tcur
-from edge_tcur.errors import ExportError
-
 _LOGGERS = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch.onnx")
-
-
-def explained(action: Callable[[], ExportedProgram], what: str, hint: str) -> ExportedProgram:
-    """Does `action`, quietly.
-
-    Raises:
-        ExportError: it failed; names the reason, and the file and line of the model where it did.
-    """
-    try:
-        with quiet_torch():
-            return action()
-    except Exception as error:
-        raise ExportError(
-            f"torch.export cannot trace {what}: {_summary(error)}", where=_place(error), hint=hint
-        ) from error
 
 
 class _WithoutGraphs:
@@ -68,27 +45,3 @@ def quiet_torch() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _summary(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
-def _place(error: Exception) -> str | None:
-    """File and line of the last frame that is neither torch's, nor ours, nor Python's own."""
-    place, trace = None, error.__traceback__
-    while trace is not None:
-        path = Path(trace.tb_frame.f_code.co_filename)
-        if path.is_file() and not _is_machinery(path):
-            place = f"{path}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return place
-
-
-def _is_machinery(path: Path) -> bool:
-    own = (Path(torch.__file__).parent, Path(edge_tcur.__file__).parent, Path(__file__).parent)
-    python = Path(sysconfig.get_path("stdlib"))
-    return any(path.is_relative_to(root) for root in own) or (
-        path.is_relative_to(python) and "site-packages" not in path.relative_to(python).parts
-    )

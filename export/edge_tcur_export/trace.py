@@ -7,14 +7,15 @@ core and rank stay free in the exported graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree
 
 from edge_tcur.errors import ExportError
@@ -25,7 +26,10 @@ from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
-from edge_tcur_export.quiet import explained
+from edge_tcur_export.convolution import FrozenConvolution, FrozenLayer, Parts, Update, Updates
+from edge_tcur_export.decompositions import BACKWARD, Table
+from edge_tcur_export.failures import explained, explained_backward
+from edge_tcur_export.rewrites import rewrite
 from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 
 # core [n3, r, r] and the frozen factors: rows, cols int32 [b, r], or left [n3, n1, r], right [n3, r, n2]
@@ -34,59 +38,46 @@ PREFIX = "model."  # what `FactorModel` puts before the names of the base
 TARGETS = "labels"  # name of the targets in every graph
 OUTPUTS = ("loss", "logits", "metric")  # of the forward pass, before any gradients
 EXAMPLE_LENGTH = 16  # tokens of an example, where the base takes as many
-_FORWARD_HINT = (
-    "control flow that depends on tensor values, and fused attention, cannot be traced: "
-    "write attention out (attn_implementation='eager') and use tensor operations"
-)
-_BACKWARD_HINT = (
-    "an operator has no backward, or one that cannot be decomposed; replace it, "
-    "or export for inference alone with --target onnx"
-)
-
-
-class _Update(Protocol):
-    """What the layers of one group share during one call of `FactorModel.forward`."""
-
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        """The update [tokens, n1] of one layer from its input [tokens, n2]."""
-        ...
 
 
 class _Coupled:
     """Slices that a transform couples: the factored form."""
 
-    def __init__(self, group: Group, transform: str, weights_t: list[Tensor], factors: GroupFactors) -> None:
+    def __init__(
+        self, group: Group, transform: str, layers: Sequence[FrozenLayer], factors: GroupFactors
+    ) -> None:
         core, rows, cols = factors
         self._size = group.size
         self._constants = coupling_constants(transform, group.size)
         self._blocks = []
         for block in range(group.blocks):
             part = slice(block * group.size, (block + 1) * group.size)
-            own = weights_t[part]
-            rows_t = torch.cat([weight.index_select(1, rows[block]) for weight in own], dim=1)
-            columns_t = torch.cat([weight.index_select(0, cols[block]) for weight in own], dim=0)
+            own = layers[part]
+            rows_t = torch.cat([layer.rows_t(rows[block]) for layer in own], dim=1)
+            columns_t = torch.cat([layer.columns_t(cols[block]) for layer in own], dim=0)
             self._blocks.append((core if group.blocks == 1 else core[part], rows_t, columns_t))
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
+    def parts(self, position: int) -> Parts:
+        """See `Update`."""
         block, place = divmod(position, self._size)
         core, rows_t, columns_t = self._blocks[block]
-        return apply_update(x, rows_t, coupling_matrix(core, self._constants[place]), columns_t)
+        return rows_t, coupling_matrix(core, self._constants[place]), columns_t
 
 
 class _Alone:
     """Slices alone, in factored form: the gather trick of training (`edge_tcur.method.forms`) would put a
     scatter into the backward graph, which costs more than the r features and which few providers have."""
 
-    def __init__(self, group: Group, weights_t: list[Tensor], factors: GroupFactors) -> None:
+    def __init__(self, group: Group, layers: Sequence[FrozenLayer], factors: GroupFactors) -> None:
         self._core, self._rows, self._cols = factors
         self._size = group.size
-        self._weights_t = weights_t
+        self._layers = layers
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        block, weight_t = position // self._size, self._weights_t[position]
-        rows_t = weight_t.index_select(1, self._rows[block])
-        columns_t = weight_t.index_select(0, self._cols[block])
-        return apply_update(x, rows_t, self._core[position].T, columns_t)
+    def parts(self, position: int) -> Parts:
+        """See `Update`."""
+        block, layer = position // self._size, self._layers[position]
+        rows_t, columns_t = layer.rows_t(self._rows[block]), layer.columns_t(self._cols[block])
+        return rows_t, self._core[position].T, columns_t
 
 
 class _Sketched:
@@ -95,20 +86,12 @@ class _Sketched:
     def __init__(self, factors: GroupFactors) -> None:
         self._core, self._left, self._right = factors
 
-    def __call__(self, x: Tensor, position: int) -> Tensor:
-        right_t, left_t = self._right[position].T, self._left[position].T
-        return apply_update(x, right_t, self._core[position].T, left_t)
+    def parts(self, position: int) -> Parts:
+        """See `Update`."""
+        return self._right[position].T, self._core[position].T, self._left[position].T
 
 
-class _Updates:
-    """Group name -> update during one call. A class of its own: torch.export puts copies in the place
-    of a module's plain dicts after tracing, and the layers would then look into another one."""
-
-    def __init__(self) -> None:
-        self.by_group: dict[str, _Update] = {}
-
-
-class FrozenLinear(nn.Module):
+class FrozenLinear(FrozenLayer):
     """A linear layer with its weight stored transposed, and its group's update where it has one."""
 
     weight_t: Tensor
@@ -119,11 +102,14 @@ class FrozenLinear(nn.Module):
         self.register_buffer("weight_t", view.matrix(linear).detach().T.contiguous())
         bias = cast("Tensor | None", linear.bias)
         self.register_buffer("bias", None if bias is None else bias.detach())
-        self._update: tuple[_Updates, str, int] | None = None
 
-    def adapt(self, updates: _Updates, group: str, position: int) -> None:
-        """Adds slice `position` of `group`'s update, looked up in `updates` at each call."""
-        self._update = (updates, group, position)
+    def rows_t(self, rows: Tensor) -> Tensor:
+        """See `FrozenLayer`."""
+        return self.weight_t.index_select(1, rows)
+
+    def columns_t(self, cols: Tensor) -> Tensor:
+        """See `FrozenLayer`."""
+        return self.weight_t.index_select(0, cols)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n2] -> [..., n1]. Works on rows: each product of a tensor of more axes would be traced with
@@ -132,9 +118,9 @@ class FrozenLinear(nn.Module):
         output = rows @ self.weight_t
         if self.bias is not None:
             output = output + self.bias
-        if self._update is not None:
-            updates, group, position = self._update
-            output = output + updates.by_group[group](rows, position)
+        parts = self.update()
+        if parts is not None:
+            output = output + apply_update(rows, *parts)
         return output if x.dim() == 2 else output.reshape(*x.shape[:-1], output.shape[-1])
 
 
@@ -153,8 +139,8 @@ class FactorModel(nn.Module):
         self.model = base.model
         self._task = task
         self._extras = tuple(base.extra_parameters(config.modules_to_save))
-        self._updates = _Updates()
-        self._layers: dict[str, list[FrozenLinear]] = {}
+        self._updates = Updates()
+        self._layers: dict[str, list[FrozenLayer]] = {}
         self._groups = {group.name: group for group in groups}
         self._config = config
         for name, module in list(self.model.named_modules()):
@@ -162,7 +148,7 @@ class FactorModel(nn.Module):
             if isinstance(view, View) and view.is_linear and f"{name}.weight" not in self._extras:
                 _set_module(self.model, name, FrozenLinear(module, view))
         for group in groups:
-            layers = [_frozen_linear(self.model, name) for name in group.modules]
+            layers = [_frozen_layer(self.model, name) for name in group.modules]
             self._layers[group.name] = layers
             for position, layer in enumerate(layers):
                 layer.adapt(self._updates, group.name, position)
@@ -186,29 +172,25 @@ class FactorModel(nn.Module):
     ) -> Tensor:
         """Outputs of the base under the factors and extras."""
         for group, layers in self._layers.items():
-            self._updates.by_group[group] = self._update(
-                self._groups[group], [layer.weight_t for layer in layers], factors[group]
-            )
+            self._updates.by_group[group] = self._update(self._groups[group], layers, factors[group])
         outputs: Tensor = torch.func.functional_call(self.model, extras, kwargs=inputs)
         self._updates.by_group.clear()
         return outputs
 
-    def _update(self, group: Group, weights_t: list[Tensor], factors: GroupFactors) -> _Update:
+    def _update(self, group: Group, layers: Sequence[FrozenLayer], factors: GroupFactors) -> Update:
         if self._config.frame == SKETCH:
             return _Sketched(factors)
         if self._config.domain == "identity" or group.size == 1:
-            return _Alone(group, weights_t, factors)
-        return _Coupled(group, self._config.domain, weights_t, factors)
+            return _Alone(group, layers, factors)
+        return _Coupled(group, self._config.domain, layers, factors)
 
 
-def _frozen_linear(model: nn.Module, name: str) -> FrozenLinear:
+def _frozen_layer(model: nn.Module, name: str) -> FrozenLayer:
+    """The layer of that name; a convolution, which only an update makes another module, is replaced."""
     module = model.get_submodule(name)
-    if not isinstance(module, FrozenLinear):
-        raise ExportError(
-            f"the update of a {type(module).__name__} has no form in the graphs yet; linear layers have one",
-            where=name,
-            hint="train with --targets that name linear layers only",
-        )
+    if not isinstance(module, FrozenLayer):
+        module = FrozenConvolution(module)
+        _set_module(model, name, module)
     return module
 
 
@@ -334,7 +316,8 @@ def _dynamic_shapes(base: Base, groups: tuple[Group, ...], task: Task, example: 
     dynamic = free_axes(base, {"batch": 2**16})
     factors: dict[str, tuple[dict[int, Any], ...]] = {}
     for position, group in enumerate(groups):
-        rank = Dim(f"rank_{position}", min=1, max=min(group.n1, group.n2))
+        largest = min(group.n1, group.n2)  # a weight of one row or column has one rank
+        rank = Dim(f"rank_{position}", min=1, max=largest) if largest > 1 else None
         indices = example.parts == factor_parts("raw")
         factors[group.name] = ({1: rank, 2: rank}, {1 if indices else 2: rank}, {1: rank})
     inputs = {name: dynamic(spec.shape) for name, spec in base.inputs.items()}
@@ -376,20 +359,40 @@ def trace_program(model: nn.Module, arguments: tuple[Any, ...], shapes: tuple[An
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
-    return explained(export, "the model", _FORWARD_HINT)
+    return rewrite(explained(export, model))
 
 
-def trace_backward(program: ExportedProgram) -> ExportedProgram:
+def trace_backward(program: ExportedProgram, table: Table | None = None) -> ExportedProgram:
     """The joint program of a traced one: its outputs, the first of them the loss, and then the gradients.
+
+    Args:
+        table: decompositions besides torch's core ones and `BACKWARD`.
 
     Raises:
         ExportError: an operator of the model has no backward that can be traced.
     """
-    from torch.export.experimental import _export_forward_backward
+    return explained_backward(lambda: _joint(program, BACKWARD | (table or {})), program)
 
-    return explained(
-        lambda: _export_forward_backward(program), "the backward pass of the model", _BACKWARD_HINT
-    )
+
+def _joint(program: ExportedProgram, table: Table) -> ExportedProgram:
+    """What `torch.export.experimental._export_forward_backward` does, which takes no decompositions."""
+    from torch._decomp import core_aten_decompositions
+    from torch.export import experimental
+    from torch.export.exported_program import _decompose_exported_program
+
+    # Fused attention that a model calls for has a backward without decomposition; this way has one.
+    with sdpa_kernel(SDPBackend.MATH):
+        joint = _decompose_exported_program(
+            program,
+            cia_to_decomp={},
+            python_decomp_table={**core_aten_decompositions(), **table},
+            joint_loss_index=0,
+            decompose_custom_triton_ops=False,
+        )
+    module, signature = experimental._copy_graph_module_and_signature(joint)
+    experimental._remove_detach_pass(module, signature)
+    result: ExportedProgram = joint._update(module, signature)
+    return result
 
 
 def trace_step(forward: Traced, example: Example) -> Traced:
@@ -423,6 +426,7 @@ def _gradient_order(program: ExportedProgram, signature: Signature) -> list[str]
 
 
 def stored_weight(parameter: str) -> tuple[str, str]:
-    """The graph's names of a parameter of the base: stored transposed, and stored as it is."""
+    """The graph's names of an adapted parameter of the base: stored transposed (linear layers), and stored
+    as it is (convolutions)."""
     module = parameter.removesuffix(".weight")
     return f"{PREFIX}{module}.weight_t", f"{PREFIX}{parameter}"

@@ -19,6 +19,7 @@ from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import bundle as bundles
 from edge_tcur_export.bundle import export_run
+from edge_tcur_export.graph import to_graph
 from edge_tcur_export.ort_training import _failure
 from edge_tcur_export.parity import verify_bundle
 from edge_tcur_export.settings import TARGETS, ExportSettings
@@ -40,6 +41,32 @@ class Branch(nn.Module):
 class RunningSum(nn.Module):
     def forward(self, x):
         return torch.cumsum(x, 1)
+
+class FixedBatch(nn.Module):
+    def forward(self, x):
+        return x.reshape(3, 16) * 2.0  # the line that fixes the batch
+
+class Values(nn.Module):
+    def forward(self, x):
+        return x + torch.from_numpy(x.detach().numpy())
+
+class Attention(nn.Module):
+    def forward(self, x):
+        y = x.reshape(-1, 1, 4, 4)
+        return torch.nn.functional.scaled_dot_product_attention(y, y, y).reshape(-1, 16)
+
+class Flash(nn.Module):
+    def forward(self, x):
+        y = x.reshape(-1, 1, 4, 4)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(y, y, y)[0].reshape(-1, 16)
+
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return torch.tanh(x)
 
 class Bessel(nn.Module):
     def forward(self, x):
@@ -77,6 +104,11 @@ class Convolutional(Net):
 def plain(): return Net(nn.Tanh())
 def convolutional(): return Convolutional()
 def branch(): return Net(Branch())
+def fixed_batch(): return Net(FixedBatch())
+def values(): return Net(Values())
+def attention(): return Net(Attention())
+def flash(): return Net(Flash())
+def idle(): return Net(Idle())
 def softplus(): return Net(nn.Softplus())
 def running_sum(): return Net(RunningSum())
 def bessel(): return Net(Bessel())
@@ -163,8 +195,8 @@ def test_a_model_that_cannot_be_traced(run_of, workshop, tmp_path, capfd):
     run = run_of("branch")
     capfd.readouterr()
     error = refused(run, tmp_path / "bundle", ExportError, "torch.export cannot trace the model: ")
-    line = MODEL.splitlines().index("        if x.sum() > 0:  # the line that cannot be traced") + 1
-    assert error.where == f"{workshop / 'export_models.py'}:{line}"
+    assert error.where == line_of(workshop, "        if x.sum() > 0:  # the line that cannot be traced")
+    assert error.message.endswith("in the module module.between (Branch)")
     assert "control flow" in error.hint
     assert error.exit_code == 4
     assert capfd.readouterr() == ("", "")  # torch prints its graph and a warning
@@ -184,32 +216,75 @@ def test_an_operator_without_gradient_in_onnx_runtime_training(run_of, tmp_path,
     assert report.parity["step"]["gradients"] <= 1e-3
 
 
-def test_a_convolution_that_is_adapted(run_of, tmp_path):
-    """It trains, but its update has no form in the graphs; one that is left alone is exported."""
-    run = run_of("convolutional", targets="*.stem,*.blocks.*", rank=1)
-    assert set(run.adapter().factors) == {"module.stem", "module.blocks"}
-    error = refused(run, tmp_path / "bundle", ExportError, "update of a Conv2d has no form in the graphs")
-    assert (error.where, "--targets" in error.hint) == ("module.stem", True)
-    report = export_run(run_of("convolutional"), tmp_path / "bundle", ExportSettings(("onnx",)))
-    assert report.parity["infer"]["outputs"] <= 1e-4
-
-
 def test_an_operator_without_onnx_form(run_of, tmp_path):
     error = refused(run_of("detached"), tmp_path / "bundle", ExportError, "bessel_j0 has no ONNX form")
     assert error.hint
 
 
-def test_an_operator_without_backward(workshop, monkeypatch):
+@pytest.fixture
+def traced(workshop, monkeypatch):
+    """Base, model and traced forward pass of a function of `MODEL`."""
     monkeypatch.chdir(workshop)
-    task = find_task(IMAGE)
-    base = load_base("export_models:bessel", task, ("0", "1", "2"), {})
-    config = TCurConfig(rank=2)
-    groups = find_targets(base.model, config).groups
-    example = make_example(base, groups, lambda group: 2, batch=3, seed=0, config=config)
-    forward = trace_forward(FactorModel(base, groups, task, config), base, groups, task, example)
-    with pytest.raises(ExportError, match="cannot trace the backward pass of the model: ") as caught:
+
+    def call(function):
+        task, config = find_task(IMAGE), TCurConfig(rank=2, targets="*.blocks.*")
+        base = load_base(f"export_models:{function}", task, ("0", "1", "2"), {})
+        groups = find_targets(base.model, config).groups
+        example = make_example(base, groups, lambda group: 2, task=task, batch=3, seed=0, config=config)
+        model = FactorModel(base, groups, task, config)
+        return trace_forward(model, base, groups, task, example), example
+
+    return call
+
+
+def line_of(workshop, text):
+    return f"{workshop / 'export_models.py'}:{MODEL.splitlines().index(text) + 1}"
+
+
+def test_an_operator_without_backward(traced, workshop):
+    forward, example = traced("bessel")
+    with pytest.raises(ExportError, match=r"backward pass of the model: aten\.special_bessel_j0") as caught:
         trace_step(forward, example)
+    assert "in the module module.between (Bessel)" in caught.value.message
+    assert caught.value.where.startswith(str(workshop / "export_models.py"))
     assert "--target onnx" in caught.value.hint
+
+
+def test_a_model_that_works_for_one_batch_size(traced, workshop):
+    with pytest.raises(ExportError, match="works for one size of batch alone, in the module") as caught:
+        traced("fixed_batch")
+    assert "module.between (FixedBatch)" in caught.value.message
+    assert caught.value.where == line_of(
+        workshop, "        return x.reshape(3, 16) * 2.0  # the line that fixes the batch"
+    )
+    assert "write -1 or x.shape[...]" in caught.value.hint
+
+
+def test_a_model_that_leaves_torch(traced):
+    with pytest.raises(ExportError, match=r"in the module module\.between \(Values\)") as caught:
+        traced("values")
+    assert "stay in torch" in caught.value.hint
+
+
+def test_fused_attention_that_slips_through(traced):
+    step = trace_step(*traced("attention"))
+    names = {str(node.target) for node in step.program.graph.nodes}
+    assert not [name for name in names if "scaled_dot_product" in name]
+    to_graph(step)
+
+
+def test_a_fused_kernel_that_is_called_by_its_name(traced):
+    step = trace_step(*traced("flash"))
+    with pytest.raises(ExportError, match=r"flash_attention.* has no ONNX form") as caught:
+        to_graph(step)
+    assert "attn_implementation='eager'" in caught.value.hint
+
+
+def test_a_module_that_the_loss_does_not_depend_on(run_of, tmp_path):
+    run = run_of("idle", targets="*.blocks.*", modules_to_save="*.between")
+    error = refused(run, tmp_path / "bundle", ExportError, "no gradient, because the loss does not depend")
+    assert "module.between.unused.weight" in error.message
+    assert "(a buffer)" in error.hint
 
 
 def test_a_graph_that_does_not_agree_with_torch(run_of, tmp_path, monkeypatch):

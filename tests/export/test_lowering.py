@@ -12,6 +12,7 @@ from edge_tcur_export.lowering import (
     import_executorch,
     left_over,
     lower,
+    reshape_weights,
     xnnpack,
 )
 from edge_tcur_export.quiet import quiet_torch
@@ -138,3 +139,39 @@ def test_aliases_and_assertions_go():
     assert [spec.arg.name for spec in program.graph_signature.output_specs] == names
     for found, expected in zip(program.module()(x), (x * 2, x * 2 + 1), strict=True):
         assert torch.equal(found, expected)
+
+
+class Seen(nn.Module):
+    """Reads a frozen tensor in another shape, and in its own too where `both` says so."""
+
+    def __init__(self, both):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+        self.both = both
+
+    def forward(self, x):
+        y = x * self.weight.reshape(2, 12)
+        return y + self.weight.sum() if self.both else y
+
+
+def external(program):
+    """Program and data of a lowered program whose buffers lie in another file."""
+    exir = import_executorch()
+    with quiet_torch():
+        edge = lower(program, ())
+        frozen = set(edge.exported_program().graph_signature.inputs_to_buffers)
+        place = lambda node: "base" if node.name in frozen else None  # noqa: E731
+        return edge.to_executorch(exir.ExecutorchBackendConfig(external_constants=place))
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_frozen_tensor_that_is_read_in_another_shape(both):
+    module, x = Seen(both), torch.randn(2, 12)
+    with pytest.raises(Exception, match="Failed with error"):
+        external(traced(module, x))
+    program = reshape_weights(drop_idle(traced(module, x)))
+    names = list(program.state_dict)
+    assert names == (["weight"] if both else ["weight_2x12"])
+    assert operators(program).count("aten.clone") == 0 or both
+    assert external(program).buffer
+    torch.testing.assert_close(program.module()(x), module(x))

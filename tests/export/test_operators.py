@@ -39,6 +39,37 @@ for op in sys.argv[1:]:
             refused.append(op)
 print(json.dumps(refused))
 """
+# A gradient is written, and no training session can be made of it.
+TRANSPOSED = """
+import contextlib, io, os, sys, tempfile, warnings
+warnings.simplefilter("ignore")
+sys.modules["torch"] = None
+from edge_tcur_runtime.engines.ort_training import import_training_api
+api = import_training_api()
+from onnxruntime.training import artifacts
+import onnx.parser
+model = onnx.parser.parse_model(
+    '<ir_version: 10, opset_import: ["" : 20]> g (float[b, 4] x) => (float loss)'
+    ' <float[4, 4] w = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1}, int64[4] s = {-1, 1, 2, 2},'
+    ' float[1, 1, 2, 2] k = {1, 2, 3, 4}>'
+    ' { h = MatMul(x, w)  r = Reshape(h, s)  c = ConvTranspose(r, k)  loss = ReduceMean <keepdims = 0> (c) }'
+)
+for place, node in enumerate(model.graph.node):
+    node.name = f"n{place}"
+with tempfile.TemporaryDirectory() as work:
+    with contextlib.redirect_stdout(io.StringIO()):
+        artifacts.generate_artifacts(model, requires_grad=["w"], artifact_directory=work)
+    for name in ("training_model.onnx", "eval_model.onnx"):
+        graph = onnx.load(f"{work}/{name}")
+        graph.ir_version = 10
+        onnx.save(graph, f"{work}/{name}")
+    from onnxruntime.training.api import CheckpointState, Module
+    state = CheckpointState.load_checkpoint(f"{work}/checkpoint")
+    try:
+        Module(f"{work}/training_model.onnx", state, f"{work}/eval_model.onnx")
+    except RuntimeError as error:
+        print("ConvTransposeGrad" in str(error) and "Could not find an implementation" in str(error))
+"""
 DIFFERENTIABLE = ("Abs", "Cos", "Erf", "Exp", "Gelu", "LeakyRelu", "Log", "LogSoftmax", "Reciprocal",
                   "Relu", "ReduceL2", "ReduceSum", "Sigmoid", "Sin", "Softmax", "Sqrt", "Tanh")  # fmt: skip
 SINGLE_INPUT = (
@@ -63,6 +94,12 @@ def test_the_table_says_what_the_library_does():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == list(SINGLE_INPUT)
+
+
+def test_the_gradient_of_a_transposed_convolution_has_no_kernel():
+    assert "ConvTranspose" in NO_GRADIENT
+    done = subprocess.run([sys.executable, "-c", TRANSPOSED], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["True"], done.stdout + done.stderr
 
 
 def test_only_nodes_between_a_trained_value_and_the_loss_count():

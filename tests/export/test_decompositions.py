@@ -1,0 +1,66 @@
+"""Operators written in others, against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edge_tcur_export.decompositions import convolution_backward, flat_convolution
+
+aten = torch.ops.aten
+
+
+@st.composite
+def convolutions(draw, dimensions=(1, 2, 3)):
+    """Input, weight and settings of a convolution."""
+    axes = draw(st.sampled_from(dimensions))
+    transposed, groups = draw(st.booleans()), draw(st.sampled_from([1, 2]))
+
+    def each(low, high):
+        return [draw(st.integers(low, high)) for _ in range(axes)]
+
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    padding = [draw(st.integers(0, min(2, d * (k - 1)))) for k, d in zip(kernel, dilation, strict=True)]
+    extra = [draw(st.integers(0, max(s, d) - 1)) if transposed else 0
+             for s, d in zip(stride, dilation, strict=True)]  # fmt: skip
+    sizes = [d * (k - 1) + 1 + more for k, d, more in zip(kernel, dilation, each(0, 4), strict=True)]
+    channels, filters = 2 * draw(st.integers(1, 2)), 2 * draw(st.integers(1, 2))
+    shape = (channels, filters // groups) if transposed else (filters, channels // groups)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    x = torch.randn(draw(st.integers(1, 3)), channels, *sizes, generator=generator, dtype=torch.float64)
+    weight = torch.randn(*shape, *kernel, generator=generator, dtype=torch.float64)
+    bias = torch.randn(filters, generator=generator, dtype=torch.float64)
+    return x, weight, bias, (stride, padding, dilation, transposed, extra, groups)
+
+
+@settings(max_examples=80, deadline=None)
+@given(convolutions())
+def test_the_backward_of_a_convolution(case):
+    x, weight, bias, options = case
+    gradient = torch.randn_like(aten.convolution(x, weight, bias, *options))
+    arguments = (gradient, x, weight, [len(bias)], *options)
+    expected = aten.convolution_backward(*arguments, [True, True, True])
+    found = convolution_backward(*arguments, [True, True, True])
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    only = convolution_backward(*arguments, [True, False, False])
+    assert only[1] is only[2] is None
+    torch.testing.assert_close(only[0], expected[0], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(convolutions(dimensions=(3,)), st.booleans())
+def test_a_convolution_over_three_axes_by_one_over_two(case, biased):
+    x, weight, bias, options = case
+    arguments = (x, weight, bias if biased else None, *options)
+    expected, found = aten.convolution(*arguments), flat_convolution(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_convolutions_over_fewer_axes_are_left(axes):
+    x, weight = torch.randn(1, 2, *[4] * axes), torch.randn(3, 2, *[2] * axes)
+    options = ([1] * axes, [0] * axes, [1] * axes, False, [0] * axes, 1)
+    assert flat_convolution(x, weight, None, *options) is NotImplemented
