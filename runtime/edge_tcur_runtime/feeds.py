@@ -83,9 +83,13 @@ def facts_of_manifest(manifest: Manifest) -> dict[str, Any]:
 
 
 def fit_digest(base_digest: str, facts: Mapping[str, Any]) -> str:
-    """SHA-256 (hex) over a base's digest and the facts: equal exactly where an adapter fits a bundle."""
+    """16 hex digits over a base's digest and the facts: equal where an adapter fits a bundle.
+
+    A label, not a proof: that an adapter fits is checked when it is there (`check_fit`).
+    """
     document = {"base": base_digest, **facts}
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _apart(actual: object, expected: object) -> tuple[object, object]:

@@ -73,7 +73,6 @@ class Sink:
 
             yield advance
 
-
     @contextmanager
     def transfer(self, label: str) -> Iterator[Callable[[int, int], None]]:
         """A progress bar of a transfer on stderr, shown with its first bytes and only on a terminal.

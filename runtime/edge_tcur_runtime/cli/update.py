@@ -97,9 +97,7 @@ def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:
     return UpdateSettings(personal=Personal(options.pop("personal")), limits=limits, **options)
 
 
-def _install(
-    bundle: Path, name: str | None, store: Path, settings: UpdateSettings, sink: Sink
-) -> Installed:
+def _install(bundle: Path, name: str | None, store: Path, settings: UpdateSettings, sink: Sink) -> Installed:
     from edge_tcur_runtime.formats.adapter import read_bounded
     from edge_tcur_runtime.store import Store
     from edge_tcur_runtime.update.floor import StateFile

@@ -4,14 +4,15 @@ The targets metadata is signed and its size is paid by every device at every cha
 adapters share stand once:
 
     signed["x-edge-tcur"]   {"format_version": 1, "bases": {id: base}, "versions": {name: last used}}
-    base                    {"digest", "fit", "task", "tokenizer"?, "canary"?}
-    target["custom"]        adapter: {"adapter", "version", "channel", "rollout", "base": id, "rank",
-                            "format", "runtime", "metrics", "canary"?, "card"?}
-                            bundle:  {"bundle", "version", "base": digest}
+    base                    {"digest", "tokenizer"?, "canary"?}
+    target["custom"]        adapter: {"base": id, "fit", "task", "rank", "runtime", "channel"?, "rollout"?,
+                            "format"?, "metrics"?, "canary"?, "card"?}
+                            bundle:  {"base": digest}
+    path                    adapters/<name>/<version>.safetensors, bundles/<name>/<version>.json
 
 Signed JSON (OLPC canonical) has no fractions: `rollout` counts hundredths of a percent, canary outputs
-thousandths, metrics are decimal strings. An entry that this version does not understand is skipped with
-the reason; the others stay usable.
+thousandths, metrics are decimal strings. What is left out is stable, for all devices, format 1.
+An entry that this version does not understand is skipped with the reason; the others stay usable.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ FULL_ROLLOUT = 10_000  # hundredths of a percent
 MAX_CANARY = 16  # samples
 _HEX = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}")
+_PATH = re.compile(r"([a-z]+)/([a-z0-9][a-z0-9._-]{0,47})/([1-9][0-9]{0,8})\.([a-z]+)")
 _RUNTIME = re.compile(r"\d{1,5}(\.\d{1,5}){0,3}")
 
 
@@ -43,15 +45,11 @@ class BaseFacts:
 
     Attributes:
         digest: ``sha256:<hex>`` of the base's tensors.
-        fit: digest over groups, labels, task and head (`edge_tcur_runtime.feeds.fit_digest`).
-        task: task name.
         tokenizer: ``sha256:<hex>`` of ``tokenizer.json``; None for images.
         canary: ``sha256:<hex>`` of the canary's inputs; None where none was known.
     """
 
     digest: str
-    fit: str
-    task: str
     tokenizer: str | None = None
     canary: str | None = None
 
@@ -73,12 +71,14 @@ class AdapterFacts:
         channel: one of `CHANNELS`.
         rollout: part of the devices that take it, in hundredths of a percent.
         base: what it fits.
+        fit: 16 hex digits over groups, labels, task and head (`edge_tcur_runtime.feeds.fit_digest`).
+        task: task name.
         rank: the largest rank of its groups.
         format_version: of the adapter file.
         runtime: the least version of edge-tcur-runtime, e.g. ``"0.1.0"``.
         metrics: name -> decimal number, as the publisher measured it.
         canary: expected answers; None where no bundle was given.
-        card: SHA-256 (hex) of its model card; None without.
+        card: the first 32 hex digits of the SHA-256 of its model card; None without.
     """
 
     name: str
@@ -86,6 +86,8 @@ class AdapterFacts:
     channel: str
     rollout: int
     base: BaseFacts
+    fit: str
+    task: str
     rank: int
     format_version: int
     runtime: str
@@ -190,26 +192,27 @@ def serialize_extra(catalogue: Catalogue) -> dict[str, Any]:
 def serialize_adapter_facts(facts: AdapterFacts) -> dict[str, Any]:
     """The custom object of an adapter's target."""
     custom: dict[str, Any] = {
-        "adapter": facts.name,
-        "version": facts.version,
-        "channel": facts.channel,
-        "rollout": facts.rollout,
         "base": base_id(facts.base),
+        "fit": facts.fit,
+        "task": facts.task,
         "rank": facts.rank,
-        "format": facts.format_version,
         "runtime": facts.runtime,
-        "metrics": dict(facts.metrics),
     }
     if facts.canary is not None:
         custom["canary"] = [list(facts.canary.answers), list(facts.canary.outputs)]
-    if facts.card is not None:
-        custom["card"] = facts.card
-    return custom
+    more = {
+        "channel": (facts.channel, CHANNELS[0]),
+        "rollout": (facts.rollout, FULL_ROLLOUT),
+        "format": (facts.format_version, 1),
+        "metrics": (dict(facts.metrics), {}),
+        "card": (facts.card, None),
+    }
+    return custom | {key: value for key, (value, usual) in more.items() if value != usual}
 
 
 def serialize_bundle_facts(facts: BundleFacts) -> dict[str, Any]:
     """The custom object of a bundle's target."""
-    return {"bundle": facts.name, "version": facts.version, "base": facts.base}
+    return {"base": facts.base}
 
 
 def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogue:
@@ -232,56 +235,59 @@ def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogu
     versions = fields.child("versions")
     adapters, bundles, skipped = [], [], {}
     for entry in sorted(entries, key=lambda entry: entry.path):
-        try:
-            custom = Fields(entry.custom if isinstance(entry.custom, dict) else {}, f"{where}: {entry.path}")
-            if entry.path.startswith("bundles/"):
-                bundles.append(BundleOffer(entry, _parse_bundle(custom, entry)))
-            else:
-                adapters.append(Offer(entry, _parse_adapter(custom, entry, bases)))
-        except EdgeError as error:
-            skipped[entry.path] = f"cannot be understood by this version: {error.message}"
+        found = _parse_entry(entry, bases, f"{where}: {entry.path}")
+        if isinstance(found, Offer):
+            adapters.append(found)
+        elif isinstance(found, BundleOffer):
+            bundles.append(found)
+        else:
+            skipped[entry.path] = found
     known = {name: versions.integer(name) for name in versions.mapping_keys()}
     return Catalogue(tuple(adapters), tuple(bundles), skipped, known)
 
 
 def _serialize_base(base: BaseFacts) -> dict[str, str]:
-    parts = {"digest": base.digest, "fit": base.fit, "task": base.task}
     more = {"tokenizer": base.tokenizer, "canary": base.canary}
-    return parts | {key: value for key, value in more.items() if value is not None}
+    return {"digest": base.digest} | {key: value for key, value in more.items() if value is not None}
 
 
 def _parse_base(fields: Fields) -> BaseFacts:
-    fields.only("digest", "fit", "task", "tokenizer", "canary")
-    return BaseFacts(
-        fields.text("digest"),
-        fields.text("fit"),
-        fields.text("task"),
-        fields.optional_text("tokenizer"),
-        fields.optional_text("canary"),
-    )
+    fields.only("digest", "tokenizer", "canary")
+    return BaseFacts(fields.text("digest"), fields.optional_text("tokenizer"), fields.optional_text("canary"))
+
+
+def _parse_entry(entry: Entry, bases: Mapping[str, Fields], where: str) -> Offer | BundleOffer | str:
+    """An offer, or why the entry cannot be understood."""
+    custom = Fields(entry.custom if isinstance(entry.custom, dict) else {}, where)
+    try:
+        if entry.path.startswith("bundles/"):
+            return BundleOffer(entry, _parse_bundle(custom, entry))
+        return Offer(entry, _parse_adapter(custom, entry, bases))
+    except EdgeError as error:
+        return f"cannot be understood by this version: {error.message}"
 
 
 def _parse_adapter(fields: Fields, entry: Entry, bases: Mapping[str, Fields]) -> AdapterFacts:
     fields.only(
-        "adapter", "version", "channel", "rollout", "base", "rank", "format", "runtime", "metrics", "canary",
-        "card",
+        "base", "fit", "task", "rank", "runtime", "channel", "rollout", "format", "metrics", "canary", "card"
     )  # fmt: skip
-    name, version = fields.text("adapter"), fields.integer("version", low=1)
-    _check_entry(entry, adapter_path(name, version), fields.where)
+    name, version = _parse_path(entry, "adapters", "safetensors", fields.where)
     base = bases.get(fields.text("base"))
     if base is None:
         raise FileFormatError("its base is not in the table of bases", where=fields.where)
-    metrics = fields.child("metrics")
     runtime = fields.text("runtime")
     parse_runtime(runtime, fields.where)
+    metrics = Fields({}, "") if fields.is_null("metrics") else fields.child("metrics")
     return AdapterFacts(
         name,
         version,
-        fields.choice("channel", CHANNELS),
-        fields.integer("rollout", high=FULL_ROLLOUT),
+        CHANNELS[0] if fields.is_null("channel") else fields.choice("channel", CHANNELS),
+        FULL_ROLLOUT if fields.is_null("rollout") else fields.integer("rollout", high=FULL_ROLLOUT),
         _parse_base(base),
+        fields.text("fit"),
+        fields.text("task"),
         fields.integer("rank", low=1),
-        fields.integer("format", low=1),
+        1 if fields.is_null("format") else fields.integer("format", low=1),
         runtime,
         {key: metrics.text(key) for key in metrics.mapping_keys()},
         _parse_canary(fields),
@@ -290,14 +296,12 @@ def _parse_adapter(fields: Fields, entry: Entry, bases: Mapping[str, Fields]) ->
 
 
 def _parse_bundle(fields: Fields, entry: Entry) -> BundleFacts:
-    fields.only("bundle", "version", "base")
-    facts = BundleFacts(fields.text("bundle"), fields.integer("version", low=1), fields.text("base"))
-    _check_entry(entry, bundle_path(facts.name, facts.version), fields.where)
-    return facts
+    fields.only("base")
+    return BundleFacts(*_parse_path(entry, "bundles", "json", fields.where), fields.text("base"))
 
 
 def _parse_canary(fields: Fields) -> CanaryAnswers | None:
-    if "canary" not in fields.mapping_keys():
+    if fields.is_null("canary"):
         return None
     parts = fields.items("canary")
     if len(parts) != 2 or not all(isinstance(part, list) and len(part) <= MAX_CANARY for part in parts):
@@ -308,6 +312,9 @@ def _parse_canary(fields: Fields) -> CanaryAnswers | None:
     return CanaryAnswers(tuple(parts[0]), tuple(parts[1]))
 
 
-def _check_entry(entry: Entry, path: str, where: str) -> None:
-    if entry.path != path or not _HEX.fullmatch(entry.sha256):
-        raise FileFormatError(f"expected at {path!r}, with a SHA-256", where=where)
+def _parse_path(entry: Entry, folder: str, ending: str, where: str) -> tuple[str, int]:
+    """Name and version from a target's path."""
+    match = _PATH.fullmatch(entry.path)
+    if match is None or match.group(1, 4) != (folder, ending) or not _HEX.fullmatch(entry.sha256):
+        raise FileFormatError(f"expected {folder}/<name>/<version>.{ending}, with a SHA-256", where=where)
+    return match.group(2), int(match.group(3))

@@ -70,7 +70,8 @@ def refresh(transport: Transport, root: bytes, metadata: Path, limits: Limits) -
         DiskError: the cache cannot be written.
     """
     config = UpdaterConfig(
-        max_root_rotations=limits.root_rotations,
+        # python-tuf counts the roots in its cache too: a device would stop at the 32nd of its life
+        max_root_rotations=limits.root_rotations + _cached_roots(metadata),
         max_delegations=0,  # adapters stand in the targets role itself
         root_max_length=limits.root_bytes,
         timestamp_max_length=limits.timestamp_bytes,
@@ -101,7 +102,8 @@ def read_verified(metadata: Path, limits: Limits) -> Verified:
     ]
     catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
     versions = Versions(
-        *(loaded[role].version for role in ("root", *ROLES)), {role: _keys_of(root, role) for role in ROLES}
+        **{role: loaded[role].version for role in ("root", *ROLES)},
+        keys={role: _keys_of(root, role) for role in ROLES},
     )
     expires = {role: int(signed.expires.timestamp()) for role, signed in loaded.items()}
     issued = timestamp.unrecognized_fields.get(EXTRA, {})
@@ -125,6 +127,10 @@ def _keys_of(root: Root, role: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _cached_roots(metadata: Path) -> int:
+    return sum(1 for _ in (metadata / "root_history").glob("*.root.json"))
+
+
 def _drop_leftovers(metadata: Path) -> None:
     """Removes temporary files that python-tuf leaves where it was killed."""
     for path in metadata.iterdir():
@@ -137,9 +143,7 @@ def _user_error(error: Exception) -> EdgeError:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     kept = "nothing was changed; the adapter in use stays"
     if isinstance(error, ExpiredMetadataError):
-        hint = (
-            "the publisher must sign anew ('edge-tcur publish refresh'), or this device's clock is ahead"
-        )
+        hint = "the publisher must sign anew ('edge-tcur publish refresh'), or this device's clock is ahead"
         return TrustError(f"the repository's metadata has expired: {text}", hint=hint)
     if isinstance(error, DownloadLengthMismatchError):
         return TrustError(f"the server sends more than is allowed: {text}", hint=kept)

@@ -77,7 +77,8 @@ class Deadline:
         left = self._end - time.monotonic()
         if left <= 0:
             raise NetworkError(
-                f"the update did not end within {self.seconds:g} s", hint=f"{_AGAIN}; --deadline allows more time"
+                f"the update did not end within {self.seconds:g} s",
+                hint=f"{_AGAIN}; --deadline allows more time",
             )
         return left
 
@@ -203,7 +204,9 @@ class HttpTransport:
 
     def _body(self, response: http.client.HTTPResponse, url: str, start: int) -> Iterator[bytes]:
         if response.getheader("Content-Encoding", "identity") != "identity":
-            raise NetworkError("the server sends a compressed body", where=url, hint="store files as they are")
+            raise NetworkError(
+                "the server sends a compressed body", where=url, hint="store files as they are"
+            )
         skip = start if response.status != _PARTIAL else 0  # a server without ranges sends all of it
         expected = response.length
         got = 0
@@ -216,7 +219,9 @@ class HttpTransport:
             if chunk[dropped:]:
                 yield chunk[dropped:]
         if expected is not None and got < expected:
-            raise NetworkError(f"the server broke off after {got} of {expected} bytes", where=url, hint=_AGAIN)
+            raise NetworkError(
+                f"the server broke off after {got} of {expected} bytes", where=url, hint=_AGAIN
+            )
 
 
 class FileTransport:
@@ -267,7 +272,7 @@ class CacheTransport(FileTransport):
             yield from self._read(self._root / ".".join(name.split(".")[-2:]), start)
 
 
-class TufFetcher(FetcherInterface):
+class TufFetcher(FetcherInterface):  # type: ignore[misc]
     """python-tuf's view of a transport."""
 
     def __init__(self, transport: Transport) -> None:
@@ -412,4 +417,3 @@ def _network_error(error: Exception, url: str) -> EdgeError:
         return NetworkError("the server does not answer, or too slowly", where=url, hint=_AGAIN)
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return NetworkError(f"cannot fetch: {reason or type(error).__name__}", where=url, hint=_AGAIN)
-

@@ -191,8 +191,8 @@ def parse_update_state(raw: bytes, where: str) -> UpdateState:
     return UpdateState(
         fields.text("device_id"),
         Versions(
-            *(floor.integer(role) for role in ("root", *ROLES)),
-            {role: keys.text(role) for role in keys.mapping_keys()},
+            **{role: floor.integer(role) for role in ("root", *ROLES)},
+            keys={role: keys.text(role) for role in keys.mapping_keys()},
         ),
         fields.integer("known_good"),
         _parse_committed(fields, "committed"),

@@ -116,7 +116,7 @@ def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
         if error.code == "missing-engine":
             raise
         raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
-    except Exception as error:  # noqa: BLE001 - whatever ONNX Runtime raises means that it does not work
+    except Exception as error:
         raise HealthCheckError(f"the graph cannot run with it: {error}") from error
     if not np.isfinite(outputs).all():
         raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")

@@ -108,7 +108,9 @@ def _work_directory(target: Path, version: str) -> Path:
 def _fetch_index(offer: BundleOffer, work: Path, place: Place, limits: Limits) -> BundleIndex:
     entry = offer.entry
     if entry.size > limits.index_bytes:
-        raise UsageError(f"its index has {entry.size} bytes; the limit is {limits.index_bytes}", where=entry.path)
+        raise UsageError(
+            f"its index has {entry.size} bytes; the limit is {limits.index_bytes}", where=entry.path
+        )
     part = work / f".{_INDEX}"
     folder, _, name = entry.path.rpartition("/")
     fetch(Download(f"targets/{folder}/{entry.sha256}.{name}", entry.size, entry.sha256, part), place)

@@ -187,7 +187,9 @@ def choose_transport(settings: UpdateSettings, folder: Path) -> Place:
         return CacheTransport(folder / "metadata", folder / "downloads", deadline)
     place = open_transport(settings.url, deadline, settings.limits)
     if settings.offline and isinstance(place, HttpTransport):
-        raise UsageError("--offline opens no connection", where=settings.url, hint="give a directory or file://")
+        raise UsageError(
+            "--offline opens no connection", where=settings.url, hint="give a directory or file://"
+        )
     return place
 
 
@@ -318,7 +320,9 @@ class _Update:
     def _fetch(self, offer: Offer) -> bytes:
         entry = offer.entry
         if entry.size > MAX_FILE_BYTES:
-            raise IncompatibleError(f"{entry.size} bytes; an adapter has at most {MAX_FILE_BYTES}", where=entry.path)
+            raise IncompatibleError(
+                f"{entry.size} bytes; an adapter has at most {MAX_FILE_BYTES}", where=entry.path
+            )
         folder, _, name = entry.path.rpartition("/")
         self._downloads.mkdir(mode=0o700, exist_ok=True)
         part = self._downloads / entry.sha256
@@ -343,7 +347,10 @@ class _Update:
         except (IncompatibleError, ConfigError) as error:
             hint = "the personal adapter stays in use; '--personal replace' takes the published one alone"
             raise IncompatibleError(f"cannot be combined: {error.message}", hint=hint) from error
-        provenance = {"tool": f"edge-tcur-runtime {__version__}", "method": "published and personal, combined"}
+        provenance = {
+            "tool": f"edge-tcur-runtime {__version__}",
+            "method": "published and personal, combined",
+        }
         mixed = replace(mixed, header=replace(new.header, provenance=provenance))
         return self.store.install(serialize_adapter(mixed), name="personal-combined")
 
