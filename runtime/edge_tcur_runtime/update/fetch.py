@@ -146,6 +146,7 @@ class HttpTransport:
                 yield from self._body(response, url, start)
         except (OSError, http.client.HTTPException) as error:
             self.close()
+            self._deadline.remaining()
             raise _network_error(error, url) from error
         except BaseException:
             self.close()  # the rest of an unread answer is on the line

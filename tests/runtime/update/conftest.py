@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -204,6 +205,13 @@ class SimulatedDevice:
     def wipe_metadata(self) -> None:
         """What an attacker, or a factory reset of a cache partition, does."""
         shutil.rmtree(self.store_path / "update" / "metadata")
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(request, monkeypatch):
+    """fsync matters to a power cut only (`test_power.py`) and takes most of the time."""
+    if "power" not in request.module.__name__:
+        monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,9 @@ def test_arbitrary_installation_of_other_bytes(simulator, device, first, adapter
     recovers(device, simulator)
 
 
-def test_arbitrary_installation_by_a_stranger_with_his_own_keys(make_simulator, simulator, device, first, adapters):
+def test_arbitrary_installation_by_a_stranger_with_his_own_keys(
+    make_simulator, simulator, device, first, adapters
+):
     stranger = make_simulator()
     for number in (0, 1, 2):
         stranger.add(adapters[number])
