@@ -21,6 +21,8 @@ from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
+METADATA_BYTES = 8 * 2**10  # what an update may cost besides its adapter
+
 if TYPE_CHECKING:
     from edge_tcur_runtime.formats.offer import Offer
 
@@ -272,6 +274,8 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
+    if cost > METADATA_BYTES:
+        sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
     sink.result(payload, "\n".join(lines))
 
 
@@ -286,7 +290,7 @@ def _offer(offer: Offer) -> dict[str, object]:
         "channel": facts.channel,
         "rollout_percent": facts.rollout / 100,
         "base_digest": facts.base.digest,
-        "task": facts.task,
+        "task": facts.base.task,
         "rank": facts.rank,
         "runtime": facts.runtime,
         "metrics": dict(facts.metrics),
@@ -294,11 +298,11 @@ def _offer(offer: Offer) -> dict[str, object]:
 
 
 def _listing(offers: tuple[Offer, ...]) -> str:
-    rows = [
-        (o.facts.name, str(o.facts.version), o.facts.channel, f"{o.facts.rollout / 100:g} %", o.facts.task,
-         format_size(o.entry.size))
-        for o in offers
-    ]  # fmt: skip
-    return (
-        table(("adapter", "version", "channel", "rollout", "task", "size"), rows) if rows else "no adapters"
-    )
+    rows = []
+    for offer in offers:
+        facts = offer.facts
+        reach = f"{facts.rollout / 100:g} %"
+        size = format_size(offer.entry.size)
+        rows.append((facts.name, str(facts.version), facts.channel, reach, facts.base.task, size))
+    header = ("adapter", "version", "channel", "rollout", "task", "size")
+    return table(header, rows) if rows else "no adapters"

@@ -108,7 +108,6 @@ def describe(adapter: Adapter, path: Path, said: Description, version: int, sour
         said.rollout,
         base,
         fit_digest(adapter.header.base_digest, facts_of_adapter(adapter)),
-        adapter.header.task,
         max(factors.rank for factors in adapter.factors.values()),
         ADAPTER_VERSION,
         runtime,
@@ -123,13 +122,13 @@ def default_name(path: Path) -> str:
 
 
 def _base_facts(adapter: Adapter, sources: Sources) -> tuple[BaseFacts, CanaryAnswers | None]:
-    digest = adapter.header.base_digest
+    digest, task = adapter.header.base_digest, adapter.header.task
     if sources.bundle is None:
-        return BaseFacts(digest, sources.tokenizer), None
+        return BaseFacts(digest, task, sources.tokenizer), None
     bundle = sources.bundle
     answers = canary_answers(bundle, adapter)
     inputs = None if answers is None else canary_digest(read_canary(bundle.root, bundle.manifest))
-    return BaseFacts(digest, sources.tokenizer, inputs), answers
+    return BaseFacts(digest, task, sources.tokenizer, inputs), answers
 
 
 def _metrics(run: Run | None, said: Mapping[str, float]) -> dict[str, str]:

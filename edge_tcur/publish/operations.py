@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -79,10 +80,11 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         target = adapter_path(facts.name, facts.version)
         repository.add_file(target, raw, custom=serialize_adapter_facts(facts), change=change)
         _enter(change, facts)
+        versions = {**catalogue.versions, facts.name: facts.version}
         dropped = superseded(change.catalogue.adapters, facts.name)
         for offer in dropped:
             repository.remove_target(change, offer.entry.path)
-        _tidy(change)
+        _tidy(change, versions)
     for offer in dropped:
         repository.drop_file(offer.entry.path, offer.entry.sha256)
     offer = _find(change, facts.name, facts.version)
@@ -96,9 +98,9 @@ def withdraw(repository: Repository, name: str, version: int) -> Offer:
         UsageError: no such adapter.
     """
     with repository.changing() as change:
-        offer = _find(change, name, version)
+        offer, versions = _find(change, name, version), change.catalogue.versions
         repository.remove_target(change, offer.entry.path)
-        _tidy(change)
+        _tidy(change, versions)
     repository.drop_file(offer.entry.path, offer.entry.sha256)
     (repository.folder / CARDS / f"{name}-{version}.md").unlink(missing_ok=True)
     return offer
@@ -227,18 +229,16 @@ def _covers(newer: Offer, older: Offer) -> bool:
 
 
 def _enter(change: Change, facts: AdapterFacts) -> None:
-    """Adds the facts that adapters share, so that the new entry can be read."""
-    extra = change.targets.signed.unrecognized_fields[EXTRA]
+    """Adds the base of a new entry to the table of bases, so that the entry can be read."""
     offer = Offer(Entry(adapter_path(facts.name, facts.version), 0, ""), facts)
-    added = serialize_extra(Catalogue((offer,), versions={facts.name: facts.version}))
-    extra["bases"].update(added["bases"])
-    extra["versions"].update(added["versions"])
+    added = serialize_extra(Catalogue((offer,)))
+    change.targets.signed.unrecognized_fields[EXTRA]["bases"].update(added["bases"])
 
 
-def _tidy(change: Change) -> None:
-    """Drops bases that no adapter refers to."""
+def _tidy(change: Change, versions: Mapping[str, int]) -> None:
+    """Drops bases that no adapter refers to, and keeps the last used versions: none comes back."""
     signed = change.targets.signed
-    signed.unrecognized_fields[EXTRA] = serialize_extra(catalogue_of(signed))
+    signed.unrecognized_fields[EXTRA] = serialize_extra(replace(catalogue_of(signed), versions=versions))
 
 
 def _find(change: Change, name: str, version: int) -> Offer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ def _install(bundle: Path, name: str | None, store: Path, settings: UpdateSettin
     Store.open(store)
     states = StateFile(store / FOLDER)
     place = choose_transport(settings, states.folder)
-    with sink.transfer("fetching the bundle") as progress:
+    with sink.transfer("fetching the bundle") as progress, contextlib.closing(place):
         return install_bundle(
             bundle, name, trusted, states, place,
             limits=settings.limits, now=int(time.time()), progress=progress,

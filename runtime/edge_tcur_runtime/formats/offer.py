@@ -4,8 +4,9 @@ The targets metadata is signed and its size is paid by every device at every cha
 adapters share stand once:
 
     signed["x-edge-tcur"]   {"format_version": 1, "bases": {id: base}, "versions": {name: last used}}
-    base                    {"digest", "tokenizer"?, "canary"?}
-    target["custom"]        adapter: {"base": id, "fit", "task", "rank", "runtime", "channel"?, "rollout"?,
+                            (the last used version only where it is above every listed one)
+    base                    {"digest", "task", "tokenizer"?, "canary"?}
+    target["custom"]        adapter: {"base": id, "fit", "rank", "runtime", "channel"?, "rollout"?,
                             "format"?, "metrics"?, "canary"?, "card"?}
                             bundle:  {"base": digest}
     path                    adapters/<name>/<version>.safetensors, bundles/<name>/<version>.json
@@ -45,11 +46,13 @@ class BaseFacts:
 
     Attributes:
         digest: ``sha256:<hex>`` of the base's tensors.
+        task: task name.
         tokenizer: ``sha256:<hex>`` of ``tokenizer.json``; None for images.
         canary: ``sha256:<hex>`` of the canary's inputs; None where none was known.
     """
 
     digest: str
+    task: str
     tokenizer: str | None = None
     canary: str | None = None
 
@@ -72,7 +75,6 @@ class AdapterFacts:
         rollout: part of the devices that take it, in hundredths of a percent.
         base: what it fits.
         fit: 16 hex digits over groups, labels, task and head (`edge_tcur_runtime.feeds.fit_digest`).
-        task: task name.
         rank: the largest rank of its groups.
         format_version: of the adapter file.
         runtime: the least version of edge-tcur-runtime, e.g. ``"0.1.0"``.
@@ -87,7 +89,6 @@ class AdapterFacts:
     rollout: int
     base: BaseFacts
     fit: str
-    task: str
     rank: int
     format_version: int
     runtime: str
@@ -186,7 +187,11 @@ def base_id(base: BaseFacts) -> str:
 def serialize_extra(catalogue: Catalogue) -> dict[str, Any]:
     """The object under `EXTRA` for these offers."""
     bases = {base_id(offer.facts.base): _serialize_base(offer.facts.base) for offer in catalogue.adapters}
-    return {"format_version": FORMAT_VERSION, "bases": bases, "versions": dict(catalogue.versions)}
+    listed = dict[str, int]()
+    for offer in catalogue.adapters:
+        listed[offer.facts.name] = max(listed.get(offer.facts.name, 0), offer.facts.version)
+    versions = {name: last for name, last in catalogue.versions.items() if last > listed.get(name, 0)}
+    return {"format_version": FORMAT_VERSION, "bases": bases, "versions": versions}
 
 
 def serialize_adapter_facts(facts: AdapterFacts) -> dict[str, Any]:
@@ -194,7 +199,6 @@ def serialize_adapter_facts(facts: AdapterFacts) -> dict[str, Any]:
     custom: dict[str, Any] = {
         "base": base_id(facts.base),
         "fit": facts.fit,
-        "task": facts.task,
         "rank": facts.rank,
         "runtime": facts.runtime,
     }
@@ -243,17 +247,26 @@ def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogu
         else:
             skipped[entry.path] = found
     known = {name: versions.integer(name) for name in versions.mapping_keys()}
+    for offer in adapters:
+        known[offer.facts.name] = max(known.get(offer.facts.name, 0), offer.facts.version)
     return Catalogue(tuple(adapters), tuple(bundles), skipped, known)
 
 
 def _serialize_base(base: BaseFacts) -> dict[str, str]:
     more = {"tokenizer": base.tokenizer, "canary": base.canary}
-    return {"digest": base.digest} | {key: value for key, value in more.items() if value is not None}
+    return {"digest": base.digest, "task": base.task} | {
+        key: value for key, value in more.items() if value is not None
+    }
 
 
 def _parse_base(fields: Fields) -> BaseFacts:
-    fields.only("digest", "tokenizer", "canary")
-    return BaseFacts(fields.text("digest"), fields.optional_text("tokenizer"), fields.optional_text("canary"))
+    fields.only("digest", "task", "tokenizer", "canary")
+    return BaseFacts(
+        fields.text("digest"),
+        fields.text("task"),
+        fields.optional_text("tokenizer"),
+        fields.optional_text("canary"),
+    )
 
 
 def _parse_entry(entry: Entry, bases: Mapping[str, Fields], where: str) -> Offer | BundleOffer | str:
@@ -269,7 +282,7 @@ def _parse_entry(entry: Entry, bases: Mapping[str, Fields], where: str) -> Offer
 
 def _parse_adapter(fields: Fields, entry: Entry, bases: Mapping[str, Fields]) -> AdapterFacts:
     fields.only(
-        "base", "fit", "task", "rank", "runtime", "channel", "rollout", "format", "metrics", "canary", "card"
+        "base", "fit", "rank", "runtime", "channel", "rollout", "format", "metrics", "canary", "card"
     )  # fmt: skip
     name, version = _parse_path(entry, "adapters", "safetensors", fields.where)
     base = bases.get(fields.text("base"))
@@ -285,7 +298,6 @@ def _parse_adapter(fields: Fields, entry: Entry, bases: Mapping[str, Fields]) ->
         FULL_ROLLOUT if fields.is_null("rollout") else fields.integer("rollout", high=FULL_ROLLOUT),
         _parse_base(base),
         fields.text("fit"),
-        fields.text("task"),
         fields.integer("rank", low=1),
         1 if fields.is_null("format") else fields.integer("format", low=1),
         runtime,

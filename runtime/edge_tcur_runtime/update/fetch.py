@@ -237,6 +237,9 @@ class FileTransport:
         self.counters.requests += 1
         yield from self._read(self._root / unquote(path), start)
 
+    def close(self) -> None:
+        """Nothing is kept open."""
+
     def _read(self, place: Path, start: int) -> Iterator[bytes]:
         try:
             descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -300,7 +303,9 @@ def open_transport(url: str, deadline: Deadline, limits: Limits) -> HttpTranspor
             raise UsageError("expected http(s)://host/path/", where=url, hint="no user, query or fragment")
         return HttpTransport(url, deadline, limits)
     if parts.scheme not in ("", "file") or parts.netloc not in ("", "localhost"):
-        raise UsageError("expected http://, https://, file:/// or a directory", where=url)
+        raise UsageError(
+            "not a place to update from", where=url, hint="http://, https://, file:/// or a directory"
+        )
     root = Path(unquote(parts.path) if parts.scheme else url)
     if not root.is_dir():
         raise BadInputError("there is no such directory", where=str(root), hint="is the mirror mounted?")

@@ -120,7 +120,7 @@ def misfit(offer: Offer, device: Device) -> str | None:
     if facts.base.tokenizer is not None and facts.base.tokenizer != device.tokenizer:
         return "for another tokenizer"
     if facts.fit != device.fit:
-        return f"for other groups, labels or another head (task {facts.task})"
+        return f"for other groups, labels or another head (task {facts.base.task})"
     if facts.format_version > device.format_version:
         return f"format version {facts.format_version}; this runtime reads {device.format_version}"
     if parse_runtime(facts.runtime, offer.entry.path) > parse_runtime(device.runtime, "this runtime"):

@@ -8,6 +8,7 @@ the last one came. The floor rises only when an update ended well.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -146,8 +147,8 @@ def run_update(
     trusted = read_trusted_root(bundle, settings.root)
     store = Store.open(store_root)
     states = StateFile(store_root / FOLDER)
-    with states.locked():
-        place = transport or choose_transport(settings, states.folder)
+    place = transport or choose_transport(settings, states.folder)
+    with states.locked(), contextlib.closing(place):
         update = _Update(bundle, store, states, settings, place)
         update.progress = progress or update.progress
         update.health = health or _check

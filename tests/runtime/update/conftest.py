@@ -89,9 +89,9 @@ class Simulator:
         adapter = parse_adapter(raw)
         known = [facts.version for facts, _ in self.facts.values() if facts.name == name]
         version = version or max(known, default=0) + 1
-        base = BaseFacts(adapter.header.base_digest)
+        base = BaseFacts(adapter.header.base_digest, adapter.header.task)
         fit = fit_digest(adapter.header.base_digest, facts_of_adapter(adapter))
-        facts = AdapterFacts(name, version, "stable", 10_000, base, fit, adapter.header.task, 3, 1, "0.1.0")
+        facts = AdapterFacts(name, version, "stable", 10_000, base, fit, 3, 1, "0.1.0")
         facts = replace(facts, **more)
         path = adapter_path(name, version)
         self.facts[path] = facts, raw
@@ -150,6 +150,9 @@ class SimulatedTransport:
     def __init__(self, files, hooks=None) -> None:
         self.files, self.hooks, self.counters = files, hooks or {}, Counters()
         self.asked: list[str] = []
+
+    def close(self):
+        pass
 
     def read(self, path, start=0):
         self.counters.requests += 1
