@@ -21,6 +21,10 @@ from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
+WARN_DAYS = {"root": 30, "targets": 14, "snapshot": 5, "timestamp": 3}
+RENEW = dict.fromkeys(WARN_DAYS, "run 'edge-tcur publish refresh'") | {
+    "root": "run 'edge-tcur publish refresh --all' with the root's keys"
+}
 METADATA_BYTES = 8 * 2**10  # what an update may cost besides its adapter
 
 if TYPE_CHECKING:
@@ -274,6 +278,9 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
+    for role, state in roles.items():
+        if state.days_left < WARN_DAYS[role]:
+            sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")
     if cost > METADATA_BYTES:
         sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
     sink.result(payload, "\n".join(lines))

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,6 @@ from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_DIRECTORY, EXIST
 from edge_tcur_runtime.errors import MissingEngineError, UsageError
 
 if TYPE_CHECKING:
-    from edge_tcur.publish.keys import KeyStore
     from edge_tcur.publish.repository import Repository
 
 R = TypeVar("R")
@@ -36,6 +36,7 @@ def key_options(command: Callable[..., R]) -> Callable[..., R]:
 
     @functools.wraps(command)
     def with_keys(*arguments: Any, **options: Any) -> R:
+        _require_libraries()
         keys = {name: options.pop(name) for name in names}
         return command(*arguments, keys=keys, **options)
 
@@ -57,24 +58,20 @@ def key_options(command: Callable[..., R]) -> Callable[..., R]:
 
 def open_repository(repo: Path, keys: dict[str, Any], *, new: bool = False) -> Repository:
     """The repository with its keys; nothing is asked before a key is opened."""
-    try:
-        from edge_tcur.publish.keys import KeyStore
-        from edge_tcur.publish.repository import Repository
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] not in (
-            "tuf",
-            "securesystemslib",
-            "cryptography",
-        ):
-            raise
-        hint = "pip install 'edge-tcur[publish]'"
-        raise MissingEngineError(
-            f"publishing needs {error.name}, which is not installed", hint=hint
-        ) from error
+    from edge_tcur.publish.keys import KeyStore
+    from edge_tcur.publish.repository import Repository
+
     folder = keys["keys_folder"] or default_keys(repo)
     _check_apart(repo, folder)
-    store: KeyStore = KeyStore(folder, _Passphrases(keys, new), keys["root_keys_at"])
+    store = KeyStore(folder, _Passphrases(keys, new), keys["root_keys_at"])
     return Repository(repo, store)
+
+
+def _require_libraries() -> None:
+    missing = [name for name in ("tuf", "cryptography") if find_spec(name) is None]
+    if missing:
+        hint = "pip install 'edge-tcur[publish]'"
+        raise MissingEngineError(f"publishing needs {missing[0]}, which is not installed", hint=hint)
 
 
 def default_keys(repo: Path) -> Path:

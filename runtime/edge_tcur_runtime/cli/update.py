@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_FILE, output_options, store_option
+from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_FILE, SIZE, output_options, store_option
 from edge_tcur_runtime.errors import BadInputError, MissingEngineError, UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.units import format_size
@@ -49,6 +49,8 @@ def _options(command: Any) -> Any:
                      help="The publisher's trusted root; default: the one in the bundle."),
         click.option("--deadline", type=click.FloatRange(min=1, max=MAX_SECONDS), metavar="SECONDS",
                      help="Time for everything; default 300, with --install 3600."),
+        click.option("--max-size", type=SIZE, default="64MiB", show_default=True,
+                     help="Skip an adapter that is larger."),
     )  # fmt: skip
     for option in reversed(choices):
         command = option(command)
@@ -92,7 +94,7 @@ def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:
         hint = "pip install 'edge-tcur-runtime[ota]'"
         raise MissingEngineError(f"updates need {error.name}, which is not installed", hint=hint) from error
     seconds = options.pop("deadline")
-    limits = Limits()
+    limits = Limits(adapter_bytes=options.pop("max_size"))
     if seconds is not None or install:
         limits = replace(limits, total_seconds=seconds or limits.bundle_seconds)
     return UpdateSettings(personal=Personal(options.pop("personal")), limits=limits, **options)

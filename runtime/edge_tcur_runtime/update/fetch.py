@@ -31,6 +31,7 @@ from tuf.ngclient import FetcherInterface
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import BadInputError, EdgeError, NetworkError, TrustError, UsageError
+from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES
 
 _CHUNK = 1 << 16  # bytes read at a time
 _PARTIAL = 206
@@ -51,6 +52,7 @@ class Limits:
         root_rotations: new root versions accepted in one update.
         requests: in one update; a bundle's first installation counts its chunks on top.
         index_bytes: of a bundle's index.
+        adapter_bytes: of an adapter; a larger one is skipped.
     """
 
     total_seconds: float = 300.0
@@ -63,6 +65,7 @@ class Limits:
     root_rotations: int = 32
     requests: int = 64
     index_bytes: int = 2**20
+    adapter_bytes: int = MAX_FILE_BYTES
 
 
 class Deadline:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES
 from edge_tcur_runtime.formats.offer import FULL_ROLLOUT, Offer, parse_runtime
 
 
@@ -46,6 +47,7 @@ class Device:
         channel: ``stable``, or ``beta`` (which takes stable ones too).
         device_id: random and stable; never sent.
         name: the line of adapters to follow; None where the repository has only one that fits.
+        max_bytes: the largest adapter file that it takes.
     """
 
     base_digest: str
@@ -57,6 +59,7 @@ class Device:
     channel: str
     device_id: str
     name: str | None = None
+    max_bytes: int = MAX_FILE_BYTES
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,17 @@ def misfit(offer: Offer, device: Device) -> str | None:
         return "for another tokenizer"
     if facts.fit != device.fit:
         return f"for other groups, labels or another head (task {facts.base.task})"
+    return _too_new(offer, device)
+
+
+def _too_new(offer: Offer, device: Device) -> str | None:
+    facts = offer.facts
     if facts.format_version > device.format_version:
         return f"format version {facts.format_version}; this runtime reads {device.format_version}"
     if parse_runtime(facts.runtime, offer.entry.path) > parse_runtime(device.runtime, "this runtime"):
         return f"needs edge-tcur-runtime {facts.runtime}; here is {device.runtime}"
+    if offer.entry.size > device.max_bytes:
+        return f"{offer.entry.size} bytes; this device takes at most {device.max_bytes}"
     return None
 
 

@@ -21,6 +21,7 @@ from edge_tcur_runtime.errors import (
     ConfigError,
     HealthCheckError,
     IncompatibleError,
+    IntegrityError,
     UsageError,
 )
 from edge_tcur_runtime.feeds import facts_of_manifest, fit_digest
@@ -263,6 +264,7 @@ class _Update:
             self.settings.channel,
             self.state.device_id,
             self.settings.name,
+            min(self.settings.limits.adapter_bytes, MAX_FILE_BYTES),
         )
 
     def _situation(self) -> Situation:
@@ -281,6 +283,7 @@ class _Update:
             self._save(replace(self.state, committed=None))
             return "the base without an adapter"
         if decision.action is Action.NOTHING:
+            self._repair(decision.offer)
             return None
         offer = decision.offer
         assert offer is not None
@@ -304,6 +307,16 @@ class _Update:
         (self._downloads / offer.entry.sha256).unlink(missing_ok=True)
         return offer.digest
 
+    def _repair(self, offer: Offer | None) -> None:
+        """Fetches the adapter in use again where its file is damaged or gone."""
+        if offer is None or offer.digest != self.store.active_digest():
+            return
+        try:
+            self.store.load(offer.digest)
+        except IntegrityError as error:
+            self._stage(offer)
+            self.notes.append(f"fetched again: {error}")
+
     def _free_name(self, offer: Offer) -> str | None:
         """The line's name, where it names nothing of the user's own in the store."""
         name = offer.facts.name
@@ -320,10 +333,6 @@ class _Update:
 
     def _fetch(self, offer: Offer) -> bytes:
         entry = offer.entry
-        if entry.size > MAX_FILE_BYTES:
-            raise IncompatibleError(
-                f"{entry.size} bytes; an adapter has at most {MAX_FILE_BYTES}", where=entry.path
-            )
         folder, _, name = entry.path.rpartition("/")
         self._downloads.mkdir(mode=0o700, exist_ok=True)
         part = self._downloads / entry.sha256

@@ -323,6 +323,21 @@ def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapt
     assert device.active == first.digest
 
 
+@pytest.mark.parametrize("damage", ["altered", "gone"])
+def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, damage):
+    offer = publish(simulator, adapters[0])
+    device.update(simulator)
+    (path,) = (device.store_path / "adapters").glob("*.safetensors")
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    result = device.update(simulator)
+    assert "fetched again" in result.notes[0]
+    assert device.store.load("active")
+    assert device.active == offer.digest
+
+
 def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
     mine = device.store.install(adapters[4], name="mine")
     for raw in adapters[:4]:
