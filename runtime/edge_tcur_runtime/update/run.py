@@ -312,7 +312,7 @@ class _Update:
         if offer is None or offer.digest != self.store.active_digest():
             return
         try:
-            self.store.load(offer.digest)
+            self.store.load("active")
         except IntegrityError as error:
             self._stage(offer)
             self.notes.append(f"fetched again: {error}")
