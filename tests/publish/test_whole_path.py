@@ -67,6 +67,7 @@ def test_metadata_of_twenty_lines_stays_within_8_kib(ok, repo, bundle, adapters,
         ok("publish", "add", path, "--repo", repo, "--base", bundle, "--metric", "accuracy=0.9312")
         if number + 1 in (1, 2, 20):
             sizes[number + 1] = ok("publish", "status", "--repo", repo)["metadata_bytes"]
+    print(f"metadata of 1, 2 and 20 adapters: {sizes} bytes")
     assert sizes[20] <= 8 * 2**10, sizes
 
 
