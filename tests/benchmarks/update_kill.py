@@ -1,7 +1,8 @@
 """Kills a real `edge-tcur-device update` at every system call that changes a disk.
 
-``python tests/benchmarks/update_kill.py``: strace injects SIGKILL at the n-th call of each kind. After every kill the store must answer with the old or
-the new adapter, and the next update must end on the new one by itself. Prints one line a kind of call.
+``python tests/benchmarks/update_kill.py``: strace injects SIGKILL at the n-th call of each kind. After every
+kill the store must answer with the old or the new adapter, and the next update must end on the new one by
+itself. Prints one line for each kind of call.
 """
 
 from __future__ import annotations

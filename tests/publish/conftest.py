@@ -38,6 +38,7 @@ class Server:
     def __init__(self, folder: Path, *, ranges: bool = True) -> None:
         outer = self
         self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
         self.sent = 0
         self.fault = lambda handler, content: content
         self.ranges = ranges
@@ -47,6 +48,7 @@ class Server:
 
             def do_GET(self):
                 outer.requests.append(self.path)
+                outer.headers.append(dict(self.headers))
                 path = folder / self.path.lstrip("/")
                 if not path.is_file():
                     self.send_response(404)

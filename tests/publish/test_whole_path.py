@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,10 +16,12 @@ import pytest
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.offer import CanaryAnswers
 from edge_tcur_runtime.store import Store
 from edge_tcur_runtime.update.fetch import Limits
 from edge_tcur_runtime.update.run import UpdateSettings, run_update
 
+PASSPHRASE = b"correct horse battery"
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -35,6 +39,7 @@ def test_publish_update_predict_withdraw(ok, repo, bundle, adapters, server):
     listed = ok("adapters", "list")
     assert (listed["active"], listed["adapters"][0]["name"]) == (added["digest"], "banking")
     answers = ok("predict", bundle, "--data", DATA / "user.npz")["predictions"]
+    assert len(answers) == 80
     assert (
         answers == ok("predict", bundle, "--data", DATA / "user.npz", "--adapter", adapters[0])["predictions"]
     )
@@ -59,16 +64,69 @@ def test_what_an_update_costs(ok, repo, bundle, adapters, server):
     assert server.sent <= 2**10
 
 
-def test_metadata_of_twenty_lines_stays_within_8_kib(ok, repo, bundle, adapters, make_variant):
+def test_metadata_of_twenty_lines_stays_within_8_kib(repo, bundle, adapters, make_variant, monkeypatch):
+    from edge_tcur.publish import facts
+    from edge_tcur.publish.facts import Description
+    from edge_tcur.publish.keys import KeyStore
+    from edge_tcur.publish.operations import add_adapter, metadata_size, status
+    from edge_tcur.publish.repository import Repository
+
+    answers = CanaryAnswers((0, 1, 2, 3), (3230, 5362, -1234, 12_345))  # as if it had four samples
+    monkeypatch.setattr(facts, "canary_answers", lambda *_: answers)
+    opened = Repository(repo, KeyStore(repo.with_name("repo.keys"), lambda _role: PASSPHRASE))
     sizes = {}
     for number in range(20):
         path = adapters[0].with_name(f"line-{number}.safetensors")
         path.write_bytes(make_variant(100 + number))
-        ok("publish", "add", path, "--repo", repo, "--base", bundle, "--metric", "accuracy=0.9312")
-        if number + 1 in (1, 2, 20):
-            sizes[number + 1] = ok("publish", "status", "--repo", repo)["metadata_bytes"]
-    print(f"metadata of 1, 2 and 20 adapters: {sizes} bytes")
+        add_adapter(opened, path, Description(metrics={"accuracy": 0.9312}), bundle)
+        sizes[number + 1] = metadata_size(status(opened)[1])
+    print(f"metadata of 1, 2 and 20 adapters: {sizes[1]}, {sizes[2]} and {sizes[20]} bytes")
     assert sizes[20] <= 8 * 2**10, sizes
+
+
+def test_nothing_about_the_device_is_sent(ok, repo, bundle, adapters, server, tmp_path):
+    publish(ok, repo, bundle, adapters[0])
+    ok("update", bundle, "--url", server.url)
+    identity = json.loads((tmp_path / "store" / "update" / "state.json").read_text())["device_id"]
+    for headers in server.headers:
+        assert set(headers) <= {"Host", "User-Agent", "Accept-Encoding"}
+        assert identity not in str(headers)
+    assert not any(identity in path for path in server.requests)
+
+
+PURE = """
+import json, sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cryptography", "torch"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Missing())
+from edge_tcur_runtime.cli import main
+sys.argv = ["edge-tcur-device", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_device_without_cryptography_and_torch_verifies(ok, call, repo, bundle, adapters, server, tmp_path):
+    """In pure Python, in a process of its own: it takes what is signed and refuses what is not."""
+    added = publish(ok, repo, bundle, adapters[0])
+    command = [sys.executable, "-c", PURE, "update", str(bundle), "--url", server.url, "--json"]
+
+    def run():
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout)
+
+    code, result = run()
+    assert (code, result["active"]) == (0, added["digest"])
+    publish(ok, repo, bundle, adapters[1])
+    path = repo / "metadata" / "timestamp.json"
+    document = json.loads(path.read_text())
+    document["signed"]["expires"] = "2999-01-01T00:00:00Z"
+    path.write_text(json.dumps(document))
+    code, result = run()
+    assert (code, result["error"]["code"]) == (6, "trust")
 
 
 def test_a_stick_instead_of_a_network(ok, call, repo, bundle, adapters, tmp_path, monkeypatch):

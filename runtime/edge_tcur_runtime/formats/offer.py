@@ -181,7 +181,7 @@ def bundle_path(name: str, version: int) -> str:
 
 def base_id(base: BaseFacts) -> str:
     """The short name of a base's facts in the table of bases."""
-    return digest_bytes(json.dumps(_serialize_base(base), sort_keys=True).encode())[len(PREFIX) :][:12]
+    return digest_bytes(json.dumps(_serialize_base(base), sort_keys=True).encode())[len(PREFIX) :][:8]
 
 
 def serialize_extra(catalogue: Catalogue) -> dict[str, Any]:

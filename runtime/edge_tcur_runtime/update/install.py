@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
-from edge_tcur_runtime.errors import DiskError, EdgeError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.errors import DiskError, IntegrityError, OutputExistsError, TrustError, UsageError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.chunks import BundleIndex, ChunkedFile, chunk_path, parse_index
@@ -119,46 +120,61 @@ def _fetch_index(offer: BundleOffer, work: Path, place: Place, limits: Limits) -
 
 def _fetch_files(index: BundleIndex, work: Path, place: Place, progress: Progress | None) -> None:
     done = 0
-    for name, file in index.files.items():
-        _fetch_file(index, file, work / name, place)
-        done += file.size
+
+    def arrived(size: int) -> None:
+        nonlocal done
+        done += size
         if progress is not None:
             progress(done, index.size)
 
+    for name, file in index.files.items():
+        if _is_whole(work / name, file):
+            arrived(file.size)
+        else:
+            _fetch_file(index.chunk, file, work / name, place, arrived)
 
-def _fetch_file(index: BundleIndex, file: ChunkedFile, path: Path, place: Place) -> None:
-    """Appends the chunks that are missing; what is there must match, or is fetched again."""
-    part = path.parent / f".{_CHUNK}"
-    entry = FileEntry(file.size, file.sha256)
+
+def _is_whole(path: Path, file: ChunkedFile) -> bool:
+    """Whether an earlier download finished this file; one of its size that does not match is removed."""
     try:
-        have = path.stat().st_size // index.chunk if path.exists() else 0
-        if path.exists() and path.stat().st_size == file.size:
-            try:
-                verify_file(path, entry)
-            except EdgeError:
-                have = 0
-            else:
-                return
+        if not path.is_file() or path.stat().st_size != file.size:
+            return False
+        verify_file(path, FileEntry(file.size, file.sha256))
+    except IntegrityError:
+        path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _fetch_file(
+    chunk: int, file: ChunkedFile, path: Path, place: Place, arrived: Callable[[int], None]
+) -> None:
+    """Appends the chunks that are missing; the whole is verified at the end."""
+    part = path.parent / f".{_CHUNK}"
+    try:
+        have = min(path.stat().st_size // chunk, len(file.chunks)) if path.exists() else 0
+        arrived(have * chunk)
         with path.open("r+b" if path.exists() else "w+b") as out:
-            out.truncate(have * index.chunk)
-            out.seek(have * index.chunk)
+            out.truncate(have * chunk)
+            out.seek(have * chunk)
             for number in range(have, len(file.chunks)):
-                size = min(index.chunk, file.size - number * index.chunk)
+                size = min(chunk, file.size - number * chunk)
                 digest = file.chunks[number]
                 fetch(Download(chunk_path(digest), size, digest, part), place)
                 out.write(part.read_bytes())
                 out.flush()
                 os.fsync(out.fileno())
                 part.unlink()
+                arrived(size)
     except OSError as error:
         raise disk_error(error, path) from error
-    _verify(path, entry)
+    _verify(path, FileEntry(file.size, file.sha256))
 
 
 def _verify(path: Path, entry: FileEntry) -> None:
     try:
         verify_file(path, entry)
-    except EdgeError:
+    except IntegrityError:
         path.unlink(missing_ok=True)  # an earlier, damaged part: the next try fetches it anew
         raise
 

@@ -179,6 +179,17 @@ def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adap
         np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
 
 
+def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
+    own = device.store.load(personal(device, adapters))
+    publish(simulator, adapters[1])
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(
+            mixed.factors[name].core, (part.core + own.factors[name].core) / 2, atol=1e-6
+        )
+
+
 def test_a_personal_adapter_of_other_rows_cannot_be_combined_and_stays(simulator, device, adapters):
     adapter = parse_adapter(adapters[0])
     factors = {n: replace(f, rows=np.roll(f.rows, 0)[:, :2], cols=f.cols[:, :2], core=f.core[:, :2, :2])
@@ -224,6 +235,7 @@ def test_channels(simulator, device, adapters):
         ({"runtime": "99.0"}, "needs edge-tcur-runtime 99.0"),
         ({"format_version": 2}, "format version 2"),
         ({"fit": "0" * 16}, "other groups, labels or another head"),
+        ({"channel": "beta"}, "on the channel beta"),
     ],
 )
 def test_what_does_not_fit_is_skipped_with_the_reason_and_never_downloaded(
