@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -77,6 +78,25 @@ def test_passphrases_from_files_and_two_of_them(ok, call, tmp_path, monkeypatch,
         call("publish", "rotate", "timestamp", "--repo", tmp_path / "r", "--passphrase-file", online)[0] == 6
     )
     ok("publish", "rotate", "timestamp", "--repo", tmp_path / "r", *both)
+
+
+def test_passphrases_are_asked_on_a_terminal_and_confirmed_for_new_keys(ok, tmp_path, monkeypatch):
+    asked = []
+
+    def prompt(text, **options):
+        asked.append((text, options["hide_input"], options["confirmation_prompt"]))
+        return "typed by hand"
+
+    monkeypatch.delenv("EDGE_TCUR_PASSPHRASE")
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr("click.prompt", prompt)
+    ok("publish", "init", tmp_path / "r")
+    ok("publish", "refresh", "--repo", tmp_path / "r")
+    assert asked == [
+        ("Passphrase of the root's keys", True, True),
+        ("Passphrase of the publisher's keys", True, True),
+        ("Passphrase of the publisher's keys", True, False),
+    ]
 
 
 def test_versions_count_on_and_never_come_back(ok, call, repo, adapters):

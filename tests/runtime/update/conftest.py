@@ -134,6 +134,11 @@ class Simulator:
         self.sign("timestamp")
         self.files["metadata/timestamp.json"] = self.timestamp.to_bytes()
 
+    def bump_root(self, signers=None) -> None:
+        """The next root, with whatever was changed in it."""
+        self.sign("root", signers)
+        self.files[f"metadata/{self.root.signed.version}.root.json"] = self.root.to_bytes()
+
     def rotate(self, *roles: str) -> None:
         """New keys for roles, by a new root that the present one signs."""
         old = list(self.signers["root"])
@@ -143,8 +148,7 @@ class Simulator:
             self.signers[role] = [CryptoSigner.generate_ed25519() for _ in self.signers[role]]
             for signer in self.signers[role]:
                 self.root.signed.add_key(signer.public_key, role)
-        self.sign("root", [*old, *[s for s in self.signers["root"] if s not in old]])
-        self.files[f"metadata/{self.root.signed.version}.root.json"] = self.root.to_bytes()
+        self.bump_root([*old, *[s for s in self.signers["root"] if s not in old]])
 
 
 class SimulatedTransport:
