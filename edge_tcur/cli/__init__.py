@@ -60,6 +60,11 @@ COMMANDS = {
         "compare",
         "Measure methods against each other: table, plot and records.",
     ),
+    "publish": (
+        "edge_tcur.cli.publish",
+        "publish",
+        "Publish signed adapters over the air, as a static directory.",
+    ),
     "devices": (
         "edge_tcur.cli.devices",
         "devices",

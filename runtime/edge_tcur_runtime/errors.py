@@ -123,6 +123,12 @@ class MissingEngineError(IncompatibleError):
     code = "missing-engine"
 
 
+class HealthCheckError(IncompatibleError):
+    """A published adapter that does not work on this device; the one before it stays in use."""
+
+    code = "health-check"
+
+
 class BudgetError(EdgeError):
     """The memory budget cannot be met, or was exceeded and the run stopped."""
 
@@ -135,6 +141,12 @@ class IntegrityError(EdgeError):
 
     code = "integrity"
     exit_code = ExitCode.INTEGRITY
+
+
+class TrustError(IntegrityError):
+    """What a server sent is not signed by the keys that this device trusts, is old, or was altered."""
+
+    code = "trust"
 
 
 class DiskError(EdgeError):

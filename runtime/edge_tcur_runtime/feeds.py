@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 from edge_tcur_runtime.errors import BaseMismatchError, IncompatibleError
@@ -34,34 +39,57 @@ def check_fit(manifest: Manifest, adapter: Adapter) -> None:
             f"this bundle holds {manifest.base_digest}",
             hint="use an adapter that was trained on this bundle's base",
         )
-    facts = {
-        "task": (header.task, manifest.task),
-        "labels": (header.labels, manifest.labels),
-        "coupling": (header.coupling, manifest.coupling),
-        "transform": (header.transform, manifest.transform),
-        "factors": (factor_parts(header.frame), manifest.parts),
-        "groups": (
-            {
-                name: (spec.parameters, spec.n1, spec.n2, adapter.factors[name].blocks)
-                for name, spec in header.groups.items()
-            },
-            {
-                name: (spec.parameters, spec.n1, spec.n2, spec.blocks)
-                for name, spec in manifest.groups.items()
-            },
-        ),
-        "head": (
-            {name: value.shape for name, value in adapter.extras.items()},
-            {name: tuple(shape) for name, shape in manifest.extras.items()},
-        ),
-    }
-    for what, (actual, expected) in facts.items():
+    wanted = facts_of_manifest(manifest)
+    for what, actual in facts_of_adapter(adapter).items():
+        expected = wanted[what]
         if actual != expected:
             first, second = _apart(actual, expected)
             raise IncompatibleError(
                 f"the adapter's {what} differ from the bundle's: {_short(first)} and {_short(second)}",
                 hint="export a bundle from the run that made this adapter",
             )
+
+
+def facts_of_adapter(adapter: Adapter) -> dict[str, Any]:
+    """All that must be equal in an adapter and a bundle (`facts_of_manifest`), the base apart."""
+    header = adapter.header
+    return {
+        "task": header.task,
+        "labels": header.labels,
+        "coupling": header.coupling,
+        "transform": header.transform,
+        "factors": factor_parts(header.frame),
+        "groups": {
+            name: (spec.parameters, spec.n1, spec.n2, adapter.factors[name].blocks)
+            for name, spec in header.groups.items()
+        },
+        "head": {name: tuple(value.shape) for name, value in adapter.extras.items()},
+    }
+
+
+def facts_of_manifest(manifest: Manifest) -> dict[str, Any]:
+    """All that must be equal in a bundle and an adapter (`facts_of_adapter`), the base apart."""
+    return {
+        "task": manifest.task,
+        "labels": manifest.labels,
+        "coupling": manifest.coupling,
+        "transform": manifest.transform,
+        "factors": manifest.parts,
+        "groups": {
+            name: (spec.parameters, spec.n1, spec.n2, spec.blocks) for name, spec in manifest.groups.items()
+        },
+        "head": {name: tuple(shape) for name, shape in manifest.extras.items()},
+    }
+
+
+def fit_digest(base_digest: str, facts: Mapping[str, Any]) -> str:
+    """16 hex digits over a base's digest and the facts: equal where an adapter fits a bundle.
+
+    A label, not a proof: that an adapter fits is checked when it is there (`check_fit`).
+    """
+    document = {"base": base_digest, **facts}
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _apart(actual: object, expected: object) -> tuple[object, object]:

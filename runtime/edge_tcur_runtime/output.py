@@ -73,6 +73,24 @@ class Sink:
 
             yield advance
 
+    @contextmanager
+    def transfer(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar of a transfer on stderr, shown with its first bytes and only on a terminal.
+
+        Yields:
+            a function of bytes so far and bytes in all.
+        """
+        if self.mode is Mode.QUIET or not sys.stderr.isatty():
+            yield lambda *_: None
+            return
+        with click.progressbar(length=1, label=label, file=sys.stderr) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.length = total
+                bar.update(done - bar.pos)
+
+            yield advance
+
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain text table: first column to the left, the others to the right."""

@@ -30,6 +30,11 @@ COMMANDS = {
         "adapters",
         "Install, list, activate and roll back adapters.",
     ),
+    "update": (
+        "edge_tcur_runtime.cli.update",
+        "update",
+        "Fetch, verify and try the newest signed adapter.",
+    ),
 }
 
 EPILOG = """\b

@@ -131,6 +131,10 @@ class Fields:
         """A string, or null / absent."""
         return None if self._document.get(key) is None else self.text(key)
 
+    def is_null(self, key: str) -> bool:
+        """Whether the field is null or absent."""
+        return self._document.get(key) is None
+
     def choice(self, key: str, allowed: Iterable[str]) -> str:
         """A string out of `allowed`."""
         value, options = self.text(key), list(allowed)

@@ -1,0 +1,1 @@
+"""Publishing signed adapters and bundles as a static directory (The Update Framework)."""

@@ -1,0 +1,79 @@
+"""The model card of a published adapter: what it is, in words, from signed facts only."""
+
+from __future__ import annotations
+
+from edge_tcur.publish.facts import Description, Sources
+from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.offer import AdapterFacts
+from edge_tcur_runtime.units import format_size
+
+_LABELS_SHOWN = 20
+
+
+def render_card(adapter: Adapter, facts: AdapterFacts, said: Description, sources: Sources, size: int) -> str:
+    """The card as Markdown; it tells no path of the publisher's machine.
+
+    Args:
+        size: bytes of the adapter file.
+    """
+    header = adapter.header
+    labels = ", ".join(header.labels[:_LABELS_SHOWN])
+    if len(header.labels) > _LABELS_SHOWN:
+        labels += f", ... ({len(header.labels)} in all)"
+    rows = {
+        "task": header.task,
+        "labels": labels,
+        "base": f"`{header.base_digest}`",
+        "tokenizer": f"`{facts.base.tokenizer}`" if facts.base.tokenizer else "none",
+        "method": f"tCURLoRA: rank {facts.rank}, coupling {header.coupling}, transform {header.transform}, "
+        f"frame {header.frame}",
+        "trained numbers": f"{adapter.trained_numbers:,} in cores, {adapter.extra_numbers:,} in the head",
+        "size": format_size(size),
+        "adapter format": str(facts.format_version),
+        "edge-tcur-runtime": f"{facts.runtime} or newer",
+        "channel, rollout": f"{facts.channel}, {facts.rollout / 100:g} % when it was published",
+    }
+    lines = [
+        f"# {facts.name}, version {facts.version}",
+        "",
+        "An adapter for one exact base: it changes what the base answers and works with no other one.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {_cell(value)} |" for key, value in rows.items()),
+        "",
+        "## Data",
+        "",
+        said.data or "The publisher gave no description of the data.",
+        "",
+        "## Metrics",
+        "",
+        *(f"- {key}: {value}" for key, value in facts.metrics.items()),
+        *([] if facts.metrics else ["None were given."]),
+        "",
+        "As the publisher measured them; a device checks only that the adapter answers as it should.",
+        "",
+        "## How it was made",
+        "",
+        *_made(adapter, sources),
+        "",
+        *(["## Note", "", said.note, ""] if said.note else []),
+    ]
+    return "\n".join(lines)
+
+
+def _made(adapter: Adapter, sources: Sources) -> list[str]:
+    lines = [f"- {key}: {value}" for key, value in sorted(adapter.header.provenance.items())]
+    if sources.run is not None:
+        config = sources.run.config
+        base = config.base.rstrip("/").rpartition("/")[2]
+        data = str(config.data).rstrip("/").rpartition("/")[2]
+        lines.append(
+            f"- command: `edge-tcur train --base {base} --data {data} --task {config.task} "
+            f"--rank {config.rank} --epochs {config.epochs} --seed {config.seed}`"
+        )
+    return lines or ["Unknown."]
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,233 @@
+"""The publisher's keys: ed25519 in files with a passphrase, or whatever securesystemslib can sign with.
+
+The directory of keys is never served. ``keyring.json`` says where each private key is; which keys a
+role has stands in the signed root alone. A URI ``encrypted:<file>`` is a PKCS #8 PEM file (0600) in that
+directory, or in another one where the root's keys are kept offline; every other URI goes to
+securesystemslib (a hardware token, a cloud KMS, ``file2:`` ...).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+    load_pem_public_key,
+)
+from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+
+from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.errors import BadInputError, IntegrityError, UsageError
+from edge_tcur_runtime.formats.adapter import check_version, read_bounded
+from edge_tcur_runtime.formats.schema import Fields, parse_document
+
+FORMAT_VERSION = 1
+KEYRING = "keyring.json"
+ROLES = ("root", "targets", "snapshot", "timestamp")
+DAYS = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 14}  # until a signature expires
+_MAX_BYTES = 2**20
+_ENCRYPTED = "encrypted:"
+
+Passphrase = Callable[[str], bytes]  # of the role "root", or of "online" for the other three
+
+
+@dataclass(frozen=True)
+class KeyEntry:
+    """A private key: its name for people, where it is, and its public part as securesystemslib writes it."""
+
+    name: str
+    uri: str
+    public: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The content of ``keyring.json``: keyid -> key, and the days until each role's signature expires."""
+
+    keys: dict[str, KeyEntry]
+    days: dict[str, int]
+
+
+class KeyStore:
+    """The directory of keys.
+
+    Args:
+        folder: the directory; made by `create`.
+        passphrase: asked when a file is opened, once for the root's keys and once for the others.
+        offline: a second place to look for key files, e.g. a mounted stick with the root's keys.
+    """
+
+    def __init__(self, folder: Path, passphrase: Passphrase, offline: Path | None = None) -> None:
+        self.folder, self._passphrase, self._offline = folder, passphrase, offline
+
+    def create(self, days: dict[str, int]) -> Keyring:
+        """Makes the directory (0700) with an empty keyring.
+
+        Raises:
+            BadInputError: it is there already.
+            DiskError: it cannot be made.
+        """
+        try:
+            self.folder.mkdir(mode=0o700, parents=True)
+            fsync_directory(self.folder.parent)
+        except FileExistsError as error:
+            hint = "keys are never overwritten: choose another --keys"
+            raise BadInputError("the directory of keys exists", where=str(self.folder), hint=hint) from error
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        ring = Keyring({}, dict(days))
+        self.write(ring)
+        return ring
+
+    def read(self) -> Keyring:
+        """The keyring.
+
+        Raises:
+            BadInputError: missing or unreadable.
+            FileFormatError, FormatVersionError: not one, or of a newer version.
+        """
+        path = self.folder / KEYRING
+        if not path.is_file():
+            hint = "'edge-tcur publish init' makes it; name it with --keys"
+            raise BadInputError("there is no keyring", where=str(path), hint=hint)
+        fields = Fields(parse_document(read_bounded(path, _MAX_BYTES), str(path)), str(path))
+        check_version(fields, FORMAT_VERSION)
+        fields.only("format_version", "keys", "days")
+        days = fields.child("days").only(*ROLES)
+        keys = {
+            keyid: KeyEntry(child.text("name"), child.text("uri"), child.mapping("public"))
+            for keyid, child in fields.children("keys").items()
+        }
+        return Keyring(keys, {role: days.integer(role, low=1) for role in ROLES})
+
+    def write(self, ring: Keyring) -> None:
+        """Writes the keyring old-or-new (0600)."""
+        document = {"format_version": FORMAT_VERSION, **asdict(ring)}
+        write_atomic(self.folder / KEYRING, (json.dumps(document, indent=1) + "\n").encode(), mode=0o600)
+
+    def generate(self, ring: Keyring, role: str, count: int = 1) -> tuple[Keyring, list[Signer]]:
+        """New ed25519 keys of a role, written with the passphrase; the keyring with them, their signers."""
+        signers: list[Signer] = []
+        keys = dict(ring.keys)
+        for _ in range(count):
+            private = Ed25519PrivateKey.generate()
+            signer = CryptoSigner(private)
+            name = _free_name(role, keys)
+            phrase = self._passphrase("root" if role == "root" else "online")
+            pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(phrase))
+            write_atomic(self.folder / f"{name}.pem", pem, mode=0o600)
+            public = signer.public_key
+            keys[public.keyid] = KeyEntry(name, f"{_ENCRYPTED}{name}.pem", public.to_dict())
+            signers.append(signer)
+        ring = replace(ring, keys=keys)
+        self.write(ring)
+        return ring, signers
+
+    def enroll(self, ring: Keyring, role: str, uri: str, public_pem: Path) -> tuple[Keyring, Signer]:
+        """Takes a key that lives elsewhere into the keyring.
+
+        Args:
+            uri: a private key URI of securesystemslib.
+            public_pem: its public key, PEM.
+
+        Raises:
+            BadInputError: the public key cannot be read, or the URI gives no signer that fits it.
+        """
+        try:
+            public = SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES)))
+            signer = Signer.from_priv_key_uri(uri, public)
+        except BadInputError:
+            raise
+        except Exception as error:
+            raise BadInputError(f"cannot sign with {uri}: {error}", where=str(public_pem)) from error
+        entry = KeyEntry(_free_name(role, ring.keys), uri, public.to_dict())
+        ring = replace(ring, keys={**ring.keys, public.keyid: entry})
+        self.write(ring)
+        return ring, signer
+
+    def signers(self, ring: Keyring, role: str, keyids: list[str], needed: int) -> list[Signer]:
+        """Signers for at least `needed` of a role's keys.
+
+        Raises:
+            BadInputError: fewer of its keys are here.
+            IntegrityError: wrong passphrase, or a file that is no key.
+        """
+        found: list[Signer] = []
+        missing = []
+        for keyid in keyids:
+            entry = ring.keys.get(keyid)
+            signer = None if entry is None else self._open(role, keyid, entry)
+            if signer is None:
+                missing.append(keyid[:12] if entry is None else entry.name)
+            else:
+                found.append(signer)
+            if len(found) == needed:
+                return found
+        raise BadInputError(
+            f"{needed} keys of the role {role} are needed; missing: {', '.join(missing)}",
+            where=str(self.folder),
+            hint="mount the medium with the offline keys and name it with --root-keys-at",
+        )
+
+    def _open(self, role: str, keyid: str, entry: KeyEntry) -> Signer | None:
+        public = Key.from_dict(keyid, dict(entry.public))
+        if not entry.uri.startswith(_ENCRYPTED):
+            try:
+                return Signer.from_priv_key_uri(entry.uri, public)
+            except Exception as error:
+                raise BadInputError(f"cannot sign with {entry.name}: {error}", where=entry.uri) from error
+        name = entry.uri.removeprefix(_ENCRYPTED)
+        places = [folder / name for folder in (self.folder, self._offline) if folder is not None]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            return None
+        phrase = self._passphrase("root" if role == "root" else "online")
+        try:
+            private = load_pem_private_key(read_bounded(path, _MAX_BYTES), phrase)
+            assert isinstance(public, SSlibKey)
+            return CryptoSigner(private, public)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise IntegrityError(
+                "the key cannot be opened",
+                where=str(path),
+                hint="the passphrase is wrong, or the file damaged",
+            ) from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held while a publisher changes the repository; BadInputError while another does."""
+        try:
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BadInputError(f"cannot lock: {error.strerror}", where=str(self.folder)) from error
+        with os.fdopen(descriptor) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise BadInputError("another publisher is at work", where=str(self.folder)) from error
+            yield
+
+
+def check_passphrase(phrase: bytes) -> bytes:
+    """The passphrase; UsageError for one of fewer than 8 bytes."""
+    if len(phrase) < 8:
+        raise UsageError(
+            "the passphrase has fewer than 8 bytes", hint="a key is only as safe as its passphrase"
+        )
+    return phrase
+
+
+def _free_name(role: str, keys: dict[str, KeyEntry]) -> str:
+    taken = {entry.name for entry in keys.values()}
+    return next(name for number in range(1, 10_000) if (name := f"{role}-{number}") not in taken)

@@ -1,0 +1,276 @@
+"""The static directory of a TUF repository: reading it back, changing it, signing and writing it.
+
+    metadata/    timestamp.json, and <version>.snapshot.json, <version>.targets.json, <version>.root.json
+    targets/     adapters/<name>/<sha256>.<version>.safetensors, bundles/..., chunks/...
+    cards/       model cards; their digests are signed
+
+A change writes the files first and ``timestamp.json`` last, each old-or-new, so that a device that reads at
+the same time sees the old state or the new one; an interrupted change is simply not there. What was
+read is verified against the root before anything is signed on top of it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, cast
+
+from securesystemslib.signer import Signer
+from tuf.api.exceptions import RepositoryError
+from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
+
+from edge_tcur.publish.keys import DAYS, ROLES, Keyring, KeyStore
+from edge_tcur_runtime.atomic import disk_error, write_atomic
+from edge_tcur_runtime.errors import BadInputError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.formats.adapter import read_bounded
+from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
+
+METADATA, TARGETS, CARDS = "metadata", "targets", "cards"
+KEPT_VERSIONS = 8  # of snapshot and targets: a device may be in the middle of reading an older one
+_MAX_BYTES = 4 * 2**20
+_VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json")
+
+
+@dataclass
+class Change:
+    """A repository while it is being changed: the metadata, and the keyring."""
+
+    root: Metadata[Root]
+    targets: Metadata[Targets]
+    snapshot: Metadata[Snapshot]
+    timestamp: Metadata[Timestamp]
+    ring: Keyring
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """What is offered."""
+        return catalogue_of(self.targets.signed)
+
+
+class Repository:
+    """A repository in the directory `folder`, signed with the keys of `keys`."""
+
+    def __init__(self, folder: Path, keys: KeyStore) -> None:
+        self.folder, self.keys = folder, keys
+
+    def create(self, root_keys: int, threshold: int, days: dict[str, int] | None = None) -> Change:
+        """Makes keys and an empty signed repository.
+
+        Raises:
+            OutputExistsError: the directory is there and not empty. BadInputError: the keys are.
+            UsageError: a threshold that the number of keys cannot reach.
+        """
+        if not 1 <= threshold <= root_keys:
+            raise UsageError(f"{threshold} of {root_keys} root keys is not possible", hint="1 to all of them")
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise OutputExistsError(
+                "there is something already", where=str(self.folder), hint="choose another directory"
+            )
+        ring = self.keys.create(DAYS | (days or {}))
+        root = Root(consistent_snapshot=True)
+        for role in ROLES:
+            ring, signers = self.keys.generate(ring, role, root_keys if role == "root" else 1)
+            for signer in signers:
+                root.add_key(signer.public_key, role)
+        root.roles["root"].threshold = threshold
+        targets = Targets(
+            unrecognized_fields={EXTRA: {"format_version": FORMAT_VERSION, "bases": {}, "versions": {}}},
+        )
+        change = Change(
+            Metadata(root),
+            Metadata(targets),
+            Metadata(Snapshot()),
+            Metadata(Timestamp()),
+            ring,
+        )
+        self._sign_root(change, None)
+        self.publish(change)
+        return change
+
+    def load(self) -> Change:
+        """The newest state, verified against its root.
+
+        Raises:
+            BadInputError: no repository there, or a file is missing.
+            TrustError: it was altered, or is not signed with the root's keys.
+        """
+        if not (self.folder / METADATA / "timestamp.json").is_file():
+            hint = "'edge-tcur publish init DIR' makes one"
+            raise BadInputError("there is no repository", where=str(self.folder), hint=hint)
+        root = cast("Metadata[Root]", self._read(f"{self.root_version()}.root.json", Root))
+        timestamp = cast("Metadata[Timestamp]", self._read("timestamp.json", Timestamp))
+        version = timestamp.signed.snapshot_meta.version
+        snapshot = cast("Metadata[Snapshot]", self._read(f"{version}.snapshot.json", Snapshot))
+        version = snapshot.signed.meta["targets.json"].version
+        targets = cast("Metadata[Targets]", self._read(f"{version}.targets.json", Targets))
+        loaded: list[Metadata[Any]] = [root, targets, snapshot, timestamp]
+        for metadata in loaded:
+            _verify(root.signed, metadata, self.folder)
+        return Change(root, targets, snapshot, timestamp, self.keys.read())
+
+    @contextmanager
+    def changing(self) -> Iterator[Change]:
+        """The newest state, published where the block ends well; held against other publishers."""
+        with self.keys.locked():
+            change = self.load()
+            yield change
+            self.publish(change)
+
+    def publish(self, change: Change) -> None:
+        """Signs new versions of targets, snapshot and timestamp, and writes them in this order."""
+        self.write_metadata(change, "targets", change.targets)
+        self.publish_snapshot(change)
+
+    def publish_snapshot(self, change: Change) -> None:
+        """The same, with the targets as they are."""
+        raw = change.targets.to_bytes()
+        meta = MetaFile(change.targets.signed.version, length=len(raw))
+        change.snapshot.signed.meta = {"targets.json": meta}
+        self.write_metadata(change, "snapshot", change.snapshot)
+        self.publish_timestamp(change)
+
+    def publish_timestamp(self, change: Change) -> None:
+        """The same, with targets and snapshot as they are; removes files that nobody reads any more."""
+        signed = change.timestamp.signed
+        length = len(change.snapshot.to_bytes())
+        signed.snapshot_meta = MetaFile(change.snapshot.signed.version, length=length)
+        signed.unrecognized_fields[EXTRA] = {"issued": int(time.time())}
+        self.write_metadata(change, "timestamp", change.timestamp)
+        self._prune(change)
+
+    def write_metadata(self, change: Change, role: str, metadata: Metadata[Any]) -> None:
+        """Signs the next version of one role with its keys and writes it."""
+        entry = change.root.signed.roles[role]
+        signers = self.keys.signers(change.ring, role, list(entry.keyids), entry.threshold)
+        _sign(metadata, signers, change.ring.days[role])
+        name = f"{role}.json" if role == "timestamp" else f"{metadata.signed.version}.{role}.json"
+        self._write(METADATA, name, metadata.to_bytes())
+
+    def rotate(self, change: Change, replaced: dict[str, list[Signer]], threshold: int | None = None) -> None:
+        """Gives roles other keys by a new root, signed by the old root's keys and by its new ones.
+
+        Args:
+            replaced: role -> signers of its new keys.
+            threshold: of the root, where its keys are replaced.
+        """
+        root = change.root.signed
+        old = self.keys.signers(
+            change.ring, "root", list(root.roles["root"].keyids), root.roles["root"].threshold
+        )
+        for role, signers in replaced.items():
+            for keyid in list(root.roles[role].keyids):
+                root.revoke_key(keyid, role)
+            for signer in signers:
+                root.add_key(signer.public_key, role)
+        if threshold is not None:
+            root.roles["root"].threshold = threshold
+        self._sign_root(change, old)
+        self.publish(change)
+
+    def renew_root(self, change: Change) -> None:
+        """A new version of the root with the same keys, for its expiry."""
+        role = change.root.signed.roles["root"]
+        self._sign_root(change, self.keys.signers(change.ring, "root", list(role.keyids), role.threshold))
+
+    def add_file(self, path: str, raw: bytes, *, custom: dict[str, Any], change: Change) -> TargetFile:
+        """Writes a target's bytes under their consistent name and enters it; signed by `publish`."""
+        target = TargetFile.from_data(path, raw, ["sha256"])
+        target.unrecognized_fields["custom"] = custom
+        folder, _, name = path.rpartition("/")
+        self._write(f"{TARGETS}/{folder}", f"{target.hashes['sha256']}.{name}", raw)
+        change.targets.signed.targets[path] = target
+        return target
+
+    def write_file(self, path: str, raw: bytes) -> None:
+        """Writes any other file of the repository old-or-new."""
+        folder, _, name = path.rpartition("/")
+        self._write(folder, name, raw)
+
+    def remove_target(self, change: Change, path: str) -> None:
+        """Takes a target out of the list; its file is removed after `publish`, by `drop_file`."""
+        del change.targets.signed.targets[path]
+
+    def drop_file(self, path: str, sha256: str) -> None:
+        """Removes the file of a target that is no longer listed."""
+        folder, _, name = path.rpartition("/")
+        (self.folder / TARGETS / folder / f"{sha256}.{name}").unlink(missing_ok=True)
+
+    def root_version(self) -> int:
+        """The newest version of the root in the directory."""
+        names = [path.name for path in (self.folder / METADATA).glob("*.root.json")]
+        versions = [int(match.group(1)) for name in names if (match := _VERSIONED.fullmatch(name))]
+        if not versions:
+            raise BadInputError("there is no root", where=str(self.folder / METADATA))
+        return max(versions)
+
+    def root_bytes(self) -> bytes:
+        """The newest root, to be shipped with bundles."""
+        path = self.folder / METADATA / f"{self.root_version()}.root.json"
+        return read_bounded(path, _MAX_BYTES)
+
+    def _sign_root(self, change: Change, old: list[Signer] | None) -> None:
+        role = change.root.signed.roles["root"]
+        signers = self.keys.signers(change.ring, "root", list(role.keyids), role.threshold)
+        _sign(change.root, [*(old or []), *signers], change.ring.days["root"])
+        self._write(METADATA, f"{change.root.signed.version}.root.json", change.root.to_bytes())
+
+    def _read(self, name: str, kind: type[Signed]) -> Metadata[Any]:
+        path = self.folder / METADATA / name
+        try:
+            metadata = Metadata[Any].from_bytes(read_bounded(path, _MAX_BYTES))
+        except RepositoryError as error:
+            raise TrustError(f"not metadata: {error}", where=str(path)) from error
+        if not isinstance(metadata.signed, kind):
+            raise TrustError(f"metadata of another role ({metadata.signed.type})", where=str(path))
+        return metadata
+
+    def _write(self, folder: str, name: str, raw: bytes) -> None:
+        place = self.folder / folder
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, place) from error
+        write_atomic(place / name, raw)
+
+    def _prune(self, change: Change) -> None:
+        newest = {"snapshot": change.snapshot.signed.version, "targets": change.targets.signed.version}
+        for path in (self.folder / METADATA).iterdir():
+            match = _VERSIONED.fullmatch(path.name)
+            if match and int(match.group(1)) <= newest.get(match.group(2), 0) - KEPT_VERSIONS:
+                path.unlink(missing_ok=True)
+
+
+def catalogue_of(targets: Targets) -> Catalogue:
+    """The offers of targets metadata."""
+    entries = [
+        Entry(path, target.length, target.hashes.get("sha256", ""), target.custom)
+        for path, target in targets.targets.items()
+    ]
+    return parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets")
+
+
+def _verify(root: Root, metadata: Metadata[Any], folder: Path) -> None:
+    role = metadata.signed.type
+    try:
+        root.verify_delegate(role, metadata.signed_bytes, metadata.signatures)
+    except (RepositoryError, ValueError) as error:
+        raise TrustError(
+            f"the {role} metadata here is not signed by the root's keys: {error}",
+            where=str(folder),
+            hint="restore the directory from what was last published",
+        ) from error
+
+
+def _sign(metadata: Metadata[Any], signers: list[Signer], days: int) -> None:
+    """The next version (the first one where it was never signed), valid for `days` from now."""
+    signed = metadata.signed
+    signed.version += 1 if metadata.signatures else 0
+    signed.expires = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=days)
+    metadata.signatures.clear()
+    for signer in {signer.public_key.keyid: signer for signer in signers}.values():
+        metadata.sign(signer, append=True)

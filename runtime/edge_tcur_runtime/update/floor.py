@@ -1,0 +1,269 @@
+"""What a device remembers of its updates beside python-tuf's cache: floor, known-good time, own choices.
+
+python-tuf remembers versions in its metadata directory only: once that is wiped, older metadata that is
+still signed would be accepted, and a clock at 1970 accepts metadata that expired. So the store keeps
+one small file, ``update/state.json`` (old-or-new, with a checksum):
+
+    floor       the versions of the four roles that were last acted upon, and which keys signed them;
+                raised only when an update ended well
+    known_good  seconds since 1970, never decreasing: a time that has certainly passed
+
+The floor of timestamp, snapshot and targets falls when the root has given one of these roles other keys:
+that is how a publisher recovers after a stolen key signed enormous versions (TUF 5.3.11). The root's never
+falls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError, TrustError
+from edge_tcur_runtime.formats.adapter import check_version, read_bounded
+from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.schema import Fields, parse_document
+from edge_tcur_runtime.update.policy import Committed
+
+FORMAT_VERSION = 1
+STATE_FILE = "state.json"
+MAX_STATE_BYTES = 2**18
+MAX_REMEMBERED = 256  # digests in each of the two lists; the oldest are forgotten
+MAX_ATTEMPTS = 3  # a health check that never came to its end (a crash, a lost battery)
+ROLES = ("timestamp", "snapshot", "targets")
+_CLOCK_STEP = 3600  # seconds: a smaller gain of known-good time alone is not written
+
+
+@dataclass(frozen=True)
+class Versions:
+    """Versions of the four roles of one refresh, and a digest of the keys that each of `ROLES` has."""
+
+    root: int = 0
+    timestamp: int = 0
+    snapshot: int = 0
+    targets: int = 0
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UpdateState:
+    """The content of ``state.json``.
+
+    Attributes:
+        device_id: 32 random hex digits; places the device in rollouts and is never sent.
+        floor: see the module.
+        known_good: seconds since 1970.
+        committed: what the last update put in use.
+        published: digests that came by update, oldest first.
+        rejected: digest -> why it is not tried again.
+        trying: what is being installed now, left over where a process was killed.
+        trying_as: digest that will be in use then; another one where it is combined with a personal adapter.
+        attempts: how often `trying` was begun.
+    """
+
+    device_id: str
+    floor: Versions = field(default_factory=Versions)
+    known_good: int = 0
+    committed: Committed | None = None
+    published: tuple[str, ...] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)
+    trying: Committed | None = None
+    trying_as: str | None = None
+    attempts: int = 0
+
+    def begin(self, offer: Committed, in_use: str) -> UpdateState:
+        """Notes what is about to be tried, and the digest that will be in use then."""
+        again = self.trying == offer and self.trying_as == in_use
+        published = (*(digest for digest in self.published if digest != offer.digest), offer.digest)
+        return replace(
+            self,
+            trying=offer,
+            trying_as=in_use,
+            attempts=self.attempts + 1 if again else 1,
+            published=published[-MAX_REMEMBERED:],
+        )
+
+    def commit(self) -> UpdateState:
+        """What was tried is in use."""
+        return replace(self, committed=self.trying, trying=None, trying_as=None, attempts=0)
+
+    def reject(self, reason: str) -> UpdateState:
+        """What was tried does not work here."""
+        assert self.trying is not None
+        rejected = {**self.rejected, self.trying.digest: reason}
+        kept = dict(list(rejected.items())[-MAX_REMEMBERED:])
+        return replace(self, rejected=kept, trying=None, trying_as=None, attempts=0)
+
+    def recover(self, active: str | None) -> UpdateState:
+        """The state after a process was killed: a finished update is committed, one that was begun too
+        often is rejected, any other is begun again by the next decision.
+        """
+        if self.trying is None:
+            return self
+        if self.trying_as == active:
+            return self.commit()
+        if self.attempts >= MAX_ATTEMPTS:
+            return self.reject(f"its health check did not come to an end {self.attempts} times")
+        return self
+
+    def raised(self, versions: Versions, known_good: int) -> UpdateState:
+        """The state after an update that ended well."""
+        time = max(known_good, self.known_good)
+        if versions == self.floor and time - self.known_good < _CLOCK_STEP:
+            return self
+        return replace(self, floor=versions, known_good=time)
+
+
+def check_floor(versions: Versions, floor: Versions) -> None:
+    """Refuses metadata older than what this device acted upon.
+
+    Raises:
+        TrustError: names the role and both versions.
+    """
+    if versions.root < floor.root:
+        raise _too_old("root", versions.root, floor.root)
+    if any(floor.keys.get(role) not in (None, versions.keys.get(role)) for role in ROLES):
+        return  # keys were replaced by a root that is signed by the ones before: versions start anew
+    for role in ROLES:
+        found, least = getattr(versions, role), getattr(floor, role)
+        if found < least:
+            raise _too_old(role, found, least)
+
+
+def check_time(now: int, known_good: int, expires: Mapping[str, int]) -> None:
+    """Refuses metadata that expired before a time that has certainly passed, whatever the clock says.
+
+    Args:
+        now, known_good: seconds since 1970; the clock's, and the state's.
+        expires: role -> when it expires.
+
+    Raises:
+        TrustError: names the role.
+    """
+    for role, end in expires.items():
+        if max(now, known_good) >= end:
+            late = " (this device's clock is behind)" if now < known_good else ""
+            raise TrustError(
+                f"the repository's {role} metadata has expired{late}",
+                hint="the publisher must sign anew ('edge-tcur publish refresh'); if the clock here is "
+                "wrong, set it",
+            )
+
+
+def _too_old(role: str, found: int, least: int) -> TrustError:
+    return TrustError(
+        f"the server offers {role} metadata of version {found}; this device already acted upon {least}",
+        hint="an old copy, or an attack: nothing was changed; use the publisher's current server",
+    )
+
+
+def new_state() -> UpdateState:
+    """The state of a device that never updated."""
+    return UpdateState(secrets.token_hex(16))
+
+
+def serialize_update_state(state: UpdateState) -> bytes:
+    """The bytes of ``state.json``."""
+    document = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(state)}))
+    return json.dumps({**document, "sha256": _checksum(document)}, indent=1, sort_keys=True).encode()
+
+
+def parse_update_state(raw: bytes, where: str) -> UpdateState:
+    """A state from its bytes.
+
+    Raises:
+        IntegrityError, FileFormatError: altered, or no state file.
+        FormatVersionError: written by a newer version.
+    """
+    fields = Fields(document := parse_document(raw, where), where)
+    check_version(fields, FORMAT_VERSION)
+    if _checksum({key: value for key, value in document.items() if key != "sha256"}) != fields.text("sha256"):
+        raise IntegrityError("the checksum does not match", where=where)
+    fields.only("format_version", "sha256", *UpdateState.__dataclass_fields__)
+    floor, rejected = fields.child("floor"), fields.child("rejected")
+    keys = floor.child("keys")
+    return UpdateState(
+        fields.text("device_id"),
+        Versions(
+            **{role: floor.integer(role) for role in ("root", *ROLES)},
+            keys={role: keys.text(role) for role in keys.mapping_keys()},
+        ),
+        fields.integer("known_good"),
+        _parse_committed(fields, "committed"),
+        fields.texts("published"),
+        {digest: rejected.text(digest) for digest in rejected.mapping_keys()},
+        _parse_committed(fields, "trying"),
+        fields.optional_text("trying_as"),
+        fields.integer("attempts"),
+    )
+
+
+class StateFile:
+    """``update/state.json`` of a store, and the lock that one update holds from its start to its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / STATE_FILE
+
+    def read(self) -> UpdateState:
+        """The state; a new one where there is none.
+
+        Raises:
+            IntegrityError, FileFormatError: damaged. It is never silently begun anew: that would forget
+                the floor.
+        """
+        hint = f"remove it to start over: the protection against old metadata then starts anew ({self.path})"
+        try:
+            return parse_update_state(read_bounded(self.path, MAX_STATE_BYTES), str(self.path))
+        except BadInputError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return new_state()
+            if isinstance(error, FileFormatError):
+                raise IntegrityError(error.message, where=error.where, hint=hint) from error
+            raise
+        except IntegrityError as error:
+            raise IntegrityError(error.message, where=error.where, hint=hint) from error
+
+    def write(self, state: UpdateState) -> None:
+        """Writes the state old-or-new, readable by its owner only."""
+        write_atomic(self.path, serialize_update_state(state), mode=0o600)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the update lock.
+
+        Raises:
+            BadInputError: another update is running.
+            DiskError: the directory cannot be made or written.
+        """
+        try:
+            if not self.folder.is_dir():
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fsync_directory(self.folder.parent)
+            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise disk_error(error, self.folder) from error
+        with os.fdopen(descriptor) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message, hint = "another update of this store is running", "wait until it has finished"
+                raise BadInputError(message, where=str(self.folder), hint=hint) from error
+            yield
+
+
+def _parse_committed(fields: Fields, key: str) -> Committed | None:
+    if fields.is_null(key):
+        return None
+    child = fields.child(key)
+    return Committed(child.text("digest"), child.text("name"), child.integer("version", low=1))
+
+
+def _checksum(document: Mapping[str, object]) -> str:
+    return digest_bytes(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())

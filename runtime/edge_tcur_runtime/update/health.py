@@ -1,0 +1,123 @@
+"""Whether an adapter works on this device: the inference graph with the adapter, on the bundle's canary.
+
+The publisher computes the same outputs where it has the bundle and signs the first of them; another
+processor or ONNX Runtime differs in the last digits, so they are compared with a tolerance.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from edge_tcur_runtime.errors import BadInputError, EdgeError, FileFormatError, HealthCheckError
+from edge_tcur_runtime.feeds import check_fit
+from edge_tcur_runtime.formats.adapter import Adapter, read_bounded
+from edge_tcur_runtime.formats.bundle import Bundle, Manifest
+from edge_tcur_runtime.formats.digest import digest_state
+from edge_tcur_runtime.formats.offer import CanaryAnswers
+
+SAMPLES = 4  # of the canary that are signed
+TOLERANCE = 50  # thousandths, plus 2 % of the value
+MAX_CANARY_BYTES = 64 * 2**20
+_INPUT = "input."
+
+
+def read_canary(root: Path, manifest: Manifest) -> dict[str, np.ndarray] | None:
+    """The canary's inputs by name; None where the bundle has none.
+
+    Raises:
+        FileFormatError: not a safetensors file.
+    """
+    if manifest.canary is None:
+        return None
+    path = root / manifest.canary
+    try:
+        tensors = safetensors.numpy.load(read_bounded(path, MAX_CANARY_BYTES))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise FileFormatError(f"not a safetensors file: {error}", where=str(path)) from error
+    return {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
+
+
+def canary_digest(inputs: dict[str, np.ndarray] | None) -> str | None:
+    """``sha256:<hex>`` of the canary's inputs."""
+    return digest_state(inputs) if inputs else None
+
+
+def canary_answers(bundle: Bundle, adapter: Adapter) -> CanaryAnswers | None:
+    """What the adapter answers to the first `SAMPLES` samples of the bundle's canary.
+
+    Returns:
+        None where the bundle has no canary or no inference graph.
+
+    Raises:
+        HealthCheckError: the adapter does not work with this bundle.
+    """
+    outputs = _outputs(bundle, adapter)
+    if outputs is None:
+        return None
+    rows = outputs[:SAMPLES]
+    answers = rows.argmax(axis=-1)
+    values = np.rint(1000 * rows[np.arange(len(rows)), answers])
+    return CanaryAnswers(tuple(int(x) for x in answers), tuple(int(x) for x in values))
+
+
+def check_health(
+    bundle: Bundle, adapter: Adapter, expected: CanaryAnswers | None, expected_inputs: str | None
+) -> str:
+    """Loads the inference graph, feeds the adapter and compares its answers with the signed ones.
+
+    Args:
+        expected: the signed answers, None where there are none.
+        expected_inputs: digest of the canary's inputs that they belong to.
+
+    Returns:
+        what was checked, for people.
+
+    Raises:
+        HealthCheckError: it does not fit, gives NaN or infinity, or other answers.
+    """
+    outputs = _outputs(bundle, adapter)
+    if outputs is None:
+        return "it fits the bundle (which has no canary to run)"
+    inputs = canary_digest(read_canary(bundle.root, bundle.manifest))
+    if expected is None or inputs != expected_inputs:
+        return f"finite outputs on {len(outputs)} canary samples"
+    if len(outputs) < len(expected.answers) or max(expected.answers, default=0) >= outputs.shape[-1]:
+        raise HealthCheckError("the signed canary is of another size than this bundle's")
+    for sample, (answer, thousandths) in enumerate(zip(expected.answers, expected.outputs, strict=True)):
+        row = 1000 * outputs[sample]
+        allowed = TOLERANCE + abs(thousandths) / 50
+        if abs(row[answer] - thousandths) > allowed or row.max() - row[answer] > allowed:
+            raise HealthCheckError(
+                f"canary sample {sample}: class {answer} gives {row[answer] / 1000:.3f} and the largest is "
+                f"{row.max() / 1000:.3f}; the publisher signed {thousandths / 1000:.3f}",
+                hint="the adapter before it stays in use",
+            )
+    return f"the signed answers on {len(expected.answers)} canary samples"
+
+
+def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
+    """Finite outputs f32 [samples, classes] of the whole canary; None where there is nothing to run."""
+    from edge_tcur_runtime.predict import Model
+
+    inputs = read_canary(bundle.root, bundle.manifest)
+    try:
+        if inputs is None or bundle.graph("infer") is None:
+            check_fit(bundle.manifest, adapter)
+            return None
+        model = Model(bundle, threads=1)
+        model.attach(adapter)
+        outputs = model.outputs(inputs)
+    except BadInputError:
+        raise
+    except EdgeError as error:
+        if error.code == "missing-engine":
+            raise
+        raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
+    except Exception as error:
+        raise HealthCheckError(f"the graph cannot run with it: {error}") from error
+    if not np.isfinite(outputs).all():
+        raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")
+    return outputs

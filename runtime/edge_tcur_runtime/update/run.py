@@ -1,0 +1,412 @@
+"""One update from its start to its end: check, fetch, verify, stage, health-check, commit.
+
+The adapter in use changes in one old-or-new write of the store's state, after the new adapter has been
+read back from the disk and has passed its health check. Until then the device answers with what it had, also
+while the check runs and wherever the process is killed; the next update finds out by itself how far
+the last one came. The floor rises only when an update ended well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edge_tcur_runtime import __version__
+from edge_tcur_runtime.arithmetic import combine
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    ConfigError,
+    HealthCheckError,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
+from edge_tcur_runtime.feeds import facts_of_manifest, fit_digest
+from edge_tcur_runtime.formats.adapter import (
+    FORMAT_VERSION,
+    MAX_FILE_BYTES,
+    Adapter,
+    read_bounded,
+    serialize_adapter,
+)
+from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
+from edge_tcur_runtime.formats.offer import CHANNELS, Offer
+from edge_tcur_runtime.store import Store, check_name
+from edge_tcur_runtime.update.client import Verified, refresh
+from edge_tcur_runtime.update.fetch import (
+    CacheTransport,
+    Counters,
+    Deadline,
+    Download,
+    FileTransport,
+    HttpTransport,
+    Limits,
+    Progress,
+    fetch,
+    open_transport,
+)
+from edge_tcur_runtime.update.floor import StateFile, UpdateState, check_floor, check_time
+from edge_tcur_runtime.update.health import check_health
+from edge_tcur_runtime.update.policy import (
+    Action,
+    Committed,
+    Decision,
+    Device,
+    Personal,
+    Situation,
+    decide,
+)
+
+FOLDER = "update"  # in the store
+ROOT_FILE = "trusted-root.json"  # in a bundle
+MAX_ROOT_BYTES = 64 * 2**10
+TOKENIZER = "tokenizer.json"
+
+HealthCheck = Callable[[Bundle, Adapter, Offer], str]
+Place = HttpTransport | FileTransport
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """One declaration of what an update may be told.
+
+    Attributes:
+        url: of the repository: ``http(s)://``, ``file://`` or a directory; None takes what was fetched
+            before (only with `offline`).
+        channel: one of `CHANNELS`.
+        name: the line of adapters to follow.
+        personal: see `Personal`.
+        check_only: decide, and change nothing in the store.
+        offline: open no socket.
+        retry: try again what failed here, or was taken out of use by hand.
+        root: file of the trusted root; None takes the bundle's.
+        limits: bounds of time and size.
+    """
+
+    url: str | None = None
+    channel: str = "stable"
+    name: str | None = None
+    personal: Personal = Personal.KEEP
+    check_only: bool = False
+    offline: bool = False
+    retry: bool = False
+    root: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What an update did.
+
+    Attributes:
+        action: what the decision was; with `check_only` it was not carried out.
+        changed: whether another adapter (or the base) is in use now.
+        active: digest of the adapter in use; None is the base.
+        decision: with its reason, and why other adapters were skipped.
+        health: what the health check saw; None where none ran.
+        requests, received: what it cost, in requests and bytes of bodies.
+        notes: for people.
+    """
+
+    action: Action
+    changed: bool
+    active: str | None
+    decision: Decision
+    health: str | None
+    requests: int
+    received: int
+    notes: tuple[str, ...] = ()
+
+
+def run_update(
+    bundle_root: Path,
+    store_root: Path,
+    settings: UpdateSettings,
+    *,
+    progress: Progress | None = None,
+    health: HealthCheck | None = None,
+    transport: Place | None = None,
+) -> UpdateResult:
+    """Updates the adapter that a bundle is used with; see the module.
+
+    Args:
+        bundle_root: the bundle on this device.
+        store_root: the store; made where it is missing.
+        progress: called with bytes so far and bytes in all.
+        health: replaces the health check (an application's own, say).
+        transport: replaces the one that `settings.url` names.
+
+    Raises:
+        TrustError, IntegrityError: 6. NetworkError: 8. DiskError: 7.
+        IncompatibleError, HealthCheckError: 4. BadInputError: 3. UsageError: 2.
+        In every case the adapter in use is the one from before.
+    """
+    bundle = open_bundle(bundle_root, verify=False)  # the manifest; its files are verified before use
+    trusted = read_trusted_root(bundle, settings.root)
+    store = Store.open(store_root)
+    states = StateFile(store_root / FOLDER)
+    place = transport or choose_transport(settings, states.folder)
+    with states.locked(), contextlib.closing(place):
+        update = _Update(bundle, store, states, settings, place)
+        update.progress = progress or update.progress
+        update.health = health or _check
+        return update.run(trusted)
+
+
+def read_trusted_root(bundle: Bundle, given: Path | None) -> bytes:
+    """The root metadata that everything else is verified against.
+
+    Raises:
+        UsageError: the bundle has none and none was given.
+        IntegrityError: it is not the one in the bundle's manifest.
+    """
+    if given is not None:
+        return read_bounded(given, MAX_ROOT_BYTES)
+    entry = bundle.manifest.files.get(ROOT_FILE)
+    if entry is None:
+        raise UsageError(
+            "this bundle was shipped without the publisher's root, so that nothing can be verified",
+            where=str(bundle.root),
+            hint="give the publisher's root with --root, or ship it ('edge-tcur publish trust BUNDLE')",
+        )
+    verify_file(bundle.path(ROOT_FILE), entry)
+    return read_bounded(bundle.path(ROOT_FILE), MAX_ROOT_BYTES)
+
+
+def choose_transport(settings: UpdateSettings, folder: Path) -> Place:
+    """Where the repository is read from.
+
+    Raises:
+        UsageError: no URL, or a socket would be opened offline.
+    """
+    deadline = Deadline(settings.limits.total_seconds)
+    if settings.url is None:
+        if not settings.offline:
+            raise UsageError("no repository was named", hint="give it with --url, or use --offline")
+        return CacheTransport(folder / "metadata", folder / "downloads", deadline)
+    place = open_transport(settings.url, deadline, settings.limits)
+    if settings.offline and isinstance(place, HttpTransport):
+        raise UsageError(
+            "--offline opens no connection", where=settings.url, hint="give a directory or file://"
+        )
+    return place
+
+
+class _Update:
+    """One update; holds the lock."""
+
+    def __init__(
+        self, bundle: Bundle, store: Store, states: StateFile, settings: UpdateSettings, place: Place
+    ) -> None:
+        self.bundle, self.store, self.states = bundle, store, states
+        self.settings, self.place = settings, place
+        self.state = UpdateState("")
+        self.progress: Progress = lambda _done, _size: None
+        self.health: HealthCheck = _check
+        self.notes: list[str] = []
+
+    @property
+    def counters(self) -> Counters:
+        return self.place.counters
+
+    def run(self, trusted: bytes) -> UpdateResult:
+        """See `run_update`."""
+        before = self.states.read()
+        self.state = before.recover(self.store.active_digest())
+        if self.settings.retry:
+            committed = None if self._was_taken_out() else self.state.committed
+            self.state = replace(self.state, rejected={}, attempts=0, committed=committed)
+        if self.state != before or not self.states.path.exists():
+            self.states.write(self.state)
+        verified = refresh(self.place, trusted, self.states.folder / "metadata", self.settings.limits)
+        check_floor(verified.versions, self.state.floor)
+        now = int(time.time())
+        check_time(now, max(self.state.known_good, verified.issued), verified.expires)
+        decision = decide(verified.catalogue.adapters, self._device(), self._situation())
+        for path, why in verified.catalogue.skipped.items():
+            self.notes.append(f"{path}: {why}")
+        seen = None if self.settings.check_only else self._carry_out(decision)
+        changed = not self.settings.check_only and decision.action is not Action.NOTHING
+        if not self.settings.check_only:
+            self._end(verified, now)
+        active = self.store.active_digest()
+        counters = self.counters
+        return UpdateResult(
+            decision.action,
+            changed,
+            active,
+            decision,
+            seen,
+            counters.requests,
+            counters.received,
+            tuple(self.notes),
+        )
+
+    def _was_taken_out(self) -> bool:
+        committed = self.state.committed
+        return committed is not None and committed.digest != self.store.active_digest()
+
+    def _device(self) -> Device:
+        manifest = self.bundle.manifest
+        if self.settings.channel not in CHANNELS:
+            raise UsageError(f"no channel {self.settings.channel!r}", hint=f"one of {', '.join(CHANNELS)}")
+        tokenizer = manifest.files.get(TOKENIZER)
+        return Device(
+            manifest.base_digest,
+            fit_digest(manifest.base_digest, facts_of_manifest(manifest)),
+            None if tokenizer is None else tokenizer.sha256,
+            manifest.task,
+            __version__,
+            FORMAT_VERSION,
+            self.settings.channel,
+            self.state.device_id,
+            self.settings.name,
+            min(self.settings.limits.adapter_bytes, MAX_FILE_BYTES),
+        )
+
+    def _situation(self) -> Situation:
+        return Situation(
+            self.store.active_digest(),
+            self.state.committed,
+            frozenset(self.state.published),
+            self.state.rejected,
+            self.settings.personal,
+        )
+
+    def _carry_out(self, decision: Decision) -> str | None:
+        """Does what was decided and returns what the health check saw."""
+        if decision.action is Action.BASE:
+            self.store.activate("base")
+            self._save(replace(self.state, committed=None))
+            return "the base without an adapter"
+        if decision.action is Action.NOTHING:
+            self._repair(decision.offer)
+            return None
+        offer = decision.offer
+        assert offer is not None
+        digest = replacing = self._stage(offer)
+        if decision.action is Action.COMBINE:
+            replacing = self._combine(digest)
+        self._save(self.state.begin(Committed(digest, offer.facts.name, offer.facts.version), replacing))
+        adapter = self.store.load(replacing)  # read back: what was verified is what lies on the disk
+        seen = self._examine(adapter, offer, decision.action)
+        self.store.activate(replacing, expected_base=self.bundle.manifest.base_digest)
+        self._save(self.state.commit())
+        return seen
+
+    def _stage(self, offer: Offer) -> str:
+        """Fetches an adapter, verifies it and keeps it in the store, not in use; returns its digest."""
+        base = self.bundle.manifest.base_digest
+        known = {line.digest for line in self.store.list() if line.problem is None}
+        if offer.digest not in known:
+            raw = self._fetch(offer)
+            self.store.install(raw, name=self._free_name(offer), expected_base=base, where=offer.entry.path)
+        (self._downloads / offer.entry.sha256).unlink(missing_ok=True)
+        return offer.digest
+
+    def _repair(self, offer: Offer | None) -> None:
+        """Fetches the adapter in use again where its file is damaged or gone."""
+        if offer is None or offer.digest != self.store.active_digest():
+            return
+        try:
+            self.store.load("active")
+        except IntegrityError as error:
+            self._stage(offer)
+            self.notes.append(f"fetched again: {error}")
+
+    def _free_name(self, offer: Offer) -> str | None:
+        """The line's name, where it names nothing of the user's own in the store."""
+        name = offer.facts.name
+        try:
+            check_name(name)
+        except UsageError:
+            return None
+        holder = self.store.state.names.get(name)
+        return name if holder is None or holder in self.state.published else None
+
+    @property
+    def _downloads(self) -> Path:
+        return self.states.folder / "downloads"
+
+    def _fetch(self, offer: Offer) -> bytes:
+        entry = offer.entry
+        folder, _, name = entry.path.rpartition("/")
+        self._downloads.mkdir(mode=0o700, exist_ok=True)
+        part = self._downloads / entry.sha256
+        path = f"targets/{folder}/{entry.sha256}.{name}"
+        fetch(Download(path, entry.size, entry.sha256, part, self.progress), self.place)
+        return read_bounded(part, MAX_FILE_BYTES)
+
+    def _combine(self, digest: str) -> str:
+        """Installs the new adapter plus what the personal one learned on the old; returns its digest.
+
+        With the old one in the store: new + personal - old. Without it: the mean of new and personal.
+
+        Raises:
+            IncompatibleError: other rows or columns; the personal adapter stays in use.
+        """
+        new, personal, old = self.store.load(digest), self.store.load("active"), self.state.committed
+        parts, weights = [new, personal], [0.5, 0.5]
+        if old is not None and old.digest in {line.digest for line in self.store.list()}:
+            parts, weights = [new, personal, self.store.load(old.digest)], [1.0, 1.0, -1.0]
+        try:
+            mixed = combine(parts, weights)
+        except (IncompatibleError, ConfigError) as error:
+            hint = "the personal adapter stays in use; '--personal replace' takes the published one alone"
+            raise IncompatibleError(f"cannot be combined: {error.message}", hint=hint) from error
+        provenance = {
+            "tool": f"edge-tcur-runtime {__version__}",
+            "method": "published and personal, combined",
+        }
+        mixed = replace(mixed, header=replace(new.header, provenance=provenance))
+        return self.store.install(serialize_adapter(mixed), name="personal-combined")
+
+    def _examine(self, adapter: Adapter, offer: Offer, action: Action) -> str:
+        """Runs the health check; an adapter that fails is remembered and not tried again."""
+        facts = offer.facts
+        if action is Action.COMBINE:  # its answers are its own: only finite ones can be asked for
+            offer = replace(offer, facts=replace(facts, canary=None))
+        try:
+            return self.health(self.bundle, adapter, offer)
+        except HealthCheckError as error:
+            self._save(self.state.reject(f"failed its health check here: {error.message}"))
+            raise HealthCheckError(
+                f"{facts.name} version {facts.version} failed its health check: {error.message}",
+                where=error.where,
+                hint="the adapter in use stays, and this version is not tried again (--retry does)",
+            ) from error
+
+    def _end(self, verified: Verified, now: int) -> None:
+        """Raises the floor, and removes published adapters that are no longer needed or were withdrawn."""
+        known = max(self.state.known_good, verified.issued, now)
+        kept = self._drop_old(frozenset(offer.digest for offer in verified.catalogue.adapters))
+        self._save(replace(self.state, published=kept).raised(verified.versions, known))
+
+    def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
+        """Digests that came by update and are kept: in use, or referred to and still listed."""
+        state, committed = self.store.state, self.state.committed
+        held = {line.digest for line in self.store.list()}
+        kept = []
+        for digest in self.state.published:
+            wanted = digest in state.referenced or (committed is not None and digest == committed.digest)
+            if digest in (state.active, state.pending) or (wanted and digest in listed):
+                kept.append(digest)
+            elif digest in held:
+                self.store.remove(digest)
+        return tuple(kept)
+
+    def _save(self, state: UpdateState) -> None:
+        if state != self.state:
+            self.states.write(state)
+            self.state = state
+
+
+def _check(bundle: Bundle, adapter: Adapter, offer: Offer) -> str:
+    """The health check, after every file of the bundle was verified."""
+    opened = open_bundle(bundle.root)
+    if opened.manifest != bundle.manifest:
+        raise BadInputError("the bundle changed during the update", where=str(bundle.root / MANIFEST))
+    return check_health(opened, adapter, offer.facts.canary, offer.facts.base.canary)

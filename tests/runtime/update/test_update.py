@@ -1,0 +1,360 @@
+"""The states of a device over many updates, with a simulated repository."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from edge_tcur_runtime.errors import (
+    ExitCode,
+    HealthCheckError,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
+from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health, read_canary
+from edge_tcur_runtime.update.policy import Action, Personal, bucket
+from edge_tcur_runtime.update.run import _check
+
+
+def publish(simulator, raw, **more):
+    offer = simulator.add(raw, **more)
+    simulator.publish()
+    return offer
+
+
+def test_the_first_update_and_an_unchanged_check(simulator, device, adapters):
+    offer = publish(simulator, adapters[0])
+    result = device.update(simulator)
+    assert (result.action, result.changed, result.active) == (Action.INSTALL, True, offer.digest)
+    assert result.requests == 5
+    assert result.received <= offer.entry.size + 8 * 2**10
+    again = device.update(simulator)
+    assert (again.action, again.changed, again.requests) == (Action.NOTHING, False, 2)
+    assert device.asked == ["metadata/2.root.json", "metadata/timestamp.json"]
+
+
+def test_check_only_changes_nothing(simulator, device, adapters):
+    offer = publish(simulator, adapters[0])
+    result = device.update(simulator, check_only=True)
+    assert (result.action, result.changed, result.active) == (Action.INSTALL, False, None)
+    assert result.decision.offer.digest == offer.digest
+    assert not any(path.endswith(".safetensors") for path in device.asked)
+    assert device.state["floor"]["targets"] == 0
+    assert device.update(simulator).active == offer.digest
+
+
+def test_a_withdrawn_adapter_gives_way_to_the_last_good_one_then_to_the_base(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    second = publish(simulator, adapters[1])
+    device.update(simulator)
+    simulator.withdraw(second)
+    simulator.publish()
+    result = device.update(simulator)
+    assert (result.active, result.decision.withdrawn) == (first.digest, second.digest)
+    assert not any(path.endswith(".safetensors") for path in device.asked)  # it was still in the store
+    assert second.digest not in {line.digest for line in device.store.list()}  # no way back to it
+    simulator.withdraw(first)
+    simulator.publish()
+    assert device.update(simulator).action is Action.BASE
+    assert device.active is None
+    third = publish(simulator, adapters[2], version=3)
+    assert device.update(simulator).active == third.digest
+
+
+def test_a_failed_health_check_keeps_the_old_one_and_is_not_repeated(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    second = publish(simulator, adapters[1])
+
+    def unhealthy(*_):
+        assert device.active == first.digest  # while it is examined, the device answers with the old one
+        raise HealthCheckError("it gives NaN")
+
+    device.healthy = unhealthy
+    with pytest.raises(HealthCheckError, match="line version 2 failed") as caught:
+        device.update(simulator)
+    assert caught.value.exit_code == ExitCode.INCOMPATIBLE
+    assert device.active == first.digest
+    result = device.update(simulator)
+    assert (result.changed, result.active) == (False, first.digest)
+    assert "failed its health check" in result.decision.skipped[second.entry.path]
+    device.healthy = lambda *_: "looks well"
+    assert device.update(simulator, retry=True).active == second.digest
+
+
+def test_a_health_check_that_crashes_the_process_is_not_repeated_for_ever(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    second = publish(simulator, adapters[1])
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*_):
+        raise Crash
+
+    device.healthy = crash
+    for _ in range(3):
+        with pytest.raises(Crash):
+            device.update(simulator)
+        assert device.active == first.digest
+    result = device.update(simulator)
+    assert result.active == first.digest
+    assert "did not come to an end" in result.decision.skipped[second.entry.path]
+
+
+def test_what_the_user_went_back_from_is_not_installed_again(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    second = publish(simulator, adapters[1])
+    device.update(simulator)
+    device.store.rollback()
+    result = device.update(simulator)
+    assert result.active == first.digest
+    assert "taken out of use" in result.decision.skipped[second.entry.path]
+    device.store.activate("base")
+    assert device.update(simulator).active is None
+    third = publish(simulator, adapters[2])
+    assert device.update(simulator).active == third.digest
+
+
+def test_retry_takes_what_was_taken_out_of_use(simulator, device, adapters):
+    publish(simulator, adapters[0])
+    device.update(simulator)
+    second = publish(simulator, adapters[1])
+    device.update(simulator)
+    device.store.rollback()
+    assert device.update(simulator, retry=True).active == second.digest
+
+
+def personal(device, adapters, start=0, shift=0.25):
+    """What `personalize` leaves: an adapter with moved cores, named and active."""
+    adapter = parse_adapter(adapters[start])
+    factors = {
+        n: f.with_core((f.core + np.float32(shift)).astype(np.float32)) for n, f in adapter.factors.items()
+    }
+    digest = device.store.install(serialize_adapter(replace(adapter, factors=factors)), name="personal")
+    device.store.activate(digest)
+    return digest
+
+
+def test_a_personal_adapter_is_kept_by_default(simulator, device, adapters):
+    publish(simulator, adapters[0])
+    device.update(simulator)
+    own = personal(device, adapters)
+    offer = publish(simulator, adapters[1])
+    result = device.update(simulator)
+    assert (result.action, result.active) == (Action.NOTHING, own)
+    assert result.decision.offer.digest == offer.digest  # named, so that the user can choose
+    assert not any(path.endswith(".safetensors") for path in device.asked)
+
+
+def test_a_personal_adapter_is_replaced_where_asked(simulator, device, adapters):
+    own = personal(device, adapters)
+    offer = publish(simulator, adapters[1])
+    assert device.update(simulator, personal=Personal.REPLACE).active == offer.digest
+    assert device.store.rollback() == own  # and is still there
+
+
+def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adapters):
+    publish(simulator, adapters[0])
+    device.update(simulator)
+    personal(device, adapters)
+    publish(simulator, adapters[1])
+    result = device.update(simulator, personal=Personal.COMBINE)
+    assert (result.action, result.changed) == (Action.COMBINE, True)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+    assert not device.update(simulator, personal=Personal.COMBINE).changed
+    publish(simulator, adapters[2])
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[2])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+
+
+def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
+    own = device.store.load(personal(device, adapters))
+    publish(simulator, adapters[1])
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(
+            mixed.factors[name].core, (part.core + own.factors[name].core) / 2, atol=1e-6
+        )
+
+
+def test_a_personal_adapter_of_other_rows_cannot_be_combined_and_stays(simulator, device, adapters):
+    adapter = parse_adapter(adapters[0])
+    factors = {n: replace(f, rows=np.roll(f.rows, 0)[:, :2], cols=f.cols[:, :2], core=f.core[:, :2, :2])
+               for n, f in adapter.factors.items()}  # fmt: skip
+    digest = device.store.install(serialize_adapter(replace(adapter, factors=factors)))
+    device.store.activate(digest)
+    publish(simulator, adapters[1])
+    with pytest.raises(IncompatibleError, match="cannot be combined"):
+        device.update(simulator, personal=Personal.COMBINE)
+    assert device.active == digest
+
+
+def test_a_rollout_reaches_its_part_of_the_devices_and_never_goes_back(simulator, device, adapters):
+    device.update(simulator)
+    place = bucket(device.state["device_id"], "line", 1)
+    offer = publish(simulator, adapters[0], rollout=place)
+    result = device.update(simulator)
+    assert result.active is None
+    assert "rolled out to" in result.decision.skipped[offer.entry.path]
+    simulator.withdraw(offer)
+    offer = publish(simulator, adapters[0], version=1, rollout=place + 1)
+    assert device.update(simulator).active == offer.digest
+    simulator.withdraw(offer)
+    publish(simulator, adapters[0], version=1, rollout=0)  # stopped: who has it keeps it
+    assert device.update(simulator).active == offer.digest
+
+
+def test_channels(simulator, device, adapters):
+    stable = publish(simulator, adapters[0])
+    beta = publish(simulator, adapters[1], channel="beta")
+    assert device.update(simulator).active == stable.digest
+    assert device.update(simulator, channel="beta").active == beta.digest
+    assert device.update(simulator).active == beta.digest  # no step back; the next stable one replaces it
+    newer = publish(simulator, adapters[2])
+    assert device.update(simulator, channel="beta").active == newer.digest
+    with pytest.raises(UsageError, match="no channel"):
+        device.update(simulator, channel="nightly")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"runtime": "99.0"}, "needs edge-tcur-runtime 99.0"),
+        ({"format_version": 2}, "format version 2"),
+        ({"fit": "0" * 16}, "other groups, labels or another head"),
+        ({"channel": "beta"}, "on the channel beta"),
+    ],
+)
+def test_what_does_not_fit_is_skipped_with_the_reason_and_never_downloaded(
+    simulator, device, adapters, more, why
+):
+    offer = publish(simulator, adapters[0], **more)
+    result = device.update(simulator)
+    assert why in result.decision.skipped[offer.entry.path]
+    assert not any(path.endswith(".safetensors") for path in device.asked)
+    assert result.active is None
+
+
+@pytest.mark.parametrize(("field", "why"), [("digest", "another base"), ("tokenizer", "another tokenizer")])
+def test_another_base_or_tokenizer_is_skipped(simulator, device, adapters, field, why):
+    base = replace(simulator.add(adapters[0]).facts.base, **{field: "sha256:" + "0" * 64})
+    offer = publish(simulator, adapters[0], version=1, base=base)
+    assert why in device.update(simulator).decision.skipped[offer.entry.path]
+    assert not any(path.endswith(".safetensors") for path in device.asked)
+
+
+def test_several_lines_need_a_choice(simulator, device, adapters):
+    publish(simulator, adapters[0], name="one")
+    two = publish(simulator, adapters[1], name="two")
+    with pytest.raises(UsageError, match="one, two"):
+        device.update(simulator)
+    assert device.update(simulator, name="two").active == two.digest
+    assert device.update(simulator).active == two.digest  # the line is remembered
+
+
+def test_an_entry_of_a_newer_publisher_is_skipped_and_the_others_serve(simulator, device, adapters):
+    offer = simulator.add(adapters[0])
+    simulator.publish()
+    custom = dict(simulator.targets.signed.targets[offer.entry.path].unrecognized_fields["custom"])
+    strange = type(simulator.targets.signed.targets[offer.entry.path]).from_data(
+        "adapters/line/9.safetensors", adapters[1], ["sha256"]
+    )
+    strange.unrecognized_fields["custom"] = {**custom, "quantum": True}
+    simulator.targets.signed.targets["adapters/line/9.safetensors"] = strange
+    simulator.sign("targets")
+    simulator.write_from_targets()
+    result = device.update(simulator)
+    assert result.active == offer.digest
+    assert any("quantum" in note for note in result.notes)
+
+
+def test_an_adapter_that_lies_about_its_base_is_refused(simulator, device, adapters):
+    """Signed metadata say that it fits; the file itself says otherwise."""
+    adapter = parse_adapter(adapters[0])
+    other = serialize_adapter(
+        replace(adapter, header=replace(adapter.header, base_digest="sha256:" + "1" * 64))
+    )
+    honest = simulator.add(adapters[0]).facts
+    simulator.facts.clear()
+    publish(simulator, other, base=honest.base, fit=honest.fit)
+    with pytest.raises(IncompatibleError):
+        device.update(simulator)
+    assert device.active is None
+
+
+def test_a_bundle_without_a_root_is_refused(simulator, device):
+    device.ship_root(b"{}")
+    from edge_tcur_runtime.errors import TrustError
+
+    with pytest.raises(TrustError):
+        device.update(simulator)
+    (device.bundle / "trusted-root.json").write_bytes(b"{ }")
+    with pytest.raises(IntegrityError, match=r"bytes; the manifest says"):
+        device.update(simulator)
+
+
+def test_the_real_health_check_compares_the_signed_answers(device, adapters):
+    from edge_tcur_runtime.formats.bundle import open_bundle
+
+    bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
+    answers = canary_answers(bundle, adapter)
+    inputs = canary_digest(read_canary(bundle.root, bundle.manifest))
+    assert "signed answers" in check_health(bundle, adapter, answers, inputs)
+    assert "finite outputs" in check_health(bundle, adapter, None, None)
+    wrong = replace(answers, outputs=tuple(value + 1000 for value in answers.outputs))
+    with pytest.raises(HealthCheckError, match="the publisher signed"):
+        check_health(bundle, adapter, wrong, inputs)
+    wrong = replace(answers, answers=tuple((a + 1) % 4 for a in answers.answers))
+    with pytest.raises(HealthCheckError):
+        check_health(bundle, adapter, wrong, inputs)
+
+
+def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapters):
+    """With the real inference graph: cores of 3e38 overflow."""
+    first = publish(simulator, adapters[0])
+    device.healthy = _check
+    assert device.update(simulator).health.startswith("finite outputs")
+    adapter = parse_adapter(adapters[1])
+    factors = {n: f.with_core(np.full_like(f.core, 3e38)) for n, f in adapter.factors.items()}
+    publish(simulator, serialize_adapter(replace(adapter, factors=factors)))
+    with pytest.raises(HealthCheckError, match="NaN or infinity"):
+        device.update(simulator)
+    assert device.active == first.digest
+
+
+@pytest.mark.parametrize("damage", ["altered", "gone"])
+def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, damage):
+    offer = publish(simulator, adapters[0])
+    device.update(simulator)
+    (path,) = (device.store_path / "adapters").glob("*.safetensors")
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"x" + path.read_bytes()[1:])
+    result = device.update(simulator)
+    assert "fetched again" in result.notes[0]
+    assert device.store.load("active")
+    assert device.active == offer.digest
+
+
+def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
+    mine = device.store.install(adapters[4], name="mine")
+    for raw in adapters[:4]:
+        offer = publish(simulator, raw)
+        device.update(simulator)
+    found = {line.digest for line in device.store.list()}
+    assert found >= {mine, offer.digest}
+    assert len(found) == 3  # the one in use, the one to go back to, and the user's own
