@@ -1,9 +1,9 @@
 """What the factors cost at inference: ``python tests/benchmarks/infer_cost.py``.
 
 Three ways run in turn, in one process, on one thread: the base exported alone by torch.onnx, the bundle's
-``infer.onnx`` with nothing fed, and the same with an adapter of rank 8 at the default settings. Printed are medians
-of processor time (the machine may be shared) and of the ratios within a round. Weights are random:
-MiniLM's shape and ViT-S/16's. The session options are the runtime's.
+``infer.onnx`` with nothing fed, and the same with an adapter of rank 8 at the default settings. Printed are
+medians of processor time (the machine may be shared) and of the ratios within a round. Weights are
+random: MiniLM's shape and ViT-S/16's. The session options are the runtime's.
 """
 
 from __future__ import annotations
@@ -54,12 +54,22 @@ class Alone(nn.Module):
 def write_model(name: str, root: Path) -> None:
     """A Hugging Face directory with random weights."""
     from tokenizers import Tokenizer, models
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConfig, ViTForImageClassification
+    from transformers import (
+        BertConfig,
+        BertModel,
+        PreTrainedTokenizerFast,
+        ViTConfig,
+        ViTForImageClassification,
+    )
 
     torch.manual_seed(0)
     if name == "MiniLM":
         config = BertConfig(
-            vocab_size=4000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+            vocab_size=4000,
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
         )
         BertModel(config).save_pretrained(root)
         words = models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")
@@ -68,10 +78,19 @@ def write_model(name: str, root: Path) -> None:
         ).save_pretrained(root)
         return
     config = ViTConfig(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, num_labels=len(LABELS)
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        num_labels=len(LABELS),
     )
     ViTForImageClassification(config).save_pretrained(root)
-    processor = {"do_rescale": True, "rescale_factor": 1 / 255, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor = {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (root / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
@@ -108,7 +127,9 @@ def export_infer(base: Base, task_name: str, path: Path) -> dict[str, np.ndarray
     defaults = {name: np.zeros(value.shape, np.float32) for name, value in example.extras.items()}
     for group in groups:
         defaults[f"{group.name}.core"] = np.zeros((len(group.modules), 1, 1), np.float32)
-        defaults |= {f"{group.name}.{part}": np.zeros((group.blocks, 1), np.int32) for part in ("rows", "cols")}
+        defaults |= {
+            f"{group.name}.{part}": np.zeros((group.blocks, 1), np.int32) for part in ("rows", "cols")
+        }
     ir.save(graphs.add_defaults(model, defaults), path, external_data=f"{path.stem}.bin")
     return fed
 
