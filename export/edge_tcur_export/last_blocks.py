@@ -22,6 +22,8 @@ def adapted_blocks(model: nn.Module, groups: tuple[Group, ...], inputs: dict[str
     """The numbered blocks with adapted weights, in the order in which one call of `model` begins them."""
     names = {block_of(f"{name}.weight") for group in groups for name in group.modules}
     modules = {name: model.get_submodule(name) for name in names if name is not None}
+    if not modules:
+        return []
     called: dict[str, None] = {}
 
     def note(name: str) -> Any:

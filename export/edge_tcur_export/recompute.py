@@ -248,7 +248,7 @@ def _duplicate(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
         node.attributes.values(),
         num_outputs=len(node.outputs),
         version=node.version,
-        name=f"{node.name}{_AGAIN}",
+        name=f"{node.name or node.outputs[0].name}{_AGAIN}",
     )
     for value, copy in zip(node.outputs, twin.outputs, strict=True):
         copy.name, copy.type = f"{value.name}{_AGAIN}", value.type

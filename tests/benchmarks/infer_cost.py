@@ -1,9 +1,9 @@
 """What the factors cost at inference: ``python tests/benchmarks/infer_cost.py``.
 
 Three ways run in turn, in one process, on one thread: the base exported alone by torch.onnx, the bundle's
-``infer.onnx`` with nothing fed, and the same with an adapter of rank 8 at the default settings. Printed are medians
-of processor time (the machine may be shared) and of the ratios within a round. Weights are random:
-MiniLM's shape and ViT-S/16's. The session options are the runtime's.
+``infer.onnx`` with nothing fed, and the same with an adapter of rank 8 at the default settings. Printed are
+medians of processor time (the machine may be shared) and of the ratios within a round. Weights are
+random: MiniLM's shape and ViT-S/16's. The session options are the runtime's.
 """
 
 from __future__ import annotations

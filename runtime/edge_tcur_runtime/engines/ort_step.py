@@ -26,7 +26,7 @@ class OrtStepEngine:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> None:
         path = require_graph(bundle, graph, self.name)
-        self._session = open_session(path, threads=threads)
+        self._session = open_session(path, threads=threads, in_order=True)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]

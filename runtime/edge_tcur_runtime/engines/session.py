@@ -88,14 +88,20 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def open_session(path: Path, *, threads: int) -> Any:
+def open_session(path: Path, *, threads: int, in_order: bool = False) -> Any:
     """An inference session on the CPU.
+
+    Args:
+        in_order: run the nodes in the order of the file. ONNX Runtime's own order walks back from the last
+            output: in a step graph that puts off all gradients but one, and keeps what they need to the end.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: this ONNX Runtime cannot load the graph.
     """
     onnxruntime, options = import_onnxruntime(), session_options(threads)
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
