@@ -112,10 +112,10 @@ def test_sketches_heads_and_another_start_go_on_too(tmp_path, user):
 def test_a_small_budget_keeps_its_micro_batch(tmp_path, user, monkeypatch):
     """The micro-batch decides the order of additions, so it is part of the checkpoint."""
     bundle, settings = open_bundle(V1), replace(SETTINGS, budget=10**12)
-    monkeypatch.setattr("edge_tcur_runtime.personalize.choose_micro_batch", lambda *_: 5)
+    monkeypatch.setattr("edge_tcur_runtime.trainer.choose_micro_batch", lambda *_: 5)
     whole = personalize(bundle, user, settings)
     paused(bundle, user, settings, tmp_path, 2)
-    monkeypatch.setattr("edge_tcur_runtime.personalize.choose_micro_batch", lambda *_: 7)
+    monkeypatch.setattr("edge_tcur_runtime.trainer.choose_micro_batch", lambda *_: 7)
     settings = replace(settings, budget=2 * 10**12)  # more memory now: still the same run
     result = personalize(bundle, user, settings, keep=KeepSettings(tmp_path))
     assert result.micro_batch == 5
@@ -170,7 +170,8 @@ def test_what_stops_a_run_leaves_its_progress(tmp_path, user, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(budget_module, "read_memory", memory)
-            patch.setattr("edge_tcur_runtime.personalize.read_memory", memory)
+            for name in ("personalize", "trainer"):
+                patch.setattr(f"edge_tcur_runtime.{name}.read_memory", memory)
             settings = replace(SETTINGS, budget=10**12)
             keep = KeepSettings(tmp_path / str(number), NEVER)
             with pytest.raises(error):

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from edge_tcur_runtime import budget as budget_module
 from edge_tcur_runtime import personalize as module
+from edge_tcur_runtime import trainer as trainer_module
 from edge_tcur_runtime.budget import Budget, Memory
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
@@ -37,7 +38,7 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec
 from edge_tcur_runtime.frame import Frame, build_frame
 from edge_tcur_runtime.installed import find_onnxruntime
-from edge_tcur_runtime.personalize import Trainer, blank_adapter, bundle_adapter, personalize
+from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter, personalize
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
@@ -271,10 +272,10 @@ def test_sketches_are_trained_as_they_are_but_for_alpha(sketched):
 
 def make_trainer(bundle, user, settings, budget=None, start=None):
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
-    data = module._Batch(user, encode_labels(user, bundle.manifest.labels), preprocess, ONE_LABEL)
+    data = trainer_module.Batch(user, encode_labels(user, bundle.manifest.labels), preprocess, ONE_LABEL)
     coordinates = read_coordinates(bundle, start or bundle_adapter(bundle))
     engine = open_engine(settings.engine, bundle, threads=1)
-    return Trainer(engine, coordinates, data, settings, Budget(budget))
+    return trainer_module.Trainer(engine, coordinates, data, settings, Budget(budget))
 
 
 @pytest.mark.parametrize("name", ENGINE)
@@ -322,10 +323,10 @@ def quadratic_trainer(engine, settings, count=7):
     samples = np.arange(count, dtype=np.float32)[:, None, None]
     labels = tuple(str(index % 2) for index in range(count))
     dataset = Dataset("image", samples, labels, "made", labels)
-    data = module._Batch(
+    data = trainer_module.Batch(
         dataset, encode_labels(dataset, ("0", "1")), lambda samples: {"x": samples}, ONE_LABEL
     )
-    return Trainer(engine, Coordinates(start, {"q": Frame()}), data, settings, Budget())
+    return trainer_module.Trainer(engine, Coordinates(start, {"q": Frame()}), data, settings, Budget())
 
 
 def test_a_step_weighs_micro_batches_by_their_samples():
@@ -363,7 +364,7 @@ def test_micro_batches_of_a_language_model_weigh_by_their_tokens():
 
     dataset = Dataset("text", trainer._data.dataset.samples, None, "made", ("a", "b", "c"), reads="nothing")
     task = find_device_task("causal-lm")
-    trainer._data = module._Batch(dataset, np.empty((3, 0), np.int64), preprocess, task)
+    trainer._data = trainer_module.Batch(dataset, np.empty((3, 0), np.int64), preprocess, task)
     trainer.micro_batch = 1
     assert trainer.score(trainer._data) == (2.0, 2.0)
     assert trainer.step(np.arange(3), 1.0) == pytest.approx(2.0)
@@ -373,7 +374,7 @@ def test_micro_batches_of_a_language_model_weigh_by_their_tokens():
 
 def test_the_better_of_two_adapters_is_the_tasks_business():
     def better(task, before, after):
-        return module._Outcome(find_device_task(task), {}, before=before, after=after).better
+        return trainer_module.Outcome(find_device_task(task), {}, before=before, after=after).better
 
     assert better("text-regression", (2.0, 4.0), (1.0, 5.0))  # an error: less is better
     assert not better("text-regression", (1.0, 4.0), (2.0, 1.0))
@@ -465,11 +466,11 @@ def test_a_factor_that_float32_cannot_hold_is_divergence_too():
 
 
 def test_a_held_out_loss_that_is_no_number_is_never_better():
-    outcome = module._Outcome(ONE_LABEL, {}, before=(0.0, 1.0), after=(1.0, float("nan")))
+    outcome = trainer_module.Outcome(ONE_LABEL, {}, before=(0.0, 1.0), after=(1.0, float("nan")))
     assert not outcome.better
-    assert module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 0.9)).better
-    assert not module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 1.0)).better
-    assert not module._Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.4, 0.1)).better
+    assert trainer_module.Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 0.9)).better
+    assert not trainer_module.Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.5, 1.0)).better
+    assert not trainer_module.Outcome(ONE_LABEL, {}, before=(0.5, 1.0), after=(0.4, 0.1)).better
 
 
 # --- data and adapters that do not fit --------------------------------------------------------------
@@ -550,7 +551,8 @@ def crossing(monkeypatch, passes, limit):
         return Memory(peak, limit // 2, 0, 0)
 
     monkeypatch.setattr(module, "open_engine", opened)
-    monkeypatch.setattr(module, "read_memory", memory)
+    for part in (module, trainer_module):
+        monkeypatch.setattr(part, "read_memory", memory)
     monkeypatch.setattr(budget_module, "read_memory", memory)
     return state
 
@@ -592,7 +594,7 @@ def test_a_budget_below_what_the_process_holds_is_refused_before_anything_is_loa
 def readings(monkeypatch, *pairs):
     """Makes memory read as these (peak, resident) pairs, in MiB, one a pass."""
     rest = [Memory(peak * MIB, resident * MIB, 0, 0) for peak, resident in pairs]
-    monkeypatch.setattr(module, "read_memory", lambda: rest.pop(0))
+    monkeypatch.setattr(trainer_module, "read_memory", lambda: rest.pop(0))
     monkeypatch.setattr(budget_module, "read_memory", lambda: rest[0])
 
 
@@ -623,7 +625,7 @@ def test_without_a_budget_nothing_is_measured_and_the_whole_batch_is_taken(bundl
 
 def test_a_budget_that_is_kept_changes_the_micro_batch_and_not_the_adapter(bundle, user, monkeypatch):
     free = personalize(bundle, user, quick())
-    monkeypatch.setattr(module, "choose_micro_batch", lambda *_: 4)
+    monkeypatch.setattr(trainer_module, "choose_micro_batch", lambda *_: 4)
     tight = personalize(bundle, user, quick(budget=2**40))
     assert (free.micro_batch, tight.micro_batch) == (16, 4)
     assert (free.budget_bytes, tight.budget_bytes) == (None, 2**40)
