@@ -30,6 +30,11 @@ COMMANDS = {
         "export",
         "Export base and factors separately, as a bundle for devices.",
     ),
+    "convert": (
+        "edge_tcur.cli.convert",
+        "convert",
+        "Write an adapter as ONNX Runtime or ExecuTorch reads it.",
+    ),
     "inspect": (
         "edge_tcur.cli.inspect",
         "inspect",

@@ -118,6 +118,7 @@ def _describe(report: ExportReport, out: Path) -> str:
             *([table(("Program", "Reserves", "For at most"), reserved), ""] if reserved else []),
             *_outside(report),
             parity,
+            *(f"{name}: not compared: {reason}" for name, reason in report.not_run.items()),
             "",
             f"wrote {out} in {report.seconds:.1f} s",
             f"next: edge-tcur-device doctor --bundle {out}",

@@ -23,9 +23,10 @@ from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
+from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.ort_training import check_gradients, write_artifacts
-from edge_tcur_export.parity import Case, verify_bundle
+from edge_tcur_export.parity import Case
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.trace import (
@@ -37,6 +38,7 @@ from edge_tcur_export.trace import (
     trace_forward,
     trace_step,
 )
+from edge_tcur_export.verification import ADAPTER_PTD, settle, unverified
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
     BASE_FILE,
@@ -51,7 +53,6 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.installed import version_of
 
-ADAPTER_PTD = "adapter.ptd"
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
@@ -70,14 +71,16 @@ def export_run(
 
     Args:
         run: a finished training run.
-        out: the bundle's directory; appears whole or not at all.
+        out: the bundle's directory; appears whole, or without the targets that do not agree with torch, or
+            not at all.
         settings: None takes the defaults.
         force: replace what is at `out`.
         on_stage: called with the name of each stage, for progress.
 
     Raises:
         BaseMismatchError: the base changed since training.
-        ExportError: the model cannot be traced, or a graph does not agree with torch.
+        ExportError: the model cannot be traced, or a target does not agree with torch: it is named with the
+            first operator that differs, and is not in the bundle. Without the inference graph there is none.
         OutputExistsError, DiskError: `out` cannot be written; nothing is left behind.
     """
     settings = settings or ExportSettings()
@@ -91,17 +94,21 @@ def export_run(
     with new_directory(out, force=force) as work:
         writer = _Writer(run, base, adapter, work, stages, settings)
         manifest = writer.write(None if profile is None else profile.name)
-        parity = {}
         if settings.verify:
-            stages.begin("comparing with torch in a fresh process")
-            parity = verify_bundle(work, writer.cases, programs=bool(manifest.programs))
+            stages.begin("comparing with torch in fresh processes")
+            outcome = settle(work, manifest, writer.cases, writer.sources)
+        else:
+            outcome = unverified(work, manifest)
         stages.begin("moving the bundle into place")
     stages.begin(None)
+    outcome.raise_failures(out)
+    manifest = outcome.manifest
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     return ExportReport(
         root=out,
         manifest=manifest,
-        parity=parity,
+        parity=outcome.errors,
+        not_run=outcome.skipped,
         graph_bytes={name: size for name, size in sizes.items() if name.endswith(".onnx")},
         base_bytes=sizes[BASE_FILE],
         adapter_bytes=sizes[ADAPTER_FILE],
@@ -152,6 +159,7 @@ class _Writer:
         extras = base.extra_parameters(self._config.modules_to_save)
         self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
+        self.sources: dict[str, Source] = {}
 
     def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
@@ -164,6 +172,7 @@ class _Writer:
         self.cases = [make_case(model, test) for test in self._tests]
         stages.begin("writing the inference graph")
         converted = graphs.to_graph(forward)
+        self.sources["infer"] = self.sources["train"] = Source.of(converted, forward.signature.inputs)
         if "ort-training" in targets:
             check_gradients(converted, example.trained())
         base_file = BaseFile(self._work)
@@ -204,6 +213,7 @@ class _Writer:
 
     def _write_step(self, forward: Traced, example: Example, base_file: BaseFile) -> str:
         model = graphs.to_graph(trace_step(forward, example))
+        self.sources["step"] = Source.of(model, forward.signature.inputs)
         base_file.externalize(model)
         ir.save(model, self._work / "step.onnx")
         return "step.onnx"

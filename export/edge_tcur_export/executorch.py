@@ -36,6 +36,8 @@ from edge_tcur_export.trace import (
 from edge_tcur_runtime.formats.bundle import BASE_PTD, ProgramSpec
 
 BACKENDS = ("portable", "xnnpack")
+# What ExecuTorch's runtime calls the delegates of a backend.
+BACKEND_NAMES = {"xnnpack": "XnnpackBackend", "vulkan": "VulkanBackend"}
 INFER, TRAIN = "infer", "train"
 PREFIX = "trained."  # of a parameter of the training program, before the name of the core or extra
 _BASE = BASE_PTD.removesuffix(".ptd")
@@ -107,14 +109,14 @@ class TrainProgram(nn.Module):
         return loss, outputs
 
 
-def require_executorch() -> None:
-    """Checks that ExecuTorch is installed.
+def require_executorch(where: str = "--target executorch") -> None:
+    """Checks that ExecuTorch is installed; `where` is what needs it.
 
     Raises:
         ExportError: it is not; says how to get it.
     """
     if importlib.util.find_spec("executorch") is None:
-        raise ExportError("ExecuTorch is not installed", where="--target executorch", hint=_HINT)
+        raise ExportError("ExecuTorch is not installed", where=where, hint=_HINT)
 
 
 class ProgramWriter:

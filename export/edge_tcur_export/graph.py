@@ -17,6 +17,7 @@ from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export.divergence import PROGRAM
 from edge_tcur_export.operators import remember_modules
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import PREFIX, TARGETS, Traced
@@ -39,7 +40,9 @@ def to_graph(traced: Traced) -> ir.Model:
     """
     from onnxscript.optimizer import fold_constants
 
-    model = _convert(traced.program)
+    converted = _convert(traced.program)
+    model = converted.model
+    model.meta[PROGRAM] = converted.exported_program
     # The transpose of a weight would become a second copy of it; limits count elements, not bytes.
     fold_constants(
         model,
@@ -63,7 +66,7 @@ def to_graph(traced: Traced) -> ir.Model:
     return read_sizes_from_inputs(model, TARGETS)
 
 
-def _convert(program: ExportedProgram) -> ir.Model:
+def _convert(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     try:
         with quiet_torch():
             converted = torch.onnx.export(
@@ -82,7 +85,7 @@ def _convert(program: ExportedProgram) -> ir.Model:
             hint="replace it in the model by operators that have one; --debug shows torch's own report",
         ) from error
     assert converted is not None
-    return converted.model
+    return converted
 
 
 def _without_idle_decomposition(program: ExportedProgram) -> ExportedProgram:

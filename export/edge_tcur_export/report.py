@@ -24,6 +24,7 @@ class ExportReport:
         adapter_bytes: bytes of the adapter file.
         seconds: of the whole export; `stages`: of each stage.
         executorch: ExecuTorch's programs; empty where they were not asked for.
+        not_run: target that could not be compared on this machine -> why.
     """
 
     root: Path
@@ -35,6 +36,7 @@ class ExportReport:
     seconds: float
     stages: Mapping[str, float] = field(default_factory=dict)
     executorch: ProgramReport = field(default_factory=ProgramReport)
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -49,6 +51,7 @@ class ExportReport:
             "seconds": self.seconds,
             "stages": dict(self.stages),
             "executorch": asdict(self.executorch),
+            "not_run": dict(self.not_run),
         }
 
 

@@ -18,6 +18,7 @@ from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import bundle as bundles
+from edge_tcur_export import verification
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.ort_training import _failure
 from edge_tcur_export.parity import verify_bundle
@@ -222,16 +223,18 @@ def test_a_graph_that_does_not_agree_with_torch(run_of, tmp_path, monkeypatch):
         return traced
 
     monkeypatch.setattr(bundles, "trace_forward", change_a_weight_after_tracing)
-    refused(run_of("plain"), tmp_path / "bundle", ExportError, "infer: the outputs differ", targets=("onnx",))
+    run, out = run_of("plain"), tmp_path / "bundle"
+    error = refused(run, out, ExportError, "infer: the outputs differ", targets=("onnx",))
+    assert "the traced program departs from the model already" in error.message
 
 
 def test_a_bundle_that_does_not_open(run_of, tmp_path, monkeypatch):
-    def damage(root, cases, **options):
+    def damage(root, cases, manifest):
         (root / "infer.onnx").write_bytes(b"no graph")
-        return verify_bundle(root, cases, **options)
+        return verify_bundle(root, cases, manifest)
 
-    monkeypatch.setattr(bundles, "verify_bundle", damage)
-    error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "do not run", targets=("onnx",))
+    monkeypatch.setattr(verification, "verify_bundle", damage)
+    error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "does not run", targets=("onnx",))
     assert "infer.onnx" in error.message
 
 

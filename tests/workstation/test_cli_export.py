@@ -39,7 +39,7 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     report = json.loads(out)
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
-        "files", "seconds", "stages", "executorch",
+        "files", "seconds", "stages", "executorch", "not_run",
     }  # fmt: skip
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}

@@ -92,6 +92,20 @@ class ProgramSpec:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What was compared with torch when the bundle was written.
+
+    Attributes:
+        targets: roles of graphs (`infer`, `step`, `train`) and names of programs that agreed; empty where
+            the export was told to compare nothing.
+        tolerances: quantity -> largest relative difference that was allowed.
+    """
+
+    targets: tuple[str, ...]
+    tolerances: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
 
@@ -120,6 +134,7 @@ class Manifest:
         versions: of the tool and the libraries that wrote the bundle.
         device: the device profile it was exported for, if any.
         programs: ``<infer or train>-<backend>`` -> ExecuTorch program; empty where none was exported.
+        verified: what was compared with torch; None where the bundle does not say.
     """
 
     base_digest: str
@@ -143,6 +158,7 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     device: str | None = None
     programs: Mapping[str, ProgramSpec] = field(default_factory=dict)
+    verified: Verified | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -171,6 +187,8 @@ def serialize_manifest(manifest: Manifest) -> bytes:
     document = {"format_version": FORMAT_VERSION, "kind": "edge-tcur-bundle", **asdict(manifest)}
     if not manifest.programs:  # an optional field: bundles without programs are as they were before it
         del document["programs"]
+    if manifest.verified is None:
+        del document["verified"]
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -208,6 +226,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         versions={key: versions.text(key) for key in versions.mapping_keys()},
         device=fields.optional_text("device"),
         programs={name: _parse_program(child) for name, child in _optional_children(fields, "programs")},
+        verified=_parse_verified(fields.child("verified")) if "verified" in fields.mapping_keys() else None,
     )
     _check_references(manifest, where)
     return manifest
@@ -263,6 +282,14 @@ def _parse_program(fields: Fields) -> ProgramSpec:
         fields.texts("outputs"),
         {axis: limits.integer(axis, low=1) for axis in limits.mapping_keys()},
         fields.integer("memory"),
+    )
+
+
+def _parse_verified(fields: Fields) -> Verified:
+    fields.only("targets", "tolerances")
+    tolerances = fields.child("tolerances")
+    return Verified(
+        fields.texts("targets"), {name: tolerances.number(name) for name in tolerances.mapping_keys()}
     )
 
 
