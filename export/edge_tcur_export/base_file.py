@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,24 @@ _LARGE_BYTES = 64 * 2**10
 class BaseFile:
     """Collects tensors of several graphs; equal content is stored once.
 
+    Args:
+        directory: where it is written.
+        write: False counts bytes and writes nothing.
+
     Attributes:
         size: bytes so far.
         offsets: initializer name -> offset in bytes of its content.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, write: bool = True) -> None:
         self._path = directory / BASE_FILE
         self._directory = directory
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
         self.size = 0
         self.offsets: dict[str, int] = {}
-        self._path.write_bytes(b"")
+        self._write = write
+        if write:
+            self._path.write_bytes(b"")
 
     def externalize(self, model: ir.Model, *, keep: frozenset[str] = frozenset()) -> int:
         """Moves the initializers of `model` into the file, those in `keep` and tiny ones apart.
@@ -39,7 +46,7 @@ class BaseFile:
             bytes that were new: 0 where every tensor was already there.
         """
         before = self.size
-        with self._path.open("ab") as file:
+        with self._path.open("ab") if self._write else BytesIO() as file:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
                 if tensor is None or name in keep or tensor.nbytes <= _INLINE_BYTES:
@@ -49,7 +56,8 @@ class BaseFile:
                 if key not in self._known:
                     alignment = _PAGE_BYTES if len(raw) >= _LARGE_BYTES else _SMALL_ALIGNMENT
                     padding = -self.size % alignment
-                    file.write(b"\0" * padding + raw)
+                    if self._write:
+                        file.write(b"\0" * padding + raw)
                     self._known[key] = self.size + padding
                     self.size += padding + len(raw)
                 self.offsets[name] = self._known[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +92,7 @@ def export_run(
     set_threads(run.config.threads)
     adapter, base = run.adapter(), load_run_base(run)
     with new_directory(out, force=force) as work:
-        writer = _Writer(run, base, adapter, work, stages, settings)
+        writer = BundleWriter(run, base, adapter, work, stages, settings)
         manifest = writer.write(None if profile is None else profile.name)
         if settings.verify:
             stages.begin("comparing with torch in fresh processes")
@@ -118,7 +118,7 @@ def export_run(
     )
 
 
-class _Writer:
+class BundleWriter:
     """Writes one bundle into `work`."""
 
     def __init__(
@@ -165,26 +165,12 @@ class _Writer:
         """Writes graphs, base file and manifest."""
         stages, targets = self._stages, self._settings.targets
         limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
-        stages.begin("tracing the forward pass")
-        model = FactorModel(self._base, self._groups, self._task, self._config)
-        example = self._example
-        forward = trace_forward(model, self._base, self._groups, self._task, example)
+        model, forward, converted = self.convert()
         self.cases = [make_case(model, test) for test in self._tests]
-        stages.begin("writing the inference graph")
-        converted = graphs.to_graph(forward)
-        self.sources["infer"] = self.sources["train"] = Source.of(converted, forward.signature.inputs)
         if "ort-training" in targets:
-            check_gradients(converted, example.trained())
+            check_gradients(converted, self.trained)
         base_file = BaseFile(self._work)
-        roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
-        if "step" in targets:
-            stages.begin("writing the step graph (forward and backward)")
-            roles["step"] = self._write_step(forward, example, base_file)
-        if "ort-training" in targets:
-            stages.begin("writing ONNX Runtime Training's graphs")
-            values = self._trained_values()
-            training = graphs.inputs_to_initializers(converted, values)
-            roles |= write_artifacts(training, values, base_file, self._work)
+        roles = self.write_graphs(forward, converted, base_file, targets)
         if EXECUTORCH in targets:
             self._write_programs(model, limits)
         stages.begin("writing the manifest")
@@ -193,6 +179,42 @@ class _Writer:
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of what gets gradients: every core, and the extras."""
+        return tuple(self._example.trained())
+
+    @property
+    def groups(self) -> dict[str, BundleGroup]:
+        """The adapted groups."""
+        return {group.name: self._group(group) for group in self._groups}
+
+    def convert(self) -> tuple[FactorModel, Traced, ir.Model]:
+        """The model over the base, its traced forward pass, and the graph of that: loss and logits."""
+        self._stages.begin("tracing the forward pass")
+        model = FactorModel(self._base, self._groups, self._task, self._config)
+        forward = trace_forward(model, self._base, self._groups, self._task, self._example)
+        self._stages.begin("writing the inference graph")
+        converted = graphs.to_graph(forward)
+        self.sources["infer"] = self.sources["train"] = Source.of(converted, forward.signature.inputs)
+        return model, forward, converted
+
+    def write_graphs(
+        self, forward: Traced, converted: ir.Model, base_file: BaseFile, targets: Sequence[str]
+    ) -> dict[str, str]:
+        """Writes the ONNX graphs of `targets`; role -> file name. `converted` is used up."""
+        stages = self._stages
+        roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
+        if "step" in targets:
+            stages.begin("writing the step graph (forward and backward)")
+            roles["step"] = self._write_step(forward, self._example, base_file)
+        if "ort-training" in targets:
+            stages.begin("writing ONNX Runtime Training's graphs")
+            values = self._trained_values()
+            training = graphs.inputs_to_initializers(converted, values)
+            roles |= write_artifacts(training, values, base_file, self._work)
+        return roles
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
@@ -249,7 +271,7 @@ class _Writer:
             files=files,
             graphs=roles,
             inputs=self._base.inputs,
-            groups={group.name: self._group(group) for group in self._groups},
+            groups=self.groups,
             tensors=_places(self._groups, base_file),
             extras=self._extras,
             task=self._run.config.task,
