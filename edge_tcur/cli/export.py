@@ -28,6 +28,7 @@ Examples:
 TARGETS = ("onnx", "ort-training", "step")
 EXECUTORCH = "executorch"
 BACKENDS = ("portable", "xnnpack")
+VULKAN = "vulkan"
 _SHOWN = 6  # operators in one line
 
 
@@ -44,9 +45,9 @@ _SHOWN = 6  # operators in one line
 @click.option(
     "--backend",
     "backends",
-    type=click.Choice(BACKENDS),
+    type=click.Choice((*BACKENDS, VULKAN)),
     multiple=True,
-    help="Kernels of ExecuTorch's programs; say it once for each. By default both.",
+    help="Kernels of ExecuTorch's programs; say it once for each. By default portable and xnnpack.",
 )
 @click.option(
     "--max-batch",
@@ -66,7 +67,7 @@ _SHOWN = 6  # operators in one line
 @output_options
 @click.pass_context
 def export(
-    context: click.Context, run: Path, out: Path | None, force: bool, sink: Sink, **options: Any
+    context: click.Context, /, run: Path, out: Path | None, force: bool, sink: Sink, **options: Any
 ) -> None:
     """Export the frozen base of RUN, once, and the factors that are small enough to be sent often.
 
@@ -147,5 +148,9 @@ def _outside(report: ExportReport) -> list[str]:
         f"{name}: outside its delegates {sum(counts.values())} operators, "
         + ", ".join(f"{operator} {count}" for operator, count in list(counts.items())[:_SHOWN])
         for name, counts in report.executorch.left_over.items()
+    ]
+    lines += [
+        f"{name}: holds a second copy of {format_size(size)} of the base"
+        for name, size in report.executorch.packed.items()
     ]
     return [*lines, ""] if lines else []

@@ -36,9 +36,15 @@ R = TypeVar("R")
 def plan_options(command: Callable[..., R]) -> Callable[..., R]:
     """Adds what a plan is for: provider, batch, length and budget."""
     for option in (
-        click.option("--budget", type=SIZE, help="Memory that may be used.  [default: the device's for one app]"),
-        click.option("--length", type=click.IntRange(min=1), help="Tokens of a sample.  [default: at most 128]"),
-        click.option("--batch", type=click.IntRange(min=1), help="Samples of a step that memory is planned for."),
+        click.option(
+            "--budget", type=SIZE, help="Memory that may be used.  [default: the device's for one app]"
+        ),
+        click.option(
+            "--length", type=click.IntRange(min=1), help="Tokens of a sample.  [default: at most 128]"
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), help="Samples of a step that memory is planned for."
+        ),
         click.option("--provider", metavar="NAME", help="Execution provider whose kernels are looked up."),
     ):
         command = option(command)
@@ -47,12 +53,14 @@ def plan_options(command: Callable[..., R]) -> Callable[..., R]:
 
 @click.command("plan", epilog=EPILOG)
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
-@click.option("--target", "targets", type=click.Choice(TARGETS), multiple=True, help="Of a run, as for export.")
+@click.option(
+    "--target", "targets", type=click.Choice(TARGETS), multiple=True, help="Of a run, as for export."
+)
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @plan_options
 @output_options
 @click.pass_context
-def plan(context: click.Context, path: Path, targets: Sequence[str], sink: Sink, **options: Any) -> None:
+def plan(context: click.Context, /, path: Path, targets: Sequence[str], sink: Sink, **options: Any) -> None:
     """Say what an export of RUN would write, need and lack; of a BUNDLE, what it needs and lacks."""
     from edge_tcur.training import open_run
     from edge_tcur_export.plan import plan_bundle
@@ -135,7 +143,9 @@ def _kernels(provider: str, roles: dict[str, list[Unsupported]]) -> str:
     for role, nodes in roles.items():
         values = [node for node in nodes if not node.integer]
         sizes = len(nodes) - len(values)
-        where = f"{sizes} nodes of sizes and indices stay on the CPU" if sizes else "every size is computed there"
+        where = (
+            f"{sizes} nodes of sizes and indices stay on the CPU" if sizes else "every size is computed there"
+        )
         lines.append(f"  {role}: {len(values)} nodes of values have none; {where}")
         counts = Counter(node.operator for node in values)
         for operator, count in counts.most_common(_SHOWN):
@@ -163,6 +173,8 @@ def _memory(found: Plan) -> str:
     ]
     length = f" of {found.length} tokens" if found.length else ""
     limit = f", {format_size(found.budget)} for the app" if found.budget is not None else ""
-    title = f"predicted peak memory at a batch of {found.batch}{length} on {found.device or 'any device'}{limit}:"
+    title = (
+        f"predicted peak memory at a batch of {found.batch}{length} on {found.device or 'any device'}{limit}:"
+    )
     header = ("Graph", "Libraries", "Session", "Base", "Values", "Total", "")
     return f"{title}\n{table(header, rows)}"

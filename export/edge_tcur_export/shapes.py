@@ -114,13 +114,14 @@ def _bytes(value: onnx.ValueInfoProto) -> int | None:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
         return None
-    return math.prod(dim.dim_value for dim in tensor.shape.dim) * _item_bytes(tensor.elem_type)
+    count = math.prod(int(dim.dim_value) for dim in tensor.shape.dim)
+    return count * _item_bytes(tensor.elem_type)
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of an initializer, wherever its data lie."""
     if tensor.data_location == _EXTERNAL:
-        return math.prod(tensor.dims) * _item_bytes(tensor.data_type)
+        return math.prod(int(size) for size in tensor.dims) * _item_bytes(tensor.data_type)
     return int(numpy_helper.to_array(tensor).nbytes)
 
 

@@ -246,7 +246,7 @@ def test_the_delegates_take_the_products(bert):
     ("settings", "message"),
     [
         (ProgramSettings(("cuda",)), "cuda"),
-        (ProgramSettings(()), "expected portable, xnnpack"),
+        (ProgramSettings(()), "expected portable, xnnpack, vulkan"),
         (ProgramSettings(max_batch=2), "--max-batch 2"),
         (ProgramSettings(max_length=25), "--max-length 25"),
         (ProgramSettings(max_length=3), "--max-length 3"),

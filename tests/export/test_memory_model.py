@@ -29,11 +29,15 @@ HEADER = '<ir_version: 10, opset_import: ["" : 20]>\n'
 
 
 def chain(*steps):
-    return [Step(operator, tuple(inputs.split()), tuple(outputs.split())) for operator, inputs, outputs in steps]
+    return [
+        Step(operator, tuple(inputs.split()), tuple(outputs.split())) for operator, inputs, outputs in steps
+    ]
 
 
 def test_a_value_lives_from_its_node_to_its_last_reader():
-    steps = chain(("MatMul", "x w", "a"), ("MatMul", "a w", "b"), ("MatMul", "b w", "c"), ("MatMul", "c a", "y"))
+    steps = chain(
+        ("MatMul", "x w", "a"), ("MatMul", "a w", "b"), ("MatMul", "b w", "c"), ("MatMul", "c a", "y")
+    )
     sizes = {"a": 10, "b": 1, "c": 4, "y": 2}
     assert activation_peak(steps, sizes, {"y"}) == 10 + 4 + 2  # b is gone when y is made
     assert activation_peak(steps, sizes, {"y", "b"}) == 10 + 1 + 4 + 2
@@ -42,7 +46,9 @@ def test_a_value_lives_from_its_node_to_its_last_reader():
 
 def test_views_share_a_buffer_and_elementwise_operators_take_one_over():
     sizes = {"a": 8, "b": 8, "c": 8, "d": 8}
-    views = chain(("MatMul", "x", "a"), ("Reshape", "a s", "b"), ("Squeeze", "b", "c"), ("Transpose", "c", "d"))
+    views = chain(
+        ("MatMul", "x", "a"), ("Reshape", "a s", "b"), ("Squeeze", "b", "c"), ("Transpose", "c", "d")
+    )
     assert activation_peak(views, sizes, {"d"}) == 16
     in_place = chain(("MatMul", "x", "a"), ("Add", "a k", "b"), ("Tanh", "b", "c"))
     assert activation_peak(in_place, sizes, {"c"}) == 8
@@ -73,7 +79,9 @@ def test_size_expressions():
 
 
 def test_sizes_that_contradict_the_graph_are_refused():
-    model = onnx.parser.parse_model(HEADER + "g (float[b, 4] x, float[b] y) => (float[b, 4] z) { z = Tanh(x) }")
+    model = onnx.parser.parse_model(
+        HEADER + "g (float[b, 4] x, float[b] y) => (float[b, 4] z) { z = Tanh(x) }"
+    )
     assert value_bytes(model, {"x": [3, 4], "y": [3]})["z"] == 48
     for wrong in ({"x": [3, 5]}, {"x": [3]}, {"x": [3, 4], "y": [2]}):
         with pytest.raises(UnknownSizesError):
@@ -113,7 +121,12 @@ def test_the_sizes_are_those_that_onnx_runtime_makes(name, rank, tmp_path):
 
 def test_gathered_weights_cost_the_rows_that_are_read():
     model = onnx.parser.parse_model(
-        HEADER + "g (int64[b] i, float[b, 8] x) => (float[b, 8] y) { e = Gather(table, i) m = MatMul(x, w) y = Add(e, m) }"
+        HEADER
+        + """g (int64[b] i, float[b, 8] x) => (float[b, 8] y) {
+            e = Gather(table, i)
+            m = MatMul(x, w)
+            y = Add(e, m)
+        }"""
     )
     for name, dims in (("table", (100_000, 8)), ("w", (8, 8))):
         tensor = onnx.TensorProto(name=name, data_type=1, dims=dims, data_location=onnx.TensorProto.EXTERNAL)

@@ -129,7 +129,7 @@ def _missing():
 def test_kernels_of_a_provider():
     model = onnx.parser.parse_model(
         HEADER
-        + """g (float[b, 4] x, int64[n] i, bool[b, 4] c) => (float[b, 4] y, float[b, 4] z) <float[4, 4] w = {0}> {
+        + """g (float[b, 4] x, int64[n] i, bool[b, 4] c, float[4, 4] w) => (float[b, 4] y, float[b, 4] z) {
             a = MatMul(x, w)
             d = LogSoftmax(a)
             e = Where(c, d, a)

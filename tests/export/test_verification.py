@@ -13,13 +13,15 @@ from onnx import numpy_helper
 
 from edge_tcur.cli.inspect import describe_bundle
 from edge_tcur.errors import ExportError
+from edge_tcur.models import load_base
+from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import bundle as bundles
 from edge_tcur_export import verification
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.exposed import distance
 from edge_tcur_export.parity import TOLERANCES
-from edge_tcur_export.settings import TARGETS, ExportSettings
+from edge_tcur_export.settings import TARGETS, ExportSettings, ProgramSettings
 from edge_tcur_runtime.doctor import EngineReport, _render_bundle, examine_bundle
 from edge_tcur_runtime.errors import FileFormatError
 from edge_tcur_runtime.formats.bundle import (
@@ -205,6 +207,25 @@ def test_what_was_compared_is_recorded_and_shown(run, tmp_path):
         assert payload["verified"] == (None if verified is None else asdict(verified))
         assert text in human
         assert text in _render_bundle(examine_bundle(out, engines))
+
+
+def test_what_cannot_be_run_here_is_not_called_compared(run, tmp_path):
+    """Vulkan's program is written with what lies outside its delegates and what it copies."""
+    settings = ExportSettings(("onnx", "executorch"), programs=ProgramSettings(("vulkan",)))
+    report = export_run(run, tmp_path / "bundle", settings)
+    assert report.not_run == {"infer-vulkan": "no VulkanBackend in this ExecuTorch"}
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest.verified.targets == ("infer",)
+    assert set(manifest.programs) == {"infer-vulkan"}
+    assert manifest.programs["infer-vulkan"].file == "infer-vulkan.pte"
+    assert not {"mm", "linear", "sigmoid", "tanh"} & set(report.executorch.left_over["infer-vulkan"])
+    # The two adapted weights and more; `base.ptd` has them too.
+    assert 2 * 16 * 16 * 4 <= report.executorch.packed["infer-vulkan"] <= manifest.files["base.ptd"].size
+    program = (tmp_path / "bundle" / "infer-vulkan.pte").read_bytes()
+    assert b"VulkanBackend" in program
+    weight = load_base("verify_models:Net", find_task("image-classification"), ("0", "1", "2"), {})
+    content = weight.model.module.blocks[0].weight.detach().numpy()
+    assert any(turned.tobytes() in program for turned in (content, np.ascontiguousarray(content.T)))
 
 
 def test_bundles_that_do_not_say_are_written_as_before(written):
