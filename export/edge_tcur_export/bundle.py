@@ -25,7 +25,7 @@ from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
-from edge_tcur_export.ort_training import check_gradients, write_artifacts
+from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
@@ -86,6 +86,8 @@ def export_run(
     settings = settings or ExportSettings()
     if EXECUTORCH in settings.targets:
         require_executorch()
+    if "ort-training" in settings.targets:
+        require_training()
     stages = Stages(on_stage)
     stages.begin("loading the base")
     profile = None if settings.device is None else load_profile(settings.device)

@@ -23,6 +23,7 @@ from edge_tcur_export.bundle import BundleWriter
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
+from edge_tcur_export.ort_training import require_training
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
 from edge_tcur_export.report import Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
@@ -146,8 +147,9 @@ def plan_run(
         if lacking:
             targets.remove(_TRAINING)
             impossible[_TRAINING] = f"it has no gradient for {len(lacking)} operators of the model"
-        if EXECUTORCH in targets:
-            impossible |= _executorch_missing()
+        impossible |= _missing_libraries(targets)
+        if _TRAINING in impossible and _TRAINING in targets:
+            targets.remove(_TRAINING)
         counted = BaseFile(root, write=False)
         roles = writer.write_graphs(forward, converted, counted, targets)
         stages.begin("estimating memory")
@@ -194,12 +196,16 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
 _PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")
 
 
-def _executorch_missing() -> dict[str, str]:
-    try:
-        require_executorch()
-    except ExportError as error:
-        return {EXECUTORCH: f"{error.message}; {error.hint}"}
-    return {}
+def _missing_libraries(targets: Collection[str]) -> dict[str, str]:
+    """Target -> what is not installed, and how to get it."""
+    missing = {}
+    for target, require in ((EXECUTORCH, require_executorch), (_TRAINING, require_training)):
+        if target in targets:
+            try:
+                require()
+            except ExportError as error:
+                missing[target] = f"{error.message}; {error.hint}"
+    return missing
 
 
 def _program_notes(model: Any) -> tuple[str, ...]:

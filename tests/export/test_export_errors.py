@@ -18,7 +18,7 @@ from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import bundle as bundles
-from edge_tcur_export import verification
+from edge_tcur_export import ort_training, verification
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.ort_training import _failure
 from edge_tcur_export.parity import verify_bundle
@@ -26,6 +26,7 @@ from edge_tcur_export.settings import TARGETS, ExportSettings
 from edge_tcur_export.trace import FactorModel, make_example, trace_forward, trace_step
 from edge_tcur_runtime.errors import BaseMismatchError, DiskError, ExitCode, OutputExistsError, UsageError
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.installed import OnnxRuntimeInstall
 
 IMAGE = "image-classification"
 MODEL = """
@@ -268,6 +269,16 @@ def test_a_disk_that_fills_while_the_manifest_is_written(run_of, tmp_path, monke
     monkeypatch.setattr(bundles, "serialize_manifest", full)
     error = refused(run_of("plain"), tmp_path / "bundle", DiskError, "No space left", targets=("onnx",))
     assert error.exit_code == 7
+
+
+@pytest.mark.parametrize("found", [None, OnnxRuntimeInstall("onnxruntime", "1.32.0", False)])
+def test_without_onnx_runtime_training_its_target_is_refused(run_of, tmp_path, monkeypatch, found):
+    monkeypatch.setattr(ort_training, "find_onnxruntime", lambda: found)
+    error = refused(
+        run_of("plain"), tmp_path / "bundle", ExportError, "ONNX Runtime Training is not installed"
+    )
+    assert (error.where, error.exit_code) == ("--target ort-training", 4)
+    assert "edge-tcur-runtime[ort-training]" in error.hint
 
 
 def test_failures_of_onnx_runtime_training_are_told_apart():
