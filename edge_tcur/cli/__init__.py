@@ -30,6 +30,16 @@ COMMANDS = {
         "export",
         "Export base and factors separately, as a bundle for devices.",
     ),
+    "plan": (
+        "edge_tcur.cli.plan",
+        "plan",
+        "Say what an export would write, need and lack.",
+    ),
+    "convert": (
+        "edge_tcur.cli.convert",
+        "convert",
+        "Write an adapter as ONNX Runtime or ExecuTorch reads it.",
+    ),
     "inspect": (
         "edge_tcur.cli.inspect",
         "inspect",

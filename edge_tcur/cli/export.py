@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_tcur.cli.plan import make_request, plan_export, plan_options
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
@@ -32,12 +33,13 @@ TARGETS = ("onnx", "ort-training", "step")
 EXECUTORCH = "executorch"
 BACKENDS = ("portable", "xnnpack")
 PRECISIONS = ("fp32", "int8", "int4")
+VULKAN = "vulkan"
 _SHOWN = 6  # operators in one line
 
 
 @click.command("export", epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=DIRECTORY, required=True, metavar="BUNDLE", help="Directory to write.")
+@click.option("--out", type=DIRECTORY, metavar="BUNDLE", help="Directory to write; needed but for --dry-run.")
 @click.option(
     "--target",
     "targets",
@@ -48,9 +50,9 @@ _SHOWN = 6  # operators in one line
 @click.option(
     "--backend",
     "backends",
-    type=click.Choice(BACKENDS),
+    type=click.Choice((*BACKENDS, VULKAN)),
     multiple=True,
-    help="Kernels of ExecuTorch's programs; say it once for each. By default both.",
+    help="Kernels of ExecuTorch's programs; say it once for each. By default portable and xnnpack.",
 )
 @click.option(
     "--max-batch",
@@ -88,16 +90,27 @@ _SHOWN = 6  # operators in one line
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
+@click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written, needed and lacking.")
+@plan_options
 @output_options
-def export(run: Path, out: Path, force: bool, sink: Sink, **options: Any) -> None:
+@click.pass_context
+def export(
+    context: click.Context, /, run: Path, out: Path | None, force: bool, sink: Sink, **options: Any
+) -> None:
     """Export the frozen base of RUN, once, and the factors that are small enough to be sent often.
 
-    The bundle appears whole or not at all.
+    The bundle appears whole or not at all; a target that does not agree with torch is left out of it.
     """
     from edge_tcur.training import open_run
     from edge_tcur_export.bundle import export_run
 
-    settings, opened = _settings(options), open_run(run)
+    settings = _settings(options)
+    if options["dry_run"]:
+        plan_export(open_run(run), settings, make_request(options["targets"], options), sink, context)
+        return
+    if out is None:
+        raise UsageError("--out is missing", hint="name the directory to write, or say --dry-run")
+    opened = open_run(run)
     with stage_bar(sink, "exporting") as bar:
         report = export_run(opened, out, settings, force=force, on_stage=bar.stage)
     sink.result(report.to_dict(), _describe(report, out))
@@ -115,6 +128,9 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
     _refuse_idle(
         targets, training, "ONNX Runtime Training's artifacts", {"--optimizer": options["optimizer"]}
     )
+    for name in ("provider", "batch", "length", "budget"):
+        if options[name] is not None and not options["dry_run"]:
+            raise UsageError(f"--{name} is for a plan", hint="add --dry-run, or use edge-tcur plan")
     programs = ProgramSettings(
         tuple(dict.fromkeys(options["backends"])) or BACKENDS,
         options["max_batch"] or 0,
@@ -161,6 +177,7 @@ def _describe(report: ExportReport, out: Path) -> str:
             *_outside(report),
             *_quantised(report.quantization),
             parity,
+            *(f"{name}: not compared: {reason}" for name, reason in report.not_run.items()),
             "",
             f"wrote {out} in {report.seconds:.1f} s",
             f"next: edge-tcur-device doctor --bundle {out}",
@@ -174,6 +191,10 @@ def _outside(report: ExportReport) -> list[str]:
         f"{name}: outside its delegates {sum(counts.values())} operators, "
         + ", ".join(f"{operator} {count}" for operator, count in list(counts.items())[:_SHOWN])
         for name, counts in report.executorch.left_over.items()
+    ]
+    lines += [
+        f"{name}: holds a second copy of {format_size(size)} of the base"
+        for name, size in report.executorch.packed.items()
     ]
     return [*lines, ""] if lines else []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 import numpy as np
 
 from edge_tcur_runtime.cli.framework import output_options
+from edge_tcur_runtime.doctor import render_compared
 from edge_tcur_runtime.errors import BadInputError, ExitCode, IntegrityError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, FileEntry, open_bundle, verify_file
@@ -181,7 +183,9 @@ def describe_bundle(root: Path) -> Description:
         "opset": manifest.opset,
         "ir_version": manifest.ir_version,
         "versions": dict(manifest.versions),
+        "verified": None if manifest.verified is None else asdict(manifest.verified),
     }
+    compared = None if manifest.verified is None else manifest.verified.targets
     facts = {
         "bundle": f"{root} ({format_size(size)})",
         "base": f"{manifest.base_digest}, stored as {manifest.precision}",
@@ -190,6 +194,7 @@ def describe_bundle(root: Path) -> Description:
         "device": manifest.device or "any",
         "graphs": ", ".join(f"{role}: {name}" for role, name in manifest.graphs.items()),
         "format": f"opset {manifest.opset}, IR {manifest.ir_version}",
+        "compared": render_compared(compared),
         "digests": "all match" if not damaged else f"{len(damaged)} files do not match",
     }
     return payload, "\n\n".join([_facts(facts), _bundle_groups(groups), _bundle_files(bundle, damaged)])

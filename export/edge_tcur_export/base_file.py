@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ class BaseFile:
     """Collects tensors of several graphs; equal content is stored once.
 
     Args:
-        directory: the bundle being written.
+        directory: where it is written.
         quantised: weights that are stored, and read by the graphs, in another form than float32.
         always: names of initializers that go into the file whatever their size.
+        write: False counts bytes and writes nothing.
 
     Attributes:
         size: bytes so far.
@@ -32,7 +34,12 @@ class BaseFile:
     """
 
     def __init__(
-        self, directory: Path, quantised: WeightTable | None = None, *, always: Collection[str] = ()
+        self,
+        directory: Path,
+        quantised: WeightTable | None = None,
+        *,
+        always: Collection[str] = (),
+        write: bool = True,
     ) -> None:
         self._quantised = quantised or WeightTable(())
         self._always = frozenset(always)
@@ -41,7 +48,9 @@ class BaseFile:
         self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
         self.size = 0
         self.offsets: dict[str, int] = {}
-        self._path.write_bytes(b"")
+        self._write = write
+        if write:
+            self._path.write_bytes(b"")
 
     def externalize(self, model: ir.Model, *, keep: frozenset[str] = frozenset()) -> int:
         """Moves the initializers of `model` into the file, those in `keep` and tiny ones apart; quantised
@@ -52,7 +61,7 @@ class BaseFile:
         """
         before = self.size
         quantised = quantize_weights(model, self._quantised) if self._quantised else frozenset()
-        with self._path.open("ab") as file:
+        with self._path.open("ab") if self._write else BytesIO() as file:
             for name, value in model.graph.initializers.items():
                 tensor = value.const_value
                 if tensor is None or name in keep:
@@ -64,7 +73,8 @@ class BaseFile:
                 if key not in self._known:
                     alignment = _PAGE_BYTES if len(raw) >= _LARGE_BYTES else _SMALL_ALIGNMENT
                     padding = -self.size % alignment
-                    file.write(b"\0" * padding + raw)
+                    if self._write:
+                        file.write(b"\0" * padding + raw)
                     self._known[key] = self.size + padding
                     self.size += padding + len(raw)
                 self.offsets[name] = self._known[key]

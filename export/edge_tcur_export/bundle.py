@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
+from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.infer_graph import take_rows_of_products
-from edge_tcur_export.ort_training import check_gradients, write_artifacts
-from edge_tcur_export.parity import Case, verify_bundle
+from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
+from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.report import ExportReport, Stages
@@ -34,10 +35,12 @@ from edge_tcur_export.step_graphs import StepGraphs
 from edge_tcur_export.trace import (
     Example,
     FactorModel,
+    Traced,
     make_example,
     stored_weight,
     trace_forward,
 )
+from edge_tcur_export.verification import ADAPTER_PTD, settle, unverified
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
     BASE_FILE,
@@ -52,7 +55,6 @@ from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.formats.weights import FP32, TensorPlace
 from edge_tcur_runtime.installed import version_of
 
-ADAPTER_PTD = "adapter.ptd"
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
@@ -71,40 +73,46 @@ def export_run(
 
     Args:
         run: a finished training run.
-        out: the bundle's directory; appears whole or not at all.
+        out: the bundle's directory; appears whole, or without the targets that do not agree with torch, or
+            not at all.
         settings: None takes the defaults.
         force: replace what is at `out`.
         on_stage: called with the name of each stage, for progress.
 
     Raises:
         BaseMismatchError: the base changed since training.
-        ExportError: the model cannot be traced, or a graph does not agree with torch.
+        ExportError: the model cannot be traced, or a target does not agree with torch: it is named with the
+            first operator that differs, and is not in the bundle. Without the inference graph there is none.
         OutputExistsError, DiskError: `out` cannot be written; nothing is left behind.
     """
     settings = settings or ExportSettings()
     if EXECUTORCH in settings.targets:
         require_executorch()
+    if "ort-training" in settings.targets:
+        require_training()
     stages = Stages(on_stage)
     stages.begin("loading the base")
     profile = None if settings.device is None else load_profile(settings.device)
     set_threads(run.config.threads)
     adapter, base = run.adapter(), load_run_base(run)
     with new_directory(out, force=force) as work:
-        writer = _Writer(run, base, adapter, work, stages, settings)
+        writer = BundleWriter(run, base, adapter, work, stages, settings)
         manifest = writer.write(None if profile is None else profile.name)
-        parity = {}
         if settings.verify:
-            stages.begin("comparing with torch in a fresh process")
-            parity = verify_bundle(
-                work, writer.cases, programs=bool(manifest.programs), last=writer.steps.cases
-            )
+            stages.begin("comparing with torch in fresh processes")
+            outcome = settle(work, manifest, writer.cases, writer.sources, writer.steps.cases)
+        else:
+            outcome = unverified(work, manifest)
         stages.begin("moving the bundle into place")
     stages.begin(None)
+    outcome.raise_failures(out)
+    manifest = outcome.manifest
     sizes = {name: entry.size for name, entry in manifest.files.items()}
     return ExportReport(
         root=out,
         manifest=manifest,
-        parity=parity,
+        parity=outcome.errors,
+        not_run=outcome.skipped,
         graph_bytes={name: size for name, size in sizes.items() if name.endswith(".onnx")},
         base_bytes=sizes[BASE_FILE],
         adapter_bytes=sizes[ADAPTER_FILE],
@@ -115,7 +123,7 @@ def export_run(
     )
 
 
-class _Writer:
+class BundleWriter:
     """Writes one bundle into `work`."""
 
     def __init__(
@@ -163,31 +171,18 @@ class _Writer:
         extras = base.extra_parameters(self._config.modules_to_save)
         self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
+        self.sources: dict[str, Source] = {}
 
     def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages, targets = self._stages, self._settings.targets
         limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
-        stages.begin("tracing the forward pass")
-        model = FactorModel(self._base, self._groups, self._task, self._config)
-        example = self._example
-        forward = trace_forward(model, self._base, self._groups, self._task, example)
+        model, forward, converted = self.convert()
         self.cases = [make_case(model, test) for test in self._tests]
-        stages.begin("writing the inference graph")
-        converted = graphs.to_graph(forward)
         if "ort-training" in targets:
-            check_gradients(converted, example.trained())
-        base_file = BaseFile(self._work, self._quantised.base.table(), always=_adapted_weights(self._groups))
-        roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
-        if "step" in targets:
-            stages.begin("writing the step graph (forward and backward)")
-            roles |= self.steps.write(forward, example, base_file)
-            roles |= self.steps.write_last(model, example, self._tests, base_file)
-        if "ort-training" in targets:
-            stages.begin("writing ONNX Runtime Training's graphs")
-            values = self._trained_values()
-            training = graphs.inputs_to_initializers(converted, values)
-            roles |= write_artifacts(training, values, base_file, self._work, self._settings.optimizer)
+            check_gradients(converted, self.trained)
+        base_file = self.base_file()
+        roles = self.write_graphs(model, forward, converted, base_file)
         if EXECUTORCH in targets:
             self._write_programs(model, limits)
         stages.begin("writing the manifest")
@@ -197,6 +192,57 @@ class _Writer:
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of what gets gradients: every core, and the extras."""
+        return tuple(self._example.trained())
+
+    @property
+    def groups(self) -> dict[str, BundleGroup]:
+        """The adapted groups."""
+        return {group.name: self._group(group) for group in self._groups}
+
+    def convert(self) -> tuple[FactorModel, Traced, ir.Model]:
+        """The model over the base, its traced forward pass, and the graph of that: loss and logits."""
+        self._stages.begin("tracing the forward pass")
+        model = FactorModel(self._base, self._groups, self._task, self._config)
+        forward = trace_forward(model, self._base, self._groups, self._task, self._example)
+        self._stages.begin("writing the inference graph")
+        converted = graphs.to_graph(forward)
+        self.sources["infer"] = self.sources["train"] = Source.of(converted, forward.signature.inputs)
+        return model, forward, converted
+
+    def base_file(self, *, write: bool = True) -> BaseFile:
+        """An empty base file for the graphs; see `BaseFile`."""
+        always = _adapted_weights(self._groups)
+        return BaseFile(self._work, self._quantised.base.table(), always=always, write=write)
+
+    def write_graphs(
+        self,
+        model: FactorModel,
+        forward: Traced,
+        converted: ir.Model,
+        base_file: BaseFile,
+        targets: Sequence[str] | None = None,
+    ) -> dict[str, str]:
+        """Writes the ONNX graphs of `targets` (None: of the settings); role -> file name.
+
+        `converted` is used up.
+        """
+        stages, targets = self._stages, self._settings.targets if targets is None else targets
+        roles = {"infer": self._write_infer(graphs.clone(converted), base_file)}
+        if "step" in targets:
+            stages.begin("writing the step graph (forward and backward)")
+            roles |= self.steps.write(forward, self._example, base_file)
+            roles |= self.steps.write_last(model, self._example, self._tests, base_file)
+            self.sources |= self.steps.sources
+        if "ort-training" in targets:
+            stages.begin("writing ONNX Runtime Training's graphs")
+            values = self._trained_values()
+            training = graphs.inputs_to_initializers(converted, values)
+            roles |= write_artifacts(training, values, base_file, self._work, self._settings.optimizer)
+        return roles
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
@@ -247,7 +293,7 @@ class _Writer:
             files=files,
             graphs=roles,
             inputs=self._base.inputs,
-            groups={group.name: self._group(group) for group in self._groups},
+            groups=self.groups,
             tensors=_places(self._groups, self._quantised.base, base_file),
             extras=self._extras,
             task=self._run.config.task,

@@ -30,6 +30,7 @@ from edge_tcur_export.lowering import (
     left_over,
     lower,
     reshape_weights,
+    vulkan,
     xnnpack,
 )
 from edge_tcur_export.quiet import quiet_torch
@@ -46,10 +47,15 @@ from edge_tcur_export.trace import (
 from edge_tcur_runtime.formats.bundle import BASE_PTD, ProgramSpec
 
 BACKENDS = ("portable", "xnnpack")
+VULKAN = "vulkan"  # inference alone, and only where it is asked for: no package of Python's can run it
+ALL_BACKENDS = (*BACKENDS, VULKAN)
+# What ExecuTorch's runtime calls the delegates of a backend.
+BACKEND_NAMES = {"xnnpack": "XnnpackBackend", "vulkan": "VulkanBackend"}
 INFER, TRAIN = "infer", "train"
 PREFIX = "trained."  # of a parameter of the training program, before the name of the core or extra
 _BASE = BASE_PTD.removesuffix(".ptd")
 _ALIGNMENT = 128  # bytes, of each tensor in a .ptd file
+_SMALLEST = 32  # bytes; a smaller tensor is found in any program by chance
 _HINT = "pip install 'edge-tcur[executorch]'"
 
 
@@ -62,11 +68,13 @@ class ProgramReport:
         bytes: file name -> size.
         left_over: program -> operator -> how many of them run outside the backend's delegates; of the
             portable programs, which have no delegates, empty.
+        packed: program -> bytes of frozen tensors that it holds copies of, beside those in `base.ptd`.
     """
 
     programs: dict[str, ProgramSpec] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     left_over: dict[str, dict[str, int]] = field(default_factory=dict)
+    packed: dict[str, int] = field(default_factory=dict)
 
 
 class InferProgram(nn.Module):
@@ -117,14 +125,14 @@ class TrainProgram(nn.Module):
         return result
 
 
-def require_executorch() -> None:
-    """Checks that ExecuTorch is installed.
+def require_executorch(where: str = "--target executorch") -> None:
+    """Checks that ExecuTorch is installed; `where` is what needs it.
 
     Raises:
         ExportError: it is not; says how to get it.
     """
     if importlib.util.find_spec("executorch") is None:
-        raise ExportError("ExecuTorch is not installed", where="--target executorch", hint=_HINT)
+        raise ExportError("ExecuTorch is not installed", where=where, hint=_HINT)
 
 
 class ProgramWriter:
@@ -170,6 +178,8 @@ class ProgramWriter:
         makers = {INFER: self._trace_infer, TRAIN: self._trace_train}
         for kind, make in makers.items():
             for backend in backends:
+                if backend == VULKAN and kind != INFER:
+                    continue
                 on_program(f"writing ExecuTorch's programs ({kind}, {backend})")
                 name = f"{kind}-{backend}"
                 file, memory = self._write(make(), name, backend)
@@ -212,7 +222,7 @@ class ProgramWriter:
         exir = import_executorch()
         with quiet_torch():
             try:
-                edge = lower(_prepare(traced, backend), xnnpack() if backend == "xnnpack" else ())
+                edge = lower(_prepare(traced, backend), _PARTITIONERS[backend]())
                 if backend != "portable":
                     self.report.left_over[name] = left_over(edge.exported_program())
                 frozen = self._frozen(edge.exported_program())
@@ -227,8 +237,19 @@ class ProgramWriter:
         file = f"{name.removesuffix('-portable')}.pte"
         (self._directory / file).write_bytes(program.buffer)
         self.report.bytes[file] = len(program.buffer)
+        if backend == VULKAN:
+            self.report.packed[name] = self._packed(program.buffer)
         plan = program.executorch_program.execution_plan[0]
         return file, sum(plan.non_const_buffer_sizes)
+
+    def _packed(self, program: bytes) -> int:
+        """Bytes of the frozen tensors that a program holds copies of, as they are or transposed."""
+        found = 0
+        for value in {value.data_ptr(): value for value in self._model.buffers()}.values():
+            forms = (value, value.T.contiguous()) if value.ndim == 2 else (value,)
+            if value.nbytes > _SMALLEST and any(form.numpy().tobytes() in program for form in forms):
+                found += value.nbytes
+        return found
 
     def _frozen(self, program: ExportedProgram) -> dict[str, str]:
         """Placeholders of frozen tensors -> the file that they go into; keeps the tensors for it."""
@@ -251,7 +272,10 @@ def _reason(error: Exception) -> str:
 
 def _prepare(program: ExportedProgram, backend: str) -> ExportedProgram:
     reshape_weights(drop_idle(program))
-    return program if backend == "portable" else batch_products(program)
+    return batch_products(program) if backend == "xnnpack" else program
+
+
+_PARTITIONERS: dict[str, Callable[[], list[Any]]] = {"portable": list, "xnnpack": xnnpack, VULKAN: vulkan}
 
 
 def tensor_file(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from torch.export import ExportedProgram
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export.divergence import PROGRAM
 from edge_tcur_export.failures import EAGER
 from edge_tcur_export.operators import remember_modules
 from edge_tcur_export.quiet import quiet_torch
@@ -43,7 +44,9 @@ def to_graph(traced: Traced) -> ir.Model:
     """
     from onnxscript.optimizer import fold_constants
 
-    model = _convert(traced.program)
+    converted = _convert(traced.program)
+    model = converted.model
+    model.meta[PROGRAM] = converted.exported_program
     # The transpose of a weight would become a second copy of it; limits count elements, not bytes.
     fold_constants(
         model,
@@ -67,7 +70,7 @@ def to_graph(traced: Traced) -> ir.Model:
     return read_sizes_from_inputs(model, TARGETS)
 
 
-def _convert(program: ExportedProgram) -> ir.Model:
+def _convert(program: ExportedProgram) -> torch.onnx.ONNXProgram:
     try:
         with quiet_torch(), _one_registry():
             converted = torch.onnx.export(
@@ -89,7 +92,7 @@ def _convert(program: ExportedProgram) -> ir.Model:
             else "replace it in the model by operators that have one; --debug shows torch's own report",
         ) from error
     assert converted is not None
-    return converted.model
+    return converted
 
 
 @functools.cache

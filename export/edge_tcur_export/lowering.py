@@ -6,6 +6,7 @@ docs/traps.md.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -178,6 +179,20 @@ def xnnpack() -> list[Any]:
 
     configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in _SWALLOWING]
     return [XnnpackPartitioner(configs=configs)]
+
+
+def vulkan() -> list[Any]:
+    """A partitioner for Vulkan that takes every batch and length up to the limits.
+
+    Its delegates hold copies of the weights that they read, in the layout of the GPU.
+    """
+    import_executorch()
+    root = logging.getLogger()
+    level = root.level
+    with quiet_torch():
+        from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
+    root.setLevel(level)  # its import makes the root logger talk
+    return [VulkanPartitioner({"require_dynamic_shapes": True})]
 
 
 def left_over(program: ExportedProgram) -> dict[str, int]:

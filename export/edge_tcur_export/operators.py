@@ -93,3 +93,29 @@ def _lacks_gradient(node: ir.Node) -> bool:
     if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") != "constant":
         return True  # of its modes, only this one has a gradient
     return _operator(node) in NO_GRADIENT
+
+
+_INSTEAD = {
+    "CumSum": "a product with a triangular matrix of ones",
+    "Einsum": "transposes, reshapes and matrix products",
+    "InstanceNormalization": "layer norm over the same axes, or group norm with one group a channel",
+    "Mod": "x - y * floor(x / y) on values that need no gradient",
+    "PRelu": "relu(x) - slope * relu(-x)",
+    "ReduceL1": "the sum of abs(x)",
+    "ReduceMax": "topk or a smooth maximum such as logsumexp",
+    "ReduceMin": "minus the maximum of -x, by topk",
+    "ReduceProd": "exp of the sum of log(x), where x is positive",
+    "ReduceSumSquare": "the sum of x * x",
+    "Softplus": "log(1 + exp(x))",
+    "Softsign": "x / (1 + abs(x))",
+    **dict.fromkeys(
+        ("Celu", "Elu", "HardSigmoid", "HardSwish", "Mish", "Selu"), "relu, gelu, sigmoid or tanh"
+    ),
+    **dict.fromkeys(("GRU", "LSTM", "RNN"), "the cell written out in products and tanh or sigmoid"),
+}
+
+
+def replacement(operator: str) -> str:
+    """What to use instead of an operator that ONNX Runtime Training cannot differentiate."""
+    step = "--target step, whose graph has no such limit"
+    return f"{_INSTEAD[operator]}, or {step}" if operator in _INSTEAD else step

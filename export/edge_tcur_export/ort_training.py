@@ -23,6 +23,7 @@ from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.graph import IR_VERSION, declare_layer_norm_outputs, to_proto
 from edge_tcur_export.operators import find_undifferentiable
 from edge_tcur_runtime.formats.bundle import ADAMW, SGD
+from edge_tcur_runtime.installed import find_onnxruntime
 
 FILES = {
     "train": ("training_model.onnx", "train.onnx"),
@@ -38,6 +39,26 @@ _HINT = (
     "this one too"
 )
 _NO_GRADIENT = re.compile(r"gradient builder has not been registered: (\S+) for node (\S*)")
+
+
+def require_training() -> None:
+    """Checks that ONNX Runtime Training is installed.
+
+    Raises:
+        ExportError: it is not; says how to get it.
+    """
+    found = find_onnxruntime()
+    if found is None or not found.training:
+        there = (
+            "no ONNX Runtime"
+            if found is None
+            else f"{found.distribution} {found.version}, which cannot train"
+        )
+        raise ExportError(
+            f"ONNX Runtime Training is not installed; there is {there}",
+            where="--target ort-training",
+            hint="pip install 'edge-tcur-runtime[ort-training]', or leave this target out",
+        )
 
 
 def check_gradients(model: ir.Model, trained: Collection[str]) -> None:

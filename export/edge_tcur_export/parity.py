@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Protocol
@@ -24,16 +24,22 @@ from edge_tcur_runtime.optimizer import AdamW
 from edge_tcur_runtime.settings import AdamWSettings
 
 if TYPE_CHECKING:
-    from edge_tcur_runtime.formats.bundle import Bundle
+    from edge_tcur_runtime.formats.bundle import Bundle, Manifest
 
 # Relative to the largest entry of each tensor, fp32.
 TOLERANCES = {"outputs": 1e-4, "loss": 1e-4, "gradients": 1e-3, "steps": 1e-3, "metric": 1e-5}
 STEPS, RATE = 3, 1e-3  # of the optimiser, after which the loss is compared once more
 OPTIMIZER = AdamWSettings(learning_rate=RATE, max_gradient_norm=0)
 _PROGRAMS = "edge_tcur_export.program_parity"
-_ENGINES = {"step": "ort-step", "step_recompute": "ort-step", "train": "ort-training"}
-_ANY_RANK = ("step", "step_recompute")
-LAST = "step_last"
+INFER, LAST = "infer", "step_last"
+_ENGINES = {
+    "step": "ort-step",
+    "step_recompute": "ort-step",
+    LAST: "ort-step",
+    "train": "ort-training",
+}
+_FIXED_RANK = ("train",)
+ROLES = (INFER, *_ENGINES)
 
 
 @dataclass(frozen=True)
@@ -65,53 +71,97 @@ class Stepper(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a target is refused.
+
+    Attributes:
+        message: what was wrong.
+        quantity: what differs (a key of `TOLERANCES`); None where the target does not run.
+        error: by how much, relative to the largest entry.
+    """
+
+    message: str
+    quantity: str | None = None
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What the comparison of a bundle with torch gave.
+
+    Attributes:
+        errors: target (``infer``, ``step``, ``train``, or the name of an ExecuTorch program) that ran ->
+            quantity -> largest relative error.
+        failures: target -> why it is refused.
+        skipped: target -> why it cannot be run on this machine; it was not compared.
+    """
+
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> tuple[str, ...]:
+        """Targets that agree with torch."""
+        return tuple(target for target in self.errors if target not in self.failures)
+
+
 def verify_bundle(
-    root: Path, cases: list[Case], *, programs: bool, last: Sequence[Case] = ()
-) -> dict[str, dict[str, float]]:
-    """Compares the bundle at `root` with torch in fresh processes.
+    root: Path, cases: Sequence[Case], manifest: Manifest, *, last: Sequence[Case] = ()
+) -> Verification:
+    """Compares the bundle at `root` with torch, each graph in a fresh process, ExecuTorch's programs in one.
+
+    Where that one process ends badly, each program is tried in a process of its own.
 
     Args:
-        programs: whether the bundle has ExecuTorch programs.
-        last: what torch computed where the last blocks alone learn; empty without such a graph.
-
-    Returns:
-        target (``infer``, ``step``, ``train``, ..., or the name of an ExecuTorch program) -> quantity ->
-        largest relative error.
-
-    Raises:
-        ExportError: a target could not be run, or is beyond `TOLERANCES`.
+        last: what torch computed where the last blocks alone learn, for the graph of these.
     """
-    from edge_tcur.errors import ExportError
-
+    result = Verification()
     with TemporaryDirectory() as work:
         reference = Path(work) / "reference.safetensors"
-        reference.write_bytes(save(_pack(cases)))
-        errors = _run(__name__, root, reference)
-        if programs:
-            errors |= _run(_PROGRAMS, root, reference)
-        if last:
-            reference.write_bytes(save(_pack(last)))
-            errors |= _run(__name__, root, reference, LAST)
-    for target, quantities in errors.items():
-        for quantity, error in quantities.items():
-            if not error <= TOLERANCES[quantity]:
-                raise ExportError(
-                    f"{target}: the {quantity} differ from torch by {error:.2e} relative; "
-                    f"the tolerance is {TOLERANCES[quantity]:.0e}"
-                )
-    return errors
+        for role in ROLES:
+            if role in manifest.graphs:
+                reference.write_bytes(save(_pack(last if role == LAST else cases)))
+                _collect(result, __name__, root, reference, (role,))
+        if manifest.programs:
+            reference.write_bytes(save(_pack(cases)))
+            names = tuple(manifest.programs)
+            if not _collect(result, _PROGRAMS, root, reference, names):
+                for name in names:
+                    _collect(result, _PROGRAMS, root, reference, (name,))
+    return result
 
 
-def _run(module: str, root: Path, reference: Path, *arguments: str) -> dict[str, dict[str, float]]:
-    from edge_tcur.errors import ExportError
-
-    command = [sys.executable, "-m", module, str(root), str(reference), *arguments]
+def _collect(
+    result: Verification, module: str, root: Path, reference: Path, targets: tuple[str, ...]
+) -> bool:
+    """Runs targets in a fresh process and puts what it says into `result`; False where it ended badly."""
+    for target in targets:
+        result.failures.pop(target, None)
+    command = [sys.executable, "-m", module, str(root), str(reference), *targets]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise ExportError(f"the exported graphs do not run: {lines[-1] if lines else 'no reason given'}")
-    errors: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-    return errors
+        reason = lines[-1] if lines else f"the process ended with {done.returncode} and gave no reason"
+        for target in targets:
+            result.failures[target] = Failure(f"it does not run: {reason}")
+        return False
+    found: dict[str, dict[str, float] | str] = json.loads(done.stdout.splitlines()[-1])
+    for target, quantities in found.items():
+        if isinstance(quantities, str):
+            result.skipped[target] = quantities
+            continue
+        result.errors[target] = quantities
+        for quantity, error in quantities.items():
+            if not error <= TOLERANCES[quantity] and target not in result.failures:
+                result.failures[target] = Failure(
+                    f"the {quantity} differ from torch by {error:.2e} relative; "
+                    f"the tolerance is {TOLERANCES[quantity]:.0e}",
+                    quantity,
+                    error,
+                )
+    return True
 
 
 def _pack(cases: Sequence[Case]) -> dict[str, np.ndarray]:
@@ -208,28 +258,29 @@ def _relative(actual: float, expected: float) -> float:
 def has_exported_rank(case: Case, bundle: Bundle) -> bool:
     """Whether what has fixed shapes (ONNX Runtime Training's parameters, ExecuTorch's programs) can take
     the case's cores."""
-    groups = bundle.manifest.groups.items()
+    return has_rank_of(case, bundle.manifest)
+
+
+def has_rank_of(case: Case, manifest: Manifest) -> bool:
+    """As `has_exported_rank`, of a bundle's manifest."""
+    groups = manifest.groups.items()
     return all(case.feeds[f"{name}.core"].shape[1] == group.rank for name, group in groups)
 
 
-def _work(root: Path, reference: Path, *, last: bool) -> dict[str, dict[str, float]]:
+def _work(root: Path, reference: Path, role: str) -> None:
     from edge_tcur_runtime.engines import open_engine
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     bundle, cases = open_bundle(root), read_cases(reference)
-    if last:
-        engine = open_engine("ort-step", bundle, threads=1, graph=LAST)
-        return {LAST: compare_steps(engine, bundle, cases)}
-    errors = {"infer": _compare_infer(bundle, cases)}
-    for role, name in _ENGINES.items():
-        if bundle.graph(role) is not None:
-            usable = [case for case in cases if role in _ANY_RANK or has_exported_rank(case, bundle)]
-            opened = open_engine(name, bundle, threads=1, graph=role)
-            errors[role] = compare_steps(opened, bundle, usable)
-    return errors
+    if role == INFER:
+        errors = _compare_infer(bundle, cases)
+    else:
+        usable = [case for case in cases if role not in _FIXED_RANK or has_exported_rank(case, bundle)]
+        engine = open_engine(_ENGINES[role], bundle, threads=1, graph=role)
+        errors = compare_steps(engine, bundle, usable)
+    sys.stdout.write(json.dumps({role: errors}) + "\n")
 
 
 if __name__ == "__main__":
     sys.modules["torch"] = None  # type: ignore[assignment]  # a device has no torch
-    found = _work(Path(sys.argv[1]), Path(sys.argv[2]), last=LAST in sys.argv[3:])
-    sys.stdout.write(json.dumps(found) + "\n")
+    _work(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

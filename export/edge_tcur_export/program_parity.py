@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from edge_tcur_export.executorch import INFER, PREFIX
+from edge_tcur_export.executorch import BACKEND_NAMES, INFER, PREFIX
 from edge_tcur_export.lowering import import_executorch
 from edge_tcur_export.parity import (
     Case,
@@ -76,18 +76,36 @@ def _compare_infer(bundle: Bundle, program: ProgramSpec, cases: list[Case]) -> d
     return {"outputs": worst}
 
 
-def compare_programs(bundle: Bundle, cases: list[Case]) -> dict[str, dict[str, float]]:
-    """Program name -> quantity -> largest relative error over the cases of the exported rank."""
+def compare_programs(
+    bundle: Bundle, cases: list[Case], names: Sequence[str]
+) -> dict[str, dict[str, float] | str]:
+    """Program name -> quantity -> largest relative error over the cases of the exported rank, or why the
+    program cannot be run on this machine."""
     usable = [case for case in cases if has_exported_rank(case, bundle)]
-    errors = {}
-    for name, program in bundle.manifest.programs.items():
-        if name.startswith(INFER):
+    errors: dict[str, dict[str, float] | str] = {}
+    for name in names:
+        program, missing = bundle.manifest.programs[name], missing_backend(name)
+        if missing is not None:
+            errors[name] = missing
+        elif name.startswith(INFER):
             errors[name] = _compare_infer(bundle, program, usable)
         else:
             errors[name] = compare_steps(ProgramStepper(bundle, program), bundle, usable)
     return errors
 
 
+def missing_backend(name: str) -> str | None:
+    """Why a program of this name cannot be run here, or None: its delegates need a backend that the
+    installed ExecuTorch was built with."""
+    needed = BACKEND_NAMES.get(name.partition("-")[2])
+    import_executorch()
+    with quiet_torch():
+        from executorch.runtime import Runtime
+
+        there = Runtime.get().backend_registry.registered_backend_names
+    return None if needed is None or needed in there else f"no {needed} in this ExecuTorch"
+
+
 if __name__ == "__main__":
-    found = compare_programs(open_bundle(Path(sys.argv[1])), read_cases(Path(sys.argv[2])))
+    found = compare_programs(open_bundle(Path(sys.argv[1])), read_cases(Path(sys.argv[2])), sys.argv[3:])
     sys.stdout.write(json.dumps(found) + "\n")

@@ -26,6 +26,7 @@ class ExportReport:
         seconds: of the whole export; `stages`: of each stage.
         executorch: ExecuTorch's programs; empty where they were not asked for.
         quantization: what the precision of the base changed.
+        not_run: target that could not be compared on this machine -> why.
     """
 
     root: Path
@@ -38,6 +39,7 @@ class ExportReport:
     stages: Mapping[str, float] = field(default_factory=dict)
     executorch: ProgramReport = field(default_factory=ProgramReport)
     quantization: QuantizationReport = field(default_factory=QuantizationReport)
+    not_run: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -53,6 +55,7 @@ class ExportReport:
             "stages": dict(self.stages),
             "executorch": asdict(self.executorch),
             "quantization": self.quantization.to_dict(),
+            "not_run": dict(self.not_run),
         }
 
 

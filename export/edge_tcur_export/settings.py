@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from edge_tcur.models import Base
 from edge_tcur.training.run import Run
-from edge_tcur_export.executorch import BACKENDS
+from edge_tcur_export.executorch import ALL_BACKENDS, BACKENDS
 from edge_tcur_export.trace import EXAMPLE_LENGTH
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
@@ -23,7 +23,7 @@ class ProgramSettings:
     """What the target ``executorch`` is given.
 
     Attributes:
-        backends: out of `BACKENDS`.
+        backends: out of `ALL_BACKENDS`.
         max_batch: samples that memory is reserved for; 0: the batch size of the run.
         max_length: tokens that memory is reserved for; 0: the base's, at most 128.
     """
@@ -41,9 +41,11 @@ class ProgramSettings:
         Raises:
             UsageError: an unknown backend, or a limit below the example's or above the base's.
         """
-        unknown = set(self.backends) - set(BACKENDS)
+        unknown = set(self.backends) - set(ALL_BACKENDS)
         if unknown or not self.backends:
-            raise UsageError(f"the backends are {', '.join(self.backends)}; expected {', '.join(BACKENDS)}")
+            raise UsageError(
+                f"the backends are {', '.join(self.backends)}; expected {', '.join(ALL_BACKENDS)}"
+            )
         limits = {"batch": self.max_batch or max(batch, run.config.batch_size)}
         if limits["batch"] < batch:
             raise UsageError(f"--max-batch {self.max_batch}: expected at least {batch}")

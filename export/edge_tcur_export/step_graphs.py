@@ -14,6 +14,7 @@ from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
+from edge_tcur_export.divergence import Source
 from edge_tcur_export.graph import add_zero_gradients, to_graph
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
 from edge_tcur_export.parity import Case
@@ -48,6 +49,7 @@ class StepGraphs:
         recomputed: how many blocks ``step_recompute`` computes again; None without that graph.
         learning: what learns in ``step_last``; None without that graph.
         cases: what torch computes where the last blocks alone learn.
+        sources: role -> what the graph was converted from.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class StepGraphs:
         self.recomputed: int | None = None
         self.learning: LastBlocks | None = None
         self.cases: list[Case] = []
+        self.sources: dict[str, Source] = {}
 
     def write(self, forward: Traced, example: Example, base_file: BaseFile) -> dict[str, str]:
         """The plain step graph and, where it is asked for, the one that recomputes.
@@ -76,6 +79,7 @@ class StepGraphs:
             ExportError: the model has no backward that can be traced, or none that can be recomputed.
         """
         model = to_graph(trace_step(forward, example))
+        self.sources["step"] = Source.of(model, forward.signature.inputs)
         base_file.externalize(model)
         ir.save(model, self._directory / STEP)
         roles = {"step": STEP}
@@ -83,6 +87,7 @@ class StepGraphs:
             self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS)))
             ir.save(model, self._directory / RECOMPUTE)
             roles["step_recompute"] = RECOMPUTE
+            self.sources["step_recompute"] = self.sources["step"]
         return roles
 
     def write_last(
@@ -109,6 +114,7 @@ class StepGraphs:
             forward = trace_forward(model, self._base, self._groups, self._task, partial)
             self.cases = [make_case(model, test, partial=True) for test in tests]
         graph = to_graph(trace_step(forward, partial))
+        self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)

@@ -85,7 +85,11 @@ class StoreReport:
 
 @dataclass(frozen=True)
 class BundleReport:
-    """A verified bundle: `problem` and `exit_code` say why it is refused; `engines` can fine-tune it."""
+    """A verified bundle: `problem` and `exit_code` say why it is refused; `engines` can fine-tune it.
+
+    `compared` names the graphs and programs that agreed with torch when the bundle was written; None where
+    the bundle does not say.
+    """
 
     path: str
     ok: bool
@@ -95,6 +99,7 @@ class BundleReport:
     graphs: tuple[str, ...] = ()
     engines: tuple[str, ...] = ()
     predict: bool = False
+    compared: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -262,6 +267,7 @@ def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleRepor
         graphs=tuple(manifest.graphs),
         engines=tuple(name for name in usable if graphs.issuperset(ENGINES[name])),
         predict="infer" in graphs and "ort-step" in usable,
+        compared=None if manifest.verified is None else manifest.verified.targets,
     )
 
 
@@ -320,8 +326,18 @@ def _render_bundle(bundle: BundleReport) -> str:
         f"bundle {bundle.path}: whole, every digest matches\n"
         f"  base          {bundle.base_digest}\n"
         f"  graphs        {', '.join(bundle.graphs)}\n"
+        f"  compared      {render_compared(bundle.compared)}\n"
         f"  prediction    {'yes' if bundle.predict else 'no'}\n"
         f"  fine-tuning   {', '.join(bundle.engines) or 'no engine here can use it'}"
+    )
+
+
+def render_compared(targets: tuple[str, ...] | None) -> str:
+    """Which graphs and programs agreed with torch when a bundle was written, as text."""
+    if targets is None:
+        return "the bundle does not say what was compared with torch"
+    return (
+        f"with torch, at export: {', '.join(targets)}" if targets else "NOT compared with torch (--no-verify)"
     )
 
 

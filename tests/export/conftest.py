@@ -20,7 +20,9 @@ from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur.training.evaluate import apply_adapter
 from edge_tcur_export.bundle import export_run
+from edge_tcur_export.lowering import import_executorch
 from edge_tcur_export.parity import TOLERANCES
+from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.settings import TARGETS, ExportSettings, ProgramSettings
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import read_adapter
@@ -247,6 +249,22 @@ def check_other_factors(exported, rank, samples):
     close(found, expected)
 
 
+def read_ptd(raw):
+    """name -> array of the bytes of a .ptd file, by ExecuTorch's own reader."""
+    import_executorch()
+    with quiet_torch():
+        from executorch.exir._serialize._cord import Cord
+        from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
+
+        payload = FlatTensorSerializer().deserialize(Cord(raw))
+    kinds = {6: np.float32, 3: np.int32, 4: np.int64, 11: np.bool_}
+    return {
+        name: np.frombuffer(payload.buffers[entry.buffer_index], kinds[int(entry.tensor_layout.scalar_type)])
+        .reshape(entry.tensor_layout.sizes)
+        for name, entry in payload.named_data.items()
+    }  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def kit():
     """The functions of this file, for the tests."""
@@ -264,4 +282,5 @@ def kit():
         check_answers=check_answers,
         check_other_factors=check_other_factors,
         check_personalisation=check_personalisation,
+        read_ptd=read_ptd,
     )

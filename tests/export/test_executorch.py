@@ -17,7 +17,6 @@ from edge_tcur_export import executorch
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES, Case, compare_steps, distance
 from edge_tcur_export.program_parity import ProgramStepper, load_program
-from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import FileFormatError, UsageError
@@ -42,21 +41,6 @@ def vit(vit_dir, digits_npz, tmp_path_factory, kit):
     return kit.export(config, tmp_path_factory.mktemp("vit-executorch"), ("onnx", "executorch"), programs)
 
 
-def read_tensors(path):
-    """name -> array of a .ptd file, by ExecuTorch's own reader."""
-    with quiet_torch():
-        from executorch.exir._serialize._cord import Cord
-        from executorch.extension.flat_tensor.serialize.serialize import FlatTensorSerializer
-
-        payload = FlatTensorSerializer().deserialize(Cord(path.read_bytes()))
-    kinds = {6: np.float32, 3: np.int32, 4: np.int64, 11: np.bool_}
-    return {
-        name: np.frombuffer(payload.buffers[entry.buffer_index], kinds[int(entry.tensor_layout.scalar_type)])
-        .reshape(entry.tensor_layout.sizes)
-        for name, entry in payload.named_data.items()
-    }  # fmt: skip
-
-
 def test_every_program_agrees_with_torch(bert, vit):
     assert set(bert.report.parity) == {"infer", "step", *ROLES}
     assert set(vit.report.parity) == {"infer", "infer-portable", "train-portable"}
@@ -69,10 +53,10 @@ def test_every_program_agrees_with_torch(bert, vit):
     )
 
 
-def test_the_frozen_weights_lie_in_one_file(bert):
+def test_the_frozen_weights_lie_in_one_file(bert, kit):
     root, state = bert.bundle.root, bert.base().model.state_dict()
     frozen = {name: value for name, value in state.items() if not name.startswith(tuple(bert.base().head))}
-    tensors = read_tensors(root / BASE_PTD)
+    tensors = kit.read_ptd((root / BASE_PTD).read_bytes())
     total = sum(value.nbytes for value in frozen.values())
     assert total * 0.9 < sum(value.nbytes for value in tensors.values()) <= total * 1.05
     programs = {path.name: path.read_bytes() for path in root.glob("*.pte")}
@@ -92,9 +76,9 @@ def test_no_path_of_this_machine_is_in_a_program(bert):
         assert not [text for text in secrets if text.encode() in content], path.name
 
 
-def test_the_adapter_file_holds_what_the_programs_are_fed(bert, vit):
+def test_the_adapter_file_holds_what_the_programs_are_fed(bert, vit, kit):
     for exported in (bert, vit):
-        found = read_tensors(exported.bundle.path("adapter.ptd"))
+        found = kit.read_ptd(exported.bundle.path("adapter.ptd").read_bytes())
         expected = build_feeds(exported.bundle.manifest, exported.run.adapter())
         assert set(found) == set(expected)
         for name, value in expected.items():
@@ -262,7 +246,7 @@ def test_the_delegates_take_the_products(bert):
     ("settings", "message"),
     [
         (ProgramSettings(("cuda",)), "cuda"),
-        (ProgramSettings(()), "expected portable, xnnpack"),
+        (ProgramSettings(()), "expected portable, xnnpack, vulkan"),
         (ProgramSettings(max_batch=2), "--max-batch 2"),
         (ProgramSettings(max_length=25), "--max-length 25"),
         (ProgramSettings(max_length=3), "--max-length 3"),

@@ -18,6 +18,7 @@ from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import bundle as bundles
+from edge_tcur_export import ort_training, verification
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.graph import to_graph
 from edge_tcur_export.ort_training import _failure
@@ -26,6 +27,7 @@ from edge_tcur_export.settings import TARGETS, ExportSettings
 from edge_tcur_export.trace import FactorModel, make_example, trace_forward, trace_step
 from edge_tcur_runtime.errors import BaseMismatchError, DiskError, ExitCode, OutputExistsError, UsageError
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.installed import OnnxRuntimeInstall
 
 IMAGE = "image-classification"
 MODEL = """
@@ -297,16 +299,18 @@ def test_a_graph_that_does_not_agree_with_torch(run_of, tmp_path, monkeypatch):
         return traced
 
     monkeypatch.setattr(bundles, "trace_forward", change_a_weight_after_tracing)
-    refused(run_of("plain"), tmp_path / "bundle", ExportError, "infer: the outputs differ", targets=("onnx",))
+    run, out = run_of("plain"), tmp_path / "bundle"
+    error = refused(run, out, ExportError, "infer: the outputs differ", targets=("onnx",))
+    assert "the traced program departs from the model already" in error.message
 
 
 def test_a_bundle_that_does_not_open(run_of, tmp_path, monkeypatch):
-    def damage(root, cases, **options):
+    def damage(root, cases, manifest):
         (root / "infer.onnx").write_bytes(b"no graph")
-        return verify_bundle(root, cases, **options)
+        return verify_bundle(root, cases, manifest)
 
-    monkeypatch.setattr(bundles, "verify_bundle", damage)
-    error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "do not run", targets=("onnx",))
+    monkeypatch.setattr(verification, "verify_bundle", damage)
+    error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "does not run", targets=("onnx",))
     assert "infer.onnx" in error.message
 
 
@@ -340,6 +344,16 @@ def test_a_disk_that_fills_while_the_manifest_is_written(run_of, tmp_path, monke
     monkeypatch.setattr(bundles, "serialize_manifest", full)
     error = refused(run_of("plain"), tmp_path / "bundle", DiskError, "No space left", targets=("onnx",))
     assert error.exit_code == 7
+
+
+@pytest.mark.parametrize("found", [None, OnnxRuntimeInstall("onnxruntime", "1.32.0", False)])
+def test_without_onnx_runtime_training_its_target_is_refused(run_of, tmp_path, monkeypatch, found):
+    monkeypatch.setattr(ort_training, "find_onnxruntime", lambda: found)
+    error = refused(
+        run_of("plain"), tmp_path / "bundle", ExportError, "ONNX Runtime Training is not installed"
+    )
+    assert (error.where, error.exit_code) == ("--target ort-training", 4)
+    assert "edge-tcur-runtime[ort-training]" in error.hint
 
 
 def test_failures_of_onnx_runtime_training_are_told_apart():

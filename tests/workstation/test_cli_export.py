@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import stat
+from pathlib import Path
 
 import pytest
 
-from edge_tcur.cli import edge_tcur
+from edge_tcur.cli import convert, edge_tcur, plan
 from edge_tcur.cli import export as command
 from edge_tcur.training import TrainConfig, train
-from edge_tcur_export.executorch import BACKENDS
+from edge_tcur_export.convert import KINDS
+from edge_tcur_export.executorch import ALL_BACKENDS, BACKENDS
 from edge_tcur_export.settings import ALL_TARGETS, TARGETS
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import PRECISIONS
 
+DATA = Path(__file__).parents[1] / "data"
 FILES = {"adapter.safetensors", "base.bin", "canary.safetensors", "infer.onnx", "step.onnx"}
 
 
@@ -41,7 +45,7 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     report = json.loads(out)
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
-        "files", "seconds", "stages", "executorch", "quantization",
+        "files", "seconds", "stages", "executorch", "quantization", "not_run",
     }  # fmt: skip
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}
@@ -99,5 +103,79 @@ def test_options_of_executorch_need_its_target(trained, tmp_path, capsys):
 def test_the_command_offers_what_there_is():
     assert set(command.TARGETS) == set(TARGETS)
     assert {*command.TARGETS, command.EXECUTORCH} == set(ALL_TARGETS)
+    assert (*command.BACKENDS, command.VULKAN) == ALL_BACKENDS
     assert command.BACKENDS == BACKENDS
     assert command.PRECISIONS == PRECISIONS
+    assert set(plan.TARGETS) == set(ALL_TARGETS)
+    assert set(plan.DEFAULT_TARGETS) == set(TARGETS)
+    assert convert.KINDS == KINDS
+
+
+def test_a_dry_run_writes_nothing_and_says_all(trained, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    options = ("--target", "onnx", "--target", "step", "--device", "pixel-8", "--provider", "webgpu")
+    code, out, err = call(capsys, "export", trained, "--dry-run", *options, "--batch", "4", "--json")
+    assert (code, err) == (0, "")
+    content = json.loads(out)
+    assert {"infer.onnx", "step.onnx", "base.bin"} <= set(content["files"])
+    assert (content["batch"], content["device"], content["budget"]) == (4, "pixel-8", 2 * 2**30)
+    assert all(entry["fits"] for entry in content["memory"].values())
+    assert set(content["no_kernel"]["webgpu"]) == {"infer", "step"}
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_plan_of_a_bundle_as_text(capsys):
+    bundle = DATA / "bundle-v1"
+    code, out, _ = call(
+        capsys, "plan", bundle, "--budget", "58MiB", "--provider", "xnnpack", "--batch", "512"
+    )
+    assert code == 0
+    assert "TOO LARGE" in out
+    assert "kernels of the provider xnnpack (onnxruntime.ai/docs" in out
+    assert "base.bin" in out
+    code, out, _ = call(capsys, "plan", bundle, "--device", "jetson-nano", "--target", "ort-training")
+    assert code == 4
+    assert "CANNOT WORK: ort-training: jetson-nano has no package" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (
+            ("plan", DATA / "bundle-v1", "--provider", "tpu"),
+            2,
+            "no table of operators for the provider 'tpu'",
+        ),
+        (("plan", DATA / "bundle-v1", "--device", "pixel-88"), 2, "no device profile named 'pixel-88'"),
+        (("plan", DATA, "--batch", "2"), 3, "not a run directory"),
+        (("export", "run"), 2, "--out is missing"),
+        (("export", "run", "--out", "b", "--batch", "4"), 2, "--batch is for a plan"),
+    ],
+)
+def test_plans_that_cannot_be_made(arguments, code, message, capsys):
+    found, out, err = call(capsys, *arguments)
+    assert (found, out) == (code, "")
+    assert message in err
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert(kind, tmp_path, capsys):
+    bundle, out = DATA / "bundle-v1", tmp_path / f"a.{kind}"
+    arguments = ("convert", bundle / "adapter.safetensors", "--to", kind, "--bundle", bundle, "--out", out)
+    code, text, err = call(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    content = json.loads(text)
+    assert (content["file"], content["format"], content["bytes"]) == (str(out), kind, out.stat().st_size)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    raw = out.read_bytes()
+    code, _, err = call(capsys, *arguments)
+    assert (code, "--force" in err) == (3, True)
+    out.write_bytes(b"old")
+    assert call(capsys, *arguments, "--force")[0] == 0
+    assert out.read_bytes() == raw
+    other = DATA / "sketch-v1" / "adapter.safetensors"
+    code, _, err = call(capsys, "convert", other, *arguments[2:], "--force")
+    assert code == 4
+    assert "the adapter was made for the base" in err
+    assert call(capsys, "convert", DATA / "user.npz", "--to", kind, "--out", tmp_path / "x")[0] == 3

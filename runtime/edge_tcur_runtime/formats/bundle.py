@@ -31,7 +31,7 @@ GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
 STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are there when asked for
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
-_OPTIONAL = ("programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks")
+_OPTIONAL = ("programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks", "verified")
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,20 @@ class LastBlocks:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """What was compared with torch when the bundle was written.
+
+    Attributes:
+        targets: roles of graphs (`infer`, `step`, `train`) and names of programs that agreed; empty where
+            the export was told to compare nothing.
+        tolerances: quantity -> largest relative difference that was allowed.
+    """
+
+    targets: tuple[str, ...]
+    tolerances: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
 
@@ -127,6 +141,7 @@ class Manifest:
             base in each, so that one adapter fits all of them.
         recomputed_blocks: how many blocks the graph ``step_recompute`` computes again; None without it.
         last_blocks: what learns in the graph ``step_last``; None without it.
+        verified: what was compared with torch; None where the bundle does not say.
     """
 
     base_digest: str
@@ -155,6 +170,7 @@ class Manifest:
     precision: str = FP32
     recomputed_blocks: int | None = None
     last_blocks: LastBlocks | None = None
+    verified: Verified | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -227,6 +243,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         precision=_precision(fields),
         recomputed_blocks=_recomputed_blocks(fields),
         last_blocks=_parse_last_blocks(fields),
+        verified=_parse_verified(fields.child("verified")) if "verified" in fields.mapping_keys() else None,
     )
     _check_references(manifest, where)
     _check_variants(manifest, where)
@@ -330,6 +347,14 @@ def _check_variants(manifest: Manifest, where: str) -> None:
     unknown = set(learning.extras) - set(manifest.extras)
     if unknown or set(learning.slices) != set(manifest.groups):
         raise FileFormatError("'last_blocks' does not fit the bundle's groups and extras", where=where)
+
+
+def _parse_verified(fields: Fields) -> Verified:
+    fields.only("targets", "tolerances")
+    tolerances = fields.child("tolerances")
+    return Verified(
+        fields.texts("targets"), {name: tolerances.number(name) for name in tolerances.mapping_keys()}
+    )
 
 
 def _parse_input(fields: Fields) -> InputSpec:

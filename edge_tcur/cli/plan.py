@@ -1,0 +1,180 @@
+"""`edge-tcur plan`: what an export would write, lack and need, without writing it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from edge_tcur.cli.progress import stage_bar
+from edge_tcur_runtime.cli.framework import SIZE, output_options
+from edge_tcur_runtime.errors import ExitCode
+from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.units import format_size
+
+if TYPE_CHECKING:
+    from edge_tcur.training.run import Run
+    from edge_tcur_export.plan import Plan, PlanRequest
+    from edge_tcur_export.providers import Unsupported
+    from edge_tcur_export.settings import ExportSettings
+
+EPILOG = """\b
+Examples:
+  edge-tcur plan run/ --device raspberry-pi-5-8gb
+  edge-tcur plan run/ --target step --provider webgpu --batch 16
+  edge-tcur plan bundle/ --budget 256MiB
+"""
+TARGETS = ("onnx", "ort-training", "step", "executorch")
+DEFAULT_TARGETS = TARGETS[:3]
+_SHOWN = 8  # nodes and operators in the text; JSON has all of them
+R = TypeVar("R")
+
+
+def plan_options(command: Callable[..., R]) -> Callable[..., R]:
+    """Adds what a plan is for: provider, batch, length and budget."""
+    for option in (
+        click.option(
+            "--budget", type=SIZE, help="Memory that may be used.  [default: the device's for one app]"
+        ),
+        click.option(
+            "--length", type=click.IntRange(min=1), help="Tokens of a sample.  [default: at most 128]"
+        ),
+        click.option(
+            "--batch", type=click.IntRange(min=1), help="Samples of a step that memory is planned for."
+        ),
+        click.option("--provider", metavar="NAME", help="Execution provider whose kernels are looked up."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("plan", epilog=EPILOG)
+@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
+@click.option(
+    "--target", "targets", type=click.Choice(TARGETS), multiple=True, help="Of a run, as for export."
+)
+@click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
+@plan_options
+@output_options
+@click.pass_context
+def plan(context: click.Context, /, path: Path, targets: Sequence[str], sink: Sink, **options: Any) -> None:
+    """Say what an export of RUN would write, need and lack; of a BUNDLE, what it needs and lacks."""
+    from edge_tcur.training import open_run
+    from edge_tcur_export.plan import plan_bundle
+    from edge_tcur_export.settings import ExportSettings
+    from edge_tcur_runtime.formats.bundle import MANIFEST, open_bundle
+
+    request, device = make_request(targets, options), options["device"]
+    if (path / MANIFEST).is_file():
+        report(plan_bundle(open_bundle(path), device, request), sink, context)
+    else:
+        settings = ExportSettings(tuple(dict.fromkeys(targets)) or DEFAULT_TARGETS, device)
+        plan_export(open_run(path), settings, request, sink, context)
+
+
+def make_request(targets: Sequence[str], options: dict[str, Any]) -> PlanRequest:
+    """What a plan is for, from the options of `plan_options`."""
+    from edge_tcur_export.plan import PlanRequest
+
+    given = {name: options[name] for name in ("provider", "batch", "length", "budget")}
+    return PlanRequest(
+        **{name: value for name, value in given.items() if value is not None}, required=tuple(targets)
+    )
+
+
+def plan_export(
+    run: Run, settings: ExportSettings, request: PlanRequest, sink: Sink, context: click.Context
+) -> None:
+    """Plans the export of a run and reports it."""
+    from edge_tcur_export.plan import plan_run
+
+    with stage_bar(sink, "planning") as bar:
+        found = plan_run(run, settings, request, bar.stage)
+    report(found, sink, context)
+
+
+def report(found: Plan, sink: Sink, context: click.Context) -> None:
+    """Prints a plan; ends with exit code 4 where a target that was asked for cannot work."""
+    sink.result(found.to_dict(), describe(found))
+    if found.impossible:
+        context.exit(ExitCode.INCOMPATIBLE)
+
+
+def describe(found: Plan) -> str:
+    """A plan as text."""
+    groups = [
+        (name, *(f"{group[key]:,}" for key in ("count", "n1", "n2", "rank", "trained_numbers")))
+        for name, group in found.groups.items()
+    ]
+    files = [(name, format_size(size)) for name, size in found.files.items()]
+    files += [(name, "known after lowering") for name in found.open_files]
+    parts = [
+        table(("Adapted weights", "Count", "n1", "n2", "Rank", "Trained"), groups),
+        table(("File", "Size"), files),
+        *_gradients(found),
+        *(_kernels(name, roles) for name, roles in found.no_kernel.items()),
+        _memory(found),
+        "\n".join(
+            [f"CANNOT WORK: {target}: {reason}" for target, reason in found.impossible.items()]
+            + [f"note: {note}" for note in found.notes]
+        ),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _gradients(found: Plan) -> list[str]:
+    from edge_tcur_export.operators import replacement
+
+    if not found.no_gradient:
+        return []
+    lines = [f"  {node}: use {replacement(node.operator)}" for node in found.no_gradient[:_SHOWN]]
+    more = len(found.no_gradient) - _SHOWN
+    lines += [f"  and {more} more (--json has all)"] if more > 0 else []
+    return ["\n".join(["operators without a gradient in ONNX Runtime Training:", *lines])]
+
+
+def _kernels(provider: str, roles: dict[str, list[Unsupported]]) -> str:
+    from edge_tcur_export.providers import PROVIDERS
+
+    lines = [f"kernels of the provider {provider} ({PROVIDERS[provider].source}):"]
+    for role, nodes in roles.items():
+        values = [node for node in nodes if not node.integer]
+        sizes = len(nodes) - len(values)
+        where = (
+            f"{sizes} nodes of sizes and indices stay on the CPU" if sizes else "every size is computed there"
+        )
+        lines.append(f"  {role}: {len(values)} nodes of values have none; {where}")
+        counts = Counter(node.operator for node in values)
+        for operator, count in counts.most_common(_SHOWN):
+            first = next(node for node in values if node.operator == operator)
+            origin = f", from the module {first.module}" if first.module else ""
+            lines.append(f"    {operator} x {count}, first {first.node}{origin}: runs on the CPU provider")
+    return "\n".join(lines)
+
+
+def _memory(found: Plan) -> str:
+    def verdict(fits: bool | None, largest: int | None) -> str:
+        if fits is None:
+            return ""
+        if not largest:
+            return "TOO LARGE: not one sample fits"
+        return f"fits; largest batch {largest}" if fits else f"TOO LARGE; largest batch {largest}"
+
+    rows = [
+        (
+            role,
+            *(format_size(size) for size in entry.estimate.to_dict().values()),
+            verdict(entry.fits, entry.largest_batch),
+        )
+        for role, entry in found.memory.items()
+    ]
+    length = f" of {found.length} tokens" if found.length else ""
+    limit = f", {format_size(found.budget)} for the app" if found.budget is not None else ""
+    title = (
+        f"predicted peak memory at a batch of {found.batch}{length} on {found.device or 'any device'}{limit}:"
+    )
+    header = ("Graph", "Libraries", "Session", "Base", "Values", "Total", "")
+    return f"{title}\n{table(header, rows)}"

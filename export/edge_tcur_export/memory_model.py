@@ -1,0 +1,174 @@
+"""Predicted peak memory of a process that runs an exported graph on ONNX Runtime's CPU provider.
+
+The runtime's session settings keep this countable: no arena, no memory pattern, no prepacking and no folded
+constants (`edge_tcur_runtime.engines.session`), so a value is allocated when its node runs and freed after
+its last reader. The weights are mapped from `base.bin`: those that are only gathered from cost the pages of
+the rows that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import onnx
+
+from edge_tcur_export.shapes import tensor_bytes, value_bytes
+from edge_tcur_runtime.formats.bundle import InputSpec
+
+# Measured with tests/benchmarks/memory_model.py: Python with numpy and our import of ONNX Runtime 1.19.2, and
+# what a session keeps of each node.
+LIBRARY_BYTES = 56 * 2**20
+NODE_BYTES = 14 * 2**10
+_PAGE = 4096
+_VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the same buffer
+# Elementwise operators whose output may take the place of an input that nothing else reads.
+_IN_PLACE = frozenset({
+    "Abs", "Add", "Cast", "Clip", "Div", "Exp", "Log", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid",
+    "Softmax", "Sqrt", "Sub", "Sum", "Tanh", "Where",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a step.
+
+    Attributes:
+        libraries: Python, numpy and ONNX Runtime.
+        session: what ONNX Runtime keeps of the graph.
+        base: the part of `base.bin` that is read.
+        activations: values alive at once, inputs included.
+    """
+
+    libraries: int
+    session: int
+    base: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.libraries + self.session + self.base + self.activations
+
+    def to_dict(self) -> dict[str, int]:
+        """JSON values, with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A node in the order of execution: its type and the names of the values that it reads and makes."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def activation_peak(steps: Sequence[Step], sizes: Mapping[str, int], kept: Collection[str]) -> int:
+    """Largest number of bytes alive at once.
+
+    Args:
+        steps: in the order of execution.
+        sizes: bytes of each value; a value without a size counts nothing.
+        kept: values that stay to the end: the graph's outputs.
+    """
+    owner = _owners(steps)  # value -> the value whose buffer it shares
+    readers: dict[str, int] = {}
+    for place, step in enumerate(steps):
+        readers.update({owner.get(name, name): place for name in step.inputs})
+    forever = {owner.get(name, name) for name in kept}
+    made = {name for step in steps for name in step.outputs}
+    alive = peak = 0
+    for place, step in enumerate(steps):
+        own = {name for name in step.outputs if owner.get(name, name) == name}
+        read = {owner.get(name, name) for name in step.inputs}
+        ending = {name for name in read & made if readers[name] == place and name not in forever}
+        new = sum(sizes.get(name, 0) for name in own)
+        # One input that ends here may hand its buffer to an output of the same size.
+        if step.operator in _IN_PLACE and any(sizes.get(name) == new for name in ending):
+            peak = max(peak, alive)
+        else:
+            peak = max(peak, alive + new)
+        unread = {name for name in own if name not in readers and name not in forever}
+        alive += new - sum(sizes.get(name, 0) for name in ending | unread)
+    return peak
+
+
+def _owners(steps: Sequence[Step]) -> dict[str, str]:
+    owner: dict[str, str] = {}
+    for step in steps:
+        if step.operator in _VIEWS and step.inputs and step.outputs:
+            source = step.inputs[0]
+            owner[step.outputs[0]] = owner.get(source, source)
+    return owner
+
+
+def base_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
+    """Bytes of the weights that a run touches.
+
+    A weight that is only gathered from along its first axis is mapped page by page: each row that is read
+    costs its own bytes and at most one page more.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    total = 0
+    for tensor in model.graph.initializer:
+        size = tensor_bytes(tensor)
+        nodes = readers.get(tensor.name, [])
+        if nodes and all(_takes_rows(node, tensor.name) for node in nodes):
+            rows = sum(sizes.get(node.input[1], size) // 8 for node in nodes)
+            size = min(size, rows * (size // max(tensor.dims[0], 1) + _PAGE))
+        total += size
+    return total
+
+
+def _takes_rows(node: onnx.NodeProto, name: str) -> bool:
+    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+    return node.op_type == "Gather" and node.input[0] == name and axis == 0
+
+
+def estimate_memory(
+    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], *, libraries: int = LIBRARY_BYTES
+) -> MemoryEstimate:
+    """Peak memory of one run of a graph.
+
+    Args:
+        model: the graph, without the base in memory.
+        inputs: shapes of what is fed, by name.
+        libraries: bytes of the process before a graph is opened.
+    """
+    sizes = value_bytes(model, inputs)
+    steps = [
+        Step(node.op_type, tuple(node.input), tuple(filter(None, node.output))) for node in model.graph.node
+    ]
+    fed = sum(sizes.get(name, 0) for name in inputs)
+    peak = activation_peak(steps, sizes, {value.name for value in model.graph.output})
+    return MemoryEstimate(libraries, NODE_BYTES * len(steps), base_bytes(model, sizes), peak + fed)
+
+
+def input_shapes(
+    model: onnx.ModelProto,
+    inputs: Mapping[str, InputSpec],
+    batch: int,
+    length: int,
+    ranks: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Shapes of everything that is fed to a graph.
+
+    Args:
+        inputs: the model's inputs with their named axes.
+        ranks: of each group.
+    """
+    axes = {"batch": batch, "sequence": length}
+    shapes = {}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        spec, (group, _, _) = inputs.get(value.name), value.name.rpartition(".")
+        if spec is not None:
+            shapes[value.name] = [axes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+        else:
+            free = ranks.get(group, batch)  # the targets have one free axis, the batch
+            shapes[value.name] = [free if dim.dim_param else dim.dim_value for dim in dims]
+    return shapes

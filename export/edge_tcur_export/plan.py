@@ -1,0 +1,335 @@
+"""`plan` and `export --dry-run`: what an export would write, lack and need, without writing it.
+
+Graphs are made as an export makes them, in a temporary directory; the base is counted and not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import onnx
+
+from edge_tcur.errors import ExportError
+from edge_tcur.training.evaluate import load_run_base
+from edge_tcur.training.run import Run
+from edge_tcur.training.train import set_threads
+from edge_tcur_devices import DeviceProfile, load_profile
+from edge_tcur_export.bundle import BundleWriter
+from edge_tcur_export.executorch import require_executorch
+from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
+from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
+from edge_tcur_export.ort_training import require_training
+from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
+from edge_tcur_export.report import Stages
+from edge_tcur_export.settings import EXECUTORCH, ExportSettings
+from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, BundleGroup, InputSpec
+
+_ENGINES = {"step": "ort-step", "train": "ort-training"}  # role of a graph -> the engine that runs it
+_TRAINING = "ort-training"
+_LENGTH = 128  # tokens that are planned for unless told otherwise, where the base takes as many
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is for.
+
+    Attributes:
+        batch: samples of a step.
+        length: tokens of each; 0: the base's, at most 128.
+        provider: execution provider whose kernels are looked up; None: those of the device that have a
+            table (`edge_tcur_export.providers`), or the CPU's.
+        budget: bytes that may be used; None: what the device leaves an app.
+        required: targets that were asked for by name; on a device that cannot run one, the plan fails.
+    """
+
+    batch: int = 8
+    length: int = 0
+    provider: str | None = None
+    budget: int | None = None
+    required: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.provider is not None:
+            find_provider(self.provider)
+        if self.batch < 1 or self.length < 0:
+            raise UsageError(f"a batch of {self.batch} and a length of {self.length} cannot be planned for")
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """Peak memory of a run of one graph.
+
+    Attributes:
+        estimate: at the batch of the request.
+        fits: whether that is within the budget; None without one.
+        largest_batch: largest batch within the budget, 0 where not one sample fits; None without a budget.
+    """
+
+    estimate: MemoryEstimate
+    fits: bool | None = None
+    largest_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        groups: adapted weights by group: count, n1, n2, rank, trained numbers.
+        files: file -> bytes.
+        open_files: files whose size is known after ExecuTorch's lowering only.
+        no_gradient: nodes that ONNX Runtime Training cannot differentiate.
+        no_kernel: provider -> role of a graph -> nodes without a kernel in it.
+        memory: role of a graph -> its peak.
+        batch, length: that `memory` is for; a length of 0 where the base has none.
+        device, budget: what the memory is compared with, if anything.
+        impossible: target -> why it cannot work at all.
+        notes: what else should be known.
+    """
+
+    groups: dict[str, dict[str, int]]
+    files: dict[str, int]
+    open_files: tuple[str, ...]
+    no_gradient: tuple[Undifferentiable, ...]
+    no_kernel: dict[str, dict[str, list[Unsupported]]]
+    memory: dict[str, GraphMemory]
+    batch: int
+    length: int
+    device: str | None = None
+    budget: int | None = None
+    impossible: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; sizes in bytes."""
+        content = asdict(self)
+        content["memory"] = {
+            role: {**asdict(found), "estimate": found.estimate.to_dict()}
+            for role, found in self.memory.items()
+        }
+        content["no_gradient"] = [
+            {**asdict(node), "instead": replacement(node.operator)} for node in self.no_gradient
+        ]
+        content["sources"] = {name: PROVIDERS[name].source for name in self.no_kernel}
+        return content
+
+
+def plan_run(
+    run: Run,
+    settings: ExportSettings,
+    request: PlanRequest,
+    on_stage: Callable[[str], None] | None = None,
+) -> Plan:
+    """The plan of an export of `run`; nothing is written but temporary files.
+
+    Raises:
+        BaseMismatchError: the base changed since training.
+        ExportError: the model cannot be traced or converted.
+        UsageError: no such device or provider.
+    """
+    device = None if settings.device is None else load_profile(settings.device)
+    stages = Stages(on_stage)
+    stages.begin("loading the base")
+    set_threads(run.config.threads)
+    base, targets = load_run_base(run), list(settings.targets)
+    impossible: dict[str, str] = {}
+    with TemporaryDirectory() as work:
+        root = Path(work)
+        writer = BundleWriter(run, base, run.adapter(), root, stages, settings)
+        model, forward, converted = writer.convert()
+        lacking = find_undifferentiable(converted, writer.trained) if _TRAINING in targets else []
+        if lacking:
+            targets.remove(_TRAINING)
+            impossible[_TRAINING] = f"it has no gradient for {len(lacking)} operators of the model"
+        impossible |= _missing_libraries(targets)
+        if _TRAINING in impossible and _TRAINING in targets:
+            targets.remove(_TRAINING)
+        counted = writer.base_file(write=False)
+        roles = writer.write_graphs(model, forward, converted, counted, targets)
+        stages.begin("estimating memory")
+        files = {path.name: path.stat().st_size for path in root.iterdir()} | {BASE_FILE: counted.size}
+        found = {
+            role: onnx.load(str(root / name), load_external_data=False)
+            for role, name in roles.items()
+            if role in ("infer", *_ENGINES)
+        }
+        modules = {role: writer.sources[role].modules for role in found}
+        plan = _plan(found, base.inputs, writer.groups, _length(base.preprocessing, request), request, device)
+        plan = _look_up(plan, found, modules, request, device)
+    stages.begin(None)
+    lowered = EXECUTORCH in targets
+    return replace(
+        plan,
+        files=dict(sorted(files.items())),
+        open_files=_PROGRAM_FILES if lowered else (),
+        no_gradient=tuple(lacking),
+        impossible=impossible | plan.impossible,
+        notes=(*plan.notes, *(_program_notes(model) if lowered else ())),
+    )
+
+
+def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -> Plan:
+    """The plan of a bundle that is there already: its files, kernels and memory.
+
+    Raises:
+        UsageError: no such device or provider.
+    """
+    device = None if device_name is None else load_profile(device_name)
+    manifest = bundle.manifest
+    found = {}
+    for role in ("infer", *_ENGINES):
+        path = bundle.graph(role)
+        if path is not None:
+            found[role] = onnx.load(str(path), load_external_data=False)
+    length = _length(manifest.preprocessing, request)
+    plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
+    plan = _look_up(plan, found, {}, request, device)
+    return replace(plan, files={name: entry.size for name, entry in sorted(manifest.files.items())})
+
+
+_PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")
+
+
+def _missing_libraries(targets: Collection[str]) -> dict[str, str]:
+    """Target -> what is not installed, and how to get it."""
+    missing = {}
+    for target, require in ((EXECUTORCH, require_executorch), (_TRAINING, require_training)):
+        if target in targets:
+            try:
+                require()
+            except ExportError as error:
+                missing[target] = f"{error.message}; {error.hint}"
+    return missing
+
+
+def _program_notes(model: Any) -> tuple[str, ...]:
+    frozen = {value.data_ptr(): value.nbytes for _, value in model.named_buffers()}
+    return (
+        f"base.ptd will hold about {sum(frozen.values())} bytes of frozen tensors; the sizes of programs, "
+        "and the memory that they reserve, are known after their lowering, which an export does",
+    )
+
+
+def _length(preprocessing: Mapping[str, Any], request: PlanRequest) -> int:
+    """Tokens to plan for; 0 where the base has no such axis."""
+    if "max_length" not in preprocessing:
+        return 0
+    longest = int(preprocessing["max_length"])
+    if request.length > longest:
+        raise UsageError(f"a length of {request.length} is above the base's {longest}")
+    return request.length or min(longest, _LENGTH)
+
+
+def _plan(
+    found: Mapping[str, onnx.ModelProto],
+    inputs: Mapping[str, InputSpec],
+    groups: Mapping[str, BundleGroup],
+    length: int,
+    request: PlanRequest,
+    device: DeviceProfile | None,
+) -> Plan:
+    """Groups and memory."""
+    ranks = {name: group.rank for name, group in groups.items()}
+    budget = request.budget
+    if budget is None and device is not None:
+        budget = device.app_memory_bytes
+
+    def at(model: onnx.ModelProto, batch: int) -> MemoryEstimate:
+        return estimate_memory(model, input_shapes(model, inputs, batch, length, ranks))
+
+    return Plan(
+        groups={
+            name: {
+                "count": len(group.parameters),
+                "n1": group.n1,
+                "n2": group.n2,
+                "rank": group.rank,
+                "trained_numbers": len(group.parameters) * group.rank**2,
+            }
+            for name, group in groups.items()
+        },
+        files={},
+        open_files=(),
+        no_gradient=(),
+        no_kernel={},
+        memory={
+            role: measure(lambda batch, model=model: at(model, batch), request.batch, budget)  # type: ignore[misc]
+            for role, model in found.items()
+        },
+        batch=request.batch,
+        length=length,
+        device=None if device is None else device.name,
+        budget=budget,
+    )
+
+
+def measure(at: Callable[[int], MemoryEstimate], batch: int, budget: int | None) -> GraphMemory:
+    """The peak at a batch, and the largest batch within the budget.
+
+    Args:
+        at: the estimate for a number of samples; it grows with it.
+    """
+    estimate = at(batch)
+    if budget is None:
+        return GraphMemory(estimate)
+    if at(1).total > budget:
+        return GraphMemory(estimate, False, 0)
+    return GraphMemory(estimate, estimate.total <= budget, _largest(at, batch, budget))
+
+
+def _largest(at: Callable[[int], MemoryEstimate], batch: int, budget: int) -> int:
+    """Largest batch within the budget, by the line through two estimates; checked, and lowered if need be."""
+    one, more = at(1).total, max(batch, 2)
+    slope = max((at(more).total - one) / (more - 1), 1.0)
+    largest = min(1 + int((budget - one) / slope), _MOST)
+    while largest > 1 and at(largest).total > budget:
+        largest = max(1, largest * 15 // 16)
+    return largest
+
+
+_MOST = 4096  # samples; a larger micro-batch is of no use
+
+
+def _look_up(
+    plan: Plan,
+    found: Mapping[str, onnx.ModelProto],
+    modules: Mapping[str, Mapping[str, str]],
+    request: PlanRequest,
+    device: DeviceProfile | None,
+) -> Plan:
+    """The plan with kernels of the providers, and what the device has no engine for."""
+    names, notes = _providers(request, device)
+    no_kernel = {
+        name: {
+            role: find_unsupported(model, PROVIDERS[name], modules.get(role)) for role, model in found.items()
+        }
+        for name in names
+    }
+    impossible = {}
+    for role, engine in _ENGINES.items():
+        if device is not None and role in found and engine not in device.engines:
+            target = role if role == "step" else _TRAINING
+            reason = f"{device.name} has no package of the engine {engine}"
+            if target in request.required:
+                impossible[target] = reason
+            else:
+                notes.append(reason)
+    return replace(plan, no_kernel=no_kernel, impossible=impossible, notes=tuple(notes))
+
+
+def _providers(request: PlanRequest, device: DeviceProfile | None) -> tuple[Collection[str], list[str]]:
+    """Providers to look up, and what is to be said of those without a table."""
+    if request.provider is not None:
+        notes = []
+        if device is not None and request.provider not in device.providers:
+            notes.append(f"the profile {device.name} does not list the provider {request.provider}")
+        return [request.provider], notes
+    names = ("cpu",) if device is None else device.providers
+    missing = [name for name in names if name not in PROVIDERS]
+    notes = [f"there is no table of operators for {', '.join(missing)}"] if missing else []
+    return [name for name in names if name in PROVIDERS], notes

@@ -1,0 +1,155 @@
+"""What an export does with the result of parity: targets that fail are removed, the rest is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from edge_tcur.errors import ExportError
+from edge_tcur_export.divergence import Source, find_difference, starts_in_tracing
+from edge_tcur_export.parity import (
+    INFER,
+    LAST,
+    TOLERANCES,
+    Case,
+    Failure,
+    Verification,
+    has_rank_of,
+    verify_bundle,
+)
+from edge_tcur_runtime.formats.bundle import BASE_PTD, MANIFEST, Manifest, Verified, serialize_manifest
+
+ADAPTER_PTD = "adapter.ptd"
+# Roles of the graphs that make up a target, by the role that is compared.
+_ROLES = {role: (role,) for role in ("step", "step_recompute", LAST)} | {
+    "train": ("train", "eval", "optimizer", "checkpoint"),
+}
+_HIDDEN = (
+    "no single operator departs once its value is looked at: ONNX Runtime joins operators differently then"
+)
+_SURE = 0.05  # of the failing quantity's error: an operator that is off by as much is at fault
+_TRACED = "the traced program departs from the model already, before any operator is converted"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A bundle after parity.
+
+    Attributes:
+        manifest: without the targets that failed, and with what was compared.
+        errors: target -> quantity -> largest relative error, of those that passed.
+        failures: target that was removed -> why, with the first operator that differs.
+        skipped: target that cannot be run here -> why.
+    """
+
+    manifest: Manifest
+    errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+    def raise_failures(self, out: Path) -> None:
+        """Ends the export where a target was removed; the bundle at `out` is there without it.
+
+        Raises:
+            ExportError: what failed, and what the bundle still holds.
+        """
+        if self.failures:
+            raise _error(self.failures, f"the bundle at {out} was written without it and {_kept(self)}")
+
+
+def settle(
+    root: Path,
+    manifest: Manifest,
+    cases: Sequence[Case],
+    sources: Mapping[str, Source],
+    last: Sequence[Case] = (),
+) -> Outcome:
+    """Compares the bundle at `root` with torch, removes the targets that fail and writes the manifest again.
+
+    Args:
+        sources: role of a graph -> what it was converted from.
+        last: the cases of the graph in which the last blocks alone learn.
+
+    Raises:
+        ExportError: the inference graph fails, without which there is no bundle.
+    """
+    found = verify_bundle(root, cases, manifest, last=last)
+    failures = {
+        target: _explain(
+            failure,
+            root,
+            manifest.graphs.get(target),
+            sources.get(target),
+            last if target == LAST else cases,
+            manifest,
+        )
+        for target, failure in found.failures.items()
+    }
+    if INFER in failures:
+        raise _error({INFER: failures[INFER]}, "nothing was written: there is no bundle without this graph")
+    kept = replace(_without(root, manifest, failures), verified=Verified(found.passed, dict(TOLERANCES)))
+    return _written(root, kept, found, failures)
+
+
+def unverified(root: Path, manifest: Manifest) -> Outcome:
+    """Records in the manifest that nothing was compared."""
+    return _written(root, replace(manifest, verified=Verified((), {})), Verification(), {})
+
+
+def _written(root: Path, manifest: Manifest, found: Verification, failures: Mapping[str, str]) -> Outcome:
+    (root / MANIFEST).write_bytes(serialize_manifest(manifest))
+    errors = {target: found.errors[target] for target in found.passed}
+    return Outcome(manifest, errors, failures, found.skipped)
+
+
+def _error(failures: Mapping[str, str], then: str) -> ExportError:
+    return ExportError("; ".join(f"{target}: {why}" for target, why in failures.items()), hint=then)
+
+
+def _kept(outcome: Outcome) -> str:
+    return f"holds what agrees with torch: {', '.join(outcome.errors)}"
+
+
+def _without(root: Path, manifest: Manifest, failed: Mapping[str, str]) -> Manifest:
+    """The manifest without the files of the targets in `failed`, which are removed."""
+    roles = {role for target in failed for role in _ROLES.get(target, ())}
+    names = {manifest.graphs[role] for role in roles if role in manifest.graphs}
+    programs = {name: spec for name, spec in manifest.programs.items() if name not in failed}
+    names |= {spec.file for name, spec in manifest.programs.items() if name in failed}
+    if manifest.programs and not programs:
+        names |= {BASE_PTD, ADAPTER_PTD} & set(manifest.files)
+    for name in names:
+        (root / name).unlink()
+    return replace(
+        manifest,
+        files={name: entry for name, entry in manifest.files.items() if name not in names},
+        graphs={role: name for role, name in manifest.graphs.items() if role not in roles},
+        programs=programs,
+        recomputed_blocks=None if "step_recompute" in roles else manifest.recomputed_blocks,
+        last_blocks=None if LAST in roles else manifest.last_blocks,
+    )
+
+
+def _explain(
+    failure: Failure,
+    root: Path,
+    graph: str | None,
+    source: Source | None,
+    cases: Sequence[Case],
+    manifest: Manifest,
+) -> str:
+    """The failure with the first operator that differs, where there is a graph to look into."""
+    if failure.quantity is None or graph is None or source is None:
+        return failure.message
+    allowed = TOLERANCES[failure.quantity]
+    tolerances = (allowed, max(allowed, _SURE * min(failure.error, 1.0)))
+    for case in cases:
+        if graph == manifest.graphs.get("train") and not has_rank_of(case, manifest):
+            continue
+        found = find_difference(root / graph, source, case.feeds, tolerances)
+        if found is not None:
+            return f"{failure.message}; the first operator that differs is {found}"
+        if starts_in_tracing(source, case.feeds, case.outputs):
+            return f"{failure.message}; {_TRACED}"
+    return f"{failure.message}; {_HIDDEN}"

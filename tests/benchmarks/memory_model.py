@@ -1,0 +1,87 @@
+"""Predicted against measured peak memory: ``python tests/benchmarks/memory_model.py BUNDLE [BATCH...]``.
+
+Each row is a fresh process that loads ``step.onnx`` (and ``infer.onnx``) of the bundle through the runtime's
+own engine and runs it once at the batch, with ``--length`` tokens where the base has any. Peaks are VmHWM.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import numpy as np
+from edge_tcur_runtime.budget import read_memory
+from edge_tcur_runtime.engines import open_engine
+from edge_tcur_runtime.engines.session import import_onnxruntime, open_session
+from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.personalize import bundle_adapter
+root, role, batch, length = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+sizes = {"batch": batch, "sequence": length}
+bundle = open_bundle(root, verify=False)
+feeds, inputs = bundle_adapter(bundle).feeds(), {}
+for name, spec in bundle.manifest.inputs.items():
+    shape = [sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
+    inputs[name] = np.ones(shape, spec.dtype)
+import_onnxruntime()
+imported = read_memory().peak
+if role == "infer":
+    session = open_session(bundle.graph("infer"), threads=1)
+    loaded = read_memory().peak
+    session.run(["logits"], {**inputs, **feeds})
+else:
+    engine = open_engine("ort-step" if role == "step" else "ort-training", bundle, threads=1)
+    loaded = read_memory().peak
+    engine.step(inputs, np.zeros(batch, np.int64), feeds)
+print(json.dumps([imported, loaded, read_memory().peak]))
+"""
+
+
+def measure(root: Path, role: str, batch: int, length: int) -> list[int]:
+    """VmHWM in bytes after the import of ONNX Runtime, after loading the graph, and after one run."""
+    command = [sys.executable, "-c", CHILD, str(root), role, str(batch), str(length)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def predict(root: Path, role: str, batch: int, length: int):
+    """The estimate of `edge_tcur_export.memory_model` for the same run."""
+    import onnx
+
+    from edge_tcur_export.memory_model import estimate_memory, input_shapes
+    from edge_tcur_runtime.formats.bundle import open_bundle
+
+    bundle = open_bundle(root, verify=False)
+    model = onnx.load(str(bundle.graph(role)), load_external_data=False)
+    ranks = {name: group.rank for name, group in bundle.manifest.groups.items()}
+    return estimate_memory(model, input_shapes(model, bundle.manifest.inputs, batch, length, ranks))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("batches", type=int, nargs="*", default=[1, 4, 16])
+    parser.add_argument("--length", type=int, default=32)
+    options = parser.parse_args()
+    mib = 2**20
+    sys.stdout.write(
+        "graph  batch  import  loaded  measured  predicted  ratio  (session, base, activations)\n"
+    )
+    for role in ("infer", "step", "train"):
+        if not (options.bundle / f"{role}.onnx").is_file():
+            continue
+        for batch in options.batches:
+            imported, loaded, peak = measure(options.bundle, role, batch, options.length)
+            found = predict(options.bundle, role, batch, options.length)
+            parts = ", ".join(f"{part / mib:.1f}" for part in (found.session, found.base, found.activations))
+            sys.stdout.write(
+                f"{role:<6}{batch:>6}{imported / mib:>8.1f}{loaded / mib:>8.1f}{peak / mib:>10.1f}"
+                f"{found.total / mib:>11.1f}{found.total / peak:>7.2f}  ({parts})\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
