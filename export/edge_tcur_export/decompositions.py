@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
+from edge_tcur_export.quiet import quiet_torch
+
 _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 
@@ -172,10 +174,15 @@ BACKWARD: Table = {
     # By a scatter: ExecuTorch 1.5.1's own kernel gives wrong gradients, and ONNX has none.
     _POOL_BACKWARD: decomposition_table[_POOL_BACKWARD],
 }
-# Before the joint trace, convolutions have names of their own.
-FLAT: Table = {_aten.convolution.default: flat_convolution} | {each: each.decompose for each in _VOLUMES}
+FLAT: Table = {_aten.convolution.default: flat_convolution}
 
 
-def has_volumes(program: ExportedProgram) -> bool:
-    """Whether a traced forward program has convolutions over three axes, which `FLAT` is for."""
-    return any(node.target in _VOLUMES for node in program.graph.nodes)
+def flatten_volumes(program: ExportedProgram) -> ExportedProgram:
+    """A traced forward program with `FLAT`, where it has convolutions over three axes."""
+    if not any(node.target in _VOLUMES for node in program.graph.nodes):
+        return program
+    table = torch.export.default_decompositions()  # the convolutions have names of their own before them
+    table.update(FLAT)  # type: ignore[no-untyped-call]
+    with quiet_torch():
+        flat: ExportedProgram = program.run_decompositions(table)
+    return flat

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.tasks import Task
-from edge_tcur_export.decompositions import FLAT, has_volumes
+from edge_tcur_export.decompositions import FLAT, flatten_volumes
 from edge_tcur_export.lowering import (
     batch_products,
     drop_idle,
@@ -206,8 +206,7 @@ class ProgramWriter:
         )
         with torch.no_grad():
             arguments = (example.inputs, example.factors, example.extras)
-            program = trace_program(InferProgram(self._model), arguments, shapes)
-            return program.run_decompositions(FLAT) if has_volumes(program) else program
+            return flatten_volumes(trace_program(InferProgram(self._model), arguments, shapes))
 
     def _trace_train(self) -> ExportedProgram:
         example, (inputs, targets) = self._example, self._shapes()

@@ -75,7 +75,7 @@ def explained(action: Callable[[], ExportedProgram], model: nn.Module) -> Export
         place = _innermost(_frames(error), names)
         hint = next((hint for pattern, hint in _HINTS if pattern.search(summary)), None)
         if axis is not None:
-            summary, hint = f"it works for one size of {axis[1]} alone", _fixed_hint(axis[1])
+            summary, hint = f"the size of {axis[1]} became fixed", _fixed_hint(axis[1])
             place = fixed[-1] if fixed else place
         raise ExportError(
             f"torch.export cannot trace the model: {summary}{_of(place)}",
@@ -86,7 +86,7 @@ def explained(action: Callable[[], ExportedProgram], model: nn.Module) -> Export
 
 def _fixed_hint(axis: str) -> str:
     return (
-        f"the shape of {axis} became static: write -1 or x.shape[...] for it in reshape, view and expand, "
+        f"keep {axis} free: write -1 or x.shape[...] for it, without int(), in reshape, view and expand, "
         "and make tensors of its size in forward"
     )
 

@@ -7,6 +7,7 @@ core and rank stay free in the exported graphs.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -143,9 +144,11 @@ class FactorModel(nn.Module):
         self._layers: dict[str, list[FrozenLayer]] = {}
         self._groups = {group.name: group for group in groups}
         self._config = config
+        tied = _tied(self.model)
         for name, module in list(self.model.named_modules()):
             view = find_view(module)
-            if isinstance(view, View) and view.is_linear and f"{name}.weight" not in self._extras:
+            alone = f"{name}.weight" not in self._extras and id(getattr(module, "weight", None)) not in tied
+            if isinstance(view, View) and view.is_linear and alone:
                 _set_module(self.model, name, FrozenLinear(module, view))
         for group in groups:
             layers = [_frozen_layer(self.model, name) for name in group.modules]
@@ -183,6 +186,15 @@ class FactorModel(nn.Module):
         if self._config.domain == "identity" or group.size == 1:
             return _Alone(group, layers, factors)
         return _Coupled(group, self._config.domain, layers, factors)
+
+
+def _tied(model: nn.Module) -> set[int]:
+    """Parameters that several modules hold, such as the embedding that is a language model's head too: stored
+    transposed for one of them, they would be stored twice. They are never adapted (`find_targets`)."""
+    holders = Counter(
+        id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False)
+    )
+    return {parameter for parameter, count in holders.items() if count > 1}
 
 
 def _frozen_layer(model: nn.Module, name: str) -> FrozenLayer:

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_tcur_export.decompositions import convolution_backward, flat_convolution
+from edge_tcur_export.decompositions import convolution_backward, flat_convolution, flatten_volumes
+from edge_tcur_export.quiet import quiet_torch
 
 aten = torch.ops.aten
 
@@ -64,3 +65,20 @@ def test_convolutions_over_fewer_axes_are_left(axes):
     x, weight = torch.randn(1, 2, *[4] * axes), torch.randn(3, 2, *[2] * axes)
     options = ([1] * axes, [0] * axes, [1] * axes, False, [0] * axes, 1)
     assert flat_convolution(x, weight, None, *options) is NotImplemented
+
+
+def test_a_program_over_volumes_is_flattened():
+    module = torch.nn.Sequential(
+        torch.nn.Conv3d(1, 2, 3, padding=1), torch.nn.ConvTranspose3d(2, 1, 2, stride=2)
+    )
+    x = torch.randn(3, 1, 4, 4, 4)
+    shapes = ({0: torch.export.Dim("batch", max=8)},)
+    with quiet_torch():
+        traced = torch.export.export(module, (x,), dynamic_shapes=shapes)
+    program = flatten_volumes(traced)
+    values = [n.meta["val"] for n in program.graph.nodes if n.target == aten.convolution.default]
+    assert [value.dim() for value in values] == [4, 4]
+    torch.testing.assert_close(program.module()(x[:2]), module(x[:2]), rtol=1e-5, atol=1e-5)
+    with quiet_torch():
+        flat = torch.export.export(torch.nn.Conv2d(1, 2, 3), (torch.randn(2, 1, 4, 4),))
+    assert flatten_volumes(flat) is flat
