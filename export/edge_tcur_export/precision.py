@@ -31,6 +31,7 @@ from edge_tcur_export.trace import stored_weight
 from edge_tcur_runtime.formats.weights import FP32, INT4, INT8, TensorPlace
 
 _SMALLEST_BYTES = 512  # of a float32 weight that is worth a tensor of scales beside it
+_FEWEST_ROWS = 16  # of an embedding table: one of token types is no bytes, and is added to every token
 _AXES = {INT8: 1, INT4: 0}  # of a weight [n2, n1]: its outputs have scales, its inputs lie in blocks
 
 
@@ -127,8 +128,9 @@ def _linears(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, 
 def _tables(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Module]]:
     """Embedding tables that their module only reads."""
     for name, module in model.named_modules():
-        reads = type(module) is nn.Embedding and module.max_norm is None
-        if reads and _is_free(module, f"{name}.weight", trained):
+        if type(module) is not nn.Embedding or module.num_embeddings < _FEWEST_ROWS:
+            continue
+        if module.max_norm is None and _is_free(module, f"{name}.weight", trained):
             yield f"{name}.weight", module
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 _BATCHES = {"4 x 16 tokens": (4, 16), "16 x 32 tokens": (16, 32)}
-_ENGINES = ("ort-step", "ort-training")
+_ENGINES = {"ort-step": "step.onnx", "ort-training": "train.onnx"}
 _STEPS = 4
 
 
@@ -80,7 +80,10 @@ def main() -> None:
         engine, batch, length = options.child
         run_child(options.bundles[0], engine, int(batch), int(length))
         return
-    for engine in _ENGINES:
+    for engine, graph in _ENGINES.items():
+        if not all((bundle / graph).is_file() for bundle in options.bundles):
+            sys.stdout.write(f"{engine}: not every bundle has {graph}\n")
+            continue
         for name, sizes in _BATCHES.items():
             sys.stdout.write(f"{engine}, {name}\n")
             rows = measure(options.bundles, engine, sizes, options.rounds)

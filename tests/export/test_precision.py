@@ -314,14 +314,15 @@ def test_executorch_is_refused_before_any_work():
 
 
 class Tied(nn.Module):
-    """A table that is tied to a linear layer, a trained layer, a small one, one in half precision."""
+    """A table that is tied to a linear layer, one of two rows, one that its module changes, a trained
+    layer, a small one, one in half precision."""
 
     def __init__(self):
         super().__init__()
         self.table, self.output = nn.Embedding(40, 16), nn.Linear(16, 40, bias=False)
         self.output.weight = self.table.weight
         self.trained, self.small, self.half = nn.Linear(16, 16), nn.Linear(4, 4), nn.Linear(32, 32).bfloat16()
-        self.clipped = nn.Embedding(40, 16, max_norm=1.0)
+        self.clipped, self.types = nn.Embedding(40, 16, max_norm=1.0), nn.Embedding(2, 256)
 
 
 def test_which_weights_are_quantised():
