@@ -237,7 +237,7 @@ RESULT = {
     "schema_version", "better", "accuracy_before", "accuracy_after", "losses", "accuracies", "engine",
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
-    "head_numbers",
+    "head_numbers", "graph",
 }  # fmt: skip
 
 
