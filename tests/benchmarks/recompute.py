@@ -1,6 +1,6 @@
 """Peak memory and time of the three step graphs: ``python tests/benchmarks/recompute.py``.
 
-A small BERT with random weights on large batches, so that what is kept for the backward pass dominates. Each row
+A small BERT with random weights on large batches: what is kept for the backward pass dominates. Each row
 is a fresh process on one thread: growth of VmHWM by one step over what was resident before it, and the least
 processor time of three steps, both also as ratios to the plain step of the same depth.
 """
