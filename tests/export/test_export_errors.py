@@ -205,7 +205,7 @@ def test_an_operator_without_backward(workshop, monkeypatch):
     base = load_base("export_models:bessel", task, ("0", "1", "2"), {})
     config = TCurConfig(rank=2)
     groups = find_targets(base.model, config).groups
-    example = make_example(base, groups, lambda group: 2, batch=3, seed=0, config=config)
+    example = make_example(base, groups, lambda group: 2, batch=3, seed=0, config=config, task=task)
     forward = trace_forward(FactorModel(base, groups, task, config), base, groups, task, example)
     with pytest.raises(ExportError, match="cannot trace the backward pass of the model: ") as caught:
         trace_step(forward, example)
