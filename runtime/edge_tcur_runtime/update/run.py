@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.arithmetic import combine
+from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
     ConfigError,
@@ -45,6 +46,7 @@ from edge_tcur_runtime.update.fetch import (
     HttpTransport,
     Limits,
     Progress,
+    discard,
     fetch,
     open_transport,
 )
@@ -304,7 +306,7 @@ class _Update:
         if offer.digest not in known:
             raw = self._fetch(offer)
             self.store.install(raw, name=self._free_name(offer), expected_base=base, where=offer.entry.path)
-        (self._downloads / offer.entry.sha256).unlink(missing_ok=True)
+        discard(self._downloads / offer.entry.sha256)
         return offer.digest
 
     def _repair(self, offer: Offer | None) -> None:
@@ -334,8 +336,11 @@ class _Update:
     def _fetch(self, offer: Offer) -> bytes:
         entry = offer.entry
         folder, _, name = entry.path.rpartition("/")
-        self._downloads.mkdir(mode=0o700, exist_ok=True)
         part = self._downloads / entry.sha256
+        try:
+            self._downloads.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self._downloads) from error
         path = f"targets/{folder}/{entry.sha256}.{name}"
         fetch(Download(path, entry.size, entry.sha256, part, self.progress), self.place)
         return read_bounded(part, MAX_FILE_BYTES)
@@ -386,13 +391,18 @@ class _Update:
         self._save(replace(self.state, published=kept).raised(verified.versions, known))
 
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
-        """Digests that came by update and are kept: in use, or referred to and still listed."""
+        """Digests that came by update and are kept: in use, or referred to and still listed.
+
+        The one that a personal adapter started from is kept too: `_combine` subtracts it.
+        """
         state, committed = self.store.state, self.state.committed
+        personal = state.in_use is not None and state.in_use not in self.state.published
         held = {line.digest for line in self.store.list()}
         kept = []
         for digest in self.state.published:
-            wanted = digest in state.referenced or (committed is not None and digest == committed.digest)
-            if digest in (state.active, state.pending) or (wanted and digest in listed):
+            last = committed is not None and digest == committed.digest
+            wanted = digest in listed and (last or digest in state.referenced)
+            if wanted or digest in (state.active, state.pending) or (last and personal):
                 kept.append(digest)
             elif digest in held:
                 self.store.remove(digest)

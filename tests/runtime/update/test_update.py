@@ -179,6 +179,19 @@ def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adap
         np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
 
 
+def test_what_a_personal_adapter_started_from_is_kept_though_it_is_withdrawn(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    personal(device, adapters)
+    simulator.withdraw(first)
+    publish(simulator, adapters[1], version=2)
+    device.update(simulator)
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+
+
 def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
     own = device.store.load(personal(device, adapters))
     publish(simulator, adapters[1])
