@@ -24,6 +24,7 @@ from edge_tcur_runtime.formats.offer import (
     CanaryAnswers,
     check_offer_name,
     parse_runtime,
+    release_of,
 )
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, read_canary
 
@@ -98,7 +99,7 @@ def describe(adapter: Adapter, path: Path, said: Description, version: int, sour
     check_offer_name(name)
     if said.channel not in CHANNELS or not 0 <= said.rollout <= FULL_ROLLOUT:
         raise UsageError(f"channel {said.channel!r}, rollout {said.rollout / 100:g} %: not possible")
-    runtime = said.runtime or runtime_version
+    runtime = said.runtime or release_of(runtime_version)
     parse_runtime(runtime, "--min-runtime")
     base, canary = _base_facts(adapter, sources)
     return AdapterFacts(

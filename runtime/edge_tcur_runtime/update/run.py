@@ -34,7 +34,7 @@ from edge_tcur_runtime.formats.adapter import (
     serialize_adapter,
 )
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
-from edge_tcur_runtime.formats.offer import CHANNELS, Offer
+from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.client import Verified, refresh
 from edge_tcur_runtime.update.fetch import (
@@ -248,8 +248,10 @@ class _Update:
         )
 
     def _was_taken_out(self) -> bool:
-        committed = self.state.committed
-        return committed is not None and committed.digest != self.store.active_digest()
+        """Whether the user went back from what the last update put in use (and has no adapter of his own)."""
+        committed, active = self.state.committed, self.store.active_digest()
+        own = active is not None and active not in self.state.published
+        return committed is not None and committed.digest != active and not own
 
     def _device(self) -> Device:
         manifest = self.bundle.manifest
@@ -260,8 +262,7 @@ class _Update:
             manifest.base_digest,
             fit_digest(manifest.base_digest, facts_of_manifest(manifest)),
             None if tokenizer is None else tokenizer.sha256,
-            manifest.task,
-            __version__,
+            release_of(__version__),
             FORMAT_VERSION,
             self.settings.channel,
             self.state.device_id,
