@@ -73,7 +73,8 @@ def publish() -> None:
     """Publish signed adapters over the air: a static directory that any web server can serve.
 
     Keys are ed25519 files with a passphrase: from --passphrase-file, the environment
-    (EDGE_TCUR_PASSPHRASE, EDGE_TCUR_ROOT_PASSPHRASE) or a prompt. See docs/ota.md.
+    (EDGE_TCUR_PASSPHRASE, EDGE_TCUR_ROOT_PASSPHRASE) or a prompt. Every command takes --json, --quiet
+    and --debug. See docs/ota.md.
     """
 
 

@@ -8,6 +8,7 @@ from edge_tcur_runtime.formats.offer import AdapterFacts
 from edge_tcur_runtime.units import format_size
 
 _LABELS_SHOWN = 20
+_OPTIONS = ("base", "data", "task", "rank", "epochs", "seed")  # of `edge-tcur train`, for the card
 
 
 def render_card(adapter: Adapter, facts: AdapterFacts, said: Description, sources: Sources, size: int) -> str:
@@ -66,12 +67,12 @@ def _made(adapter: Adapter, sources: Sources) -> list[str]:
     lines = [f"- {key}: {value}" for key, value in sorted(adapter.header.provenance.items())]
     if sources.run is not None:
         config = sources.run.config
-        base = config.base.rstrip("/").rpartition("/")[2]
-        data = str(config.data).rstrip("/").rpartition("/")[2]
-        lines.append(
-            f"- command: `edge-tcur train --base {base} --data {data} --task {config.task} "
-            f"--rank {config.rank} --epochs {config.epochs} --seed {config.seed}`"
-        )
+        options = {name: config[name] for name in _OPTIONS if config.get(name) is not None}
+        for name in ("base", "data"):  # the last part of a path, not where it lies on this machine
+            if name in options:
+                options[name] = str(options[name]).rstrip("/").rpartition("/")[2]
+        command = " ".join(f"--{name} {value}" for name, value in options.items())
+        lines.append(f"- command: `edge-tcur train {command}`")
     return lines or ["Unknown."]
 
 

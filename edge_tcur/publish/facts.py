@@ -6,14 +6,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from edge_tcur.errors import RunDirectoryError
-from edge_tcur.training.run import RUN_FILE, Run, open_run
 from edge_tcur_runtime import __version__ as runtime_version
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.feeds import facts_of_adapter, fit_digest
 from edge_tcur_runtime.formats.adapter import FORMAT_VERSION as ADAPTER_VERSION
-from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.adapter import Adapter, read_bounded
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.offer import (
@@ -24,10 +23,14 @@ from edge_tcur_runtime.formats.offer import (
     CanaryAnswers,
     check_offer_name,
     parse_runtime,
+    release_of,
 )
+from edge_tcur_runtime.formats.schema import Fields, parse_json
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, read_canary
 
 TOKENIZER = "tokenizer.json"
+RUN_FILE = "run.json"
+_MAX_RUN_BYTES = 16 * 2**20
 MAX_METRICS = 8
 _NOT_IN_NAMES = re.compile(r"[^a-z0-9._-]+")
 _METRIC = re.compile(r"[a-z0-9_]{1,32}")
@@ -56,11 +59,19 @@ class Description:
 
 
 @dataclass(frozen=True)
+class RunFacts:
+    """What ``run.json`` says: the resolved configuration, and what was measured."""
+
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Sources:
     """The files that facts are read from: the bundle and the run, where they are known."""
 
     bundle: Bundle | None
-    run: Run | None
+    run: RunFacts | None
     tokenizer: str | None
 
 
@@ -74,12 +85,7 @@ def find_sources(adapter: Path, bundle: Path | None) -> Sources:
     if bundle is None and (folder / MANIFEST).is_file():
         bundle = folder
     opened = None if bundle is None else open_bundle(bundle)
-    run = None
-    if (folder / RUN_FILE).is_file():
-        try:
-            run = open_run(folder)
-        except RunDirectoryError:
-            run = None  # of another version: its metrics are not needed
+    run = _read_run(folder / RUN_FILE)
     tokenizer = folder / TOKENIZER
     if opened is not None:
         entry = opened.manifest.files.get(TOKENIZER)
@@ -98,7 +104,7 @@ def describe(adapter: Adapter, path: Path, said: Description, version: int, sour
     check_offer_name(name)
     if said.channel not in CHANNELS or not 0 <= said.rollout <= FULL_ROLLOUT:
         raise UsageError(f"channel {said.channel!r}, rollout {said.rollout / 100:g} %: not possible")
-    runtime = said.runtime or runtime_version
+    runtime = said.runtime or release_of(runtime_version)
     parse_runtime(runtime, "--min-runtime")
     base, canary = _base_facts(adapter, sources)
     return AdapterFacts(
@@ -131,7 +137,21 @@ def _base_facts(adapter: Adapter, sources: Sources) -> tuple[BaseFacts, CanaryAn
     return BaseFacts(digest, task, sources.tokenizer, inputs), answers
 
 
-def _metrics(run: Run | None, said: Mapping[str, float]) -> dict[str, str]:
+def _read_run(path: Path) -> RunFacts | None:
+    """The run beside an adapter; None where there is none.
+
+    Read here and not with `edge_tcur.training`, which takes torch and seconds to import.
+
+    Raises:
+        FileFormatError: it is damaged.
+    """
+    if not path.is_file():
+        return None
+    fields = Fields(parse_json(read_bounded(path, _MAX_RUN_BYTES), str(path)), str(path))
+    return RunFacts(fields.mapping("config"), fields.mapping("metrics"))
+
+
+def _metrics(run: RunFacts | None, said: Mapping[str, float]) -> dict[str, str]:
     found = dict[str, float]()
     if run is not None:
         found = {

@@ -87,6 +87,7 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         _tidy(change, versions)
     for offer in dropped:
         repository.drop_file(offer.entry.path, offer.entry.sha256)
+        repository.remove_file(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
     offer = _find(change, facts.name, facts.version)
     return Published(offer, tuple(o.entry.path for o in dropped), facts.canary is not None)
 
@@ -102,7 +103,7 @@ def withdraw(repository: Repository, name: str, version: int) -> Offer:
         repository.remove_target(change, offer.entry.path)
         _tidy(change, versions)
     repository.drop_file(offer.entry.path, offer.entry.sha256)
-    (repository.folder / CARDS / f"{name}-{version}.md").unlink(missing_ok=True)
+    repository.remove_file(f"{CARDS}/{name}-{version}.md")
     return offer
 
 

@@ -198,7 +198,15 @@ class Repository:
     def drop_file(self, path: str, sha256: str) -> None:
         """Removes the file of a target that is no longer listed."""
         folder, _, name = path.rpartition("/")
-        (self.folder / TARGETS / folder / f"{sha256}.{name}").unlink(missing_ok=True)
+        self.remove_file(f"{TARGETS}/{folder}/{sha256}.{name}")
+
+    def remove_file(self, path: str) -> None:
+        """Removes a file of the repository; DiskError where it cannot be removed."""
+        place = self.folder / path
+        try:
+            place.unlink(missing_ok=True)
+        except OSError as error:
+            raise disk_error(error, place) from error
 
     def root_version(self) -> int:
         """The newest version of the root in the directory."""
@@ -242,7 +250,7 @@ class Repository:
         for path in (self.folder / METADATA).iterdir():
             match = _VERSIONED.fullmatch(path.name)
             if match and int(match.group(1)) <= newest.get(match.group(2), 0) - KEPT_VERSIONS:
-                path.unlink(missing_ok=True)
+                self.remove_file(f"{METADATA}/{path.name}")
 
 
 def catalogue_of(targets: Targets) -> Catalogue:

@@ -33,6 +33,7 @@ _PROBE = (
     "import json; from edge_tcur_runtime.engines.session import import_onnxruntime as load; "
     "print(json.dumps(load().get_available_providers()))"
 )
+_LIBRARIES = ("numpy", "safetensors", "tokenizers", "pillow", "tuf")
 _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
@@ -147,7 +148,7 @@ def examine(store: Path, bundle: Path | None = None) -> Report:
         onnxruntime=runtime,
         conflicts=tuple(find_conflicts()),
         engines=engines,
-        libraries={name: version_of(name) for name in ("numpy", "safetensors", "tokenizers", "pillow")},
+        libraries={name: version_of(name) for name in _LIBRARIES},
         torch_importable=is_importable("torch"),
         store=examine_store(store),
         bundle=None if bundle is None else examine_bundle(bundle, engines),

@@ -106,7 +106,7 @@ def call(capsys, monkeypatch, tmp_path):
 
     def go(*arguments):
         arguments = [str(argument) for argument in arguments]
-        group = edge_tcur if arguments[0] == "publish" else device
+        group = edge_tcur if arguments[0] in ("publish", "train", "export") else device
         with pytest.raises(SystemExit) as caught:
             run(group, [*arguments, "--json"])
         out, _ = capsys.readouterr()

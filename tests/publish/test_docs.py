@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,22 @@ def test_every_command_of_the_page_exists():
         options = {o for c in [*group.commands.values(), device.get_command(None, "update")]
                    for p in c.params for o in p.opts}  # fmt: skip
         assert option in options, option
+
+
+@pytest.mark.parametrize("name", sorted(edge_tcur.get_command(None, "publish").commands))
+def test_every_command_has_examples_and_the_common_options(name, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(edge_tcur, ["publish", name, "--help"])
+    out = capsys.readouterr().out
+    assert caught.value.code == 0
+    for part in ("Example", "--json", "--quiet", "--debug", f"edge-tcur publish {name}"):
+        assert part in out
+
+
+def test_publishing_needs_no_torch():
+    code = (
+        "import sys, edge_tcur.cli.publish, edge_tcur.publish.operations, edge_tcur.publish.bundles\n"
+        "print([m for m in ('torch', 'transformers', 'onnx', 'onnxruntime') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

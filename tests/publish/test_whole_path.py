@@ -296,3 +296,20 @@ def test_two_hundred_devices_update_through_one_server_with_random_faults(
                for active, _, skipped, _ in results)  # fmt: skip
     assert new + held == 200
     assert 70 <= new <= 130  # half of them, each by its own random number
+
+
+def test_from_a_text_run_to_a_device(ok, repo, tmp_path, bert_dir, texts_csv):
+    """`train`, `export`, `publish` and `update` in a row, with the defaults: tokenizer and labels fit."""
+    run, bundle = tmp_path / "run", tmp_path / "texts"
+    ok("train", "--base", bert_dir, "--data", texts_csv, "--rank", 2, "--epochs", 1, "--out", run)
+    ok("export", run, "--out", bundle, "--target", "onnx")
+    ok("publish", "trust", bundle, "--repo", repo)
+    added = ok("publish", "add", run / "adapter.safetensors", "--repo", repo, "--channel", "stable")
+    assert (added["name"], added["task"], added["canary"]) == ("adapter", "text-classification", False)
+    result = ok("update", bundle, "--url", repo)
+    assert (result["active"], result["skipped"]) == (added["digest"], {})
+    assert result["health"].startswith("finite outputs")
+    answers = ok("predict", bundle, "--text", "where is my card")["predictions"]
+    assert answers[0]["label"] in ("card", "money")
+    card = (repo / "cards" / "adapter-1.md").read_text()
+    assert "--base bert --data texts.csv" in card

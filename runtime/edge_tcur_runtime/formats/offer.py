@@ -169,6 +169,12 @@ def parse_runtime(text: str, where: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("."))
 
 
+def release_of(version: str) -> str:
+    """The release that a version belongs to: ``0.1.0`` for ``0.1.0.dev3+local``; ``0`` where it has none."""
+    match = _RUNTIME.match(version)
+    return match.group() if match else "0"
+
+
 def adapter_path(name: str, version: int) -> str:
     """Target path of an adapter."""
     return f"adapters/{name}/{version}.safetensors"

@@ -345,12 +345,12 @@ def fetch(download: Download, transport: Transport) -> None:
     _append(download, transport)
     if _digest(download.part) == (download.size, download.sha256):
         return
-    _discard(download.part)
+    discard(download.part)
     if begun:  # what was there before may have been damaged: once more from the start
         _append(download, transport)
         if _digest(download.part) == (download.size, download.sha256):
             return
-        _discard(download.part)
+        discard(download.part)
     raise TrustError(
         f"the server's {download.path} is not what the signed metadata promises",
         hint="nothing was changed; tell the publisher, or use another mirror",
@@ -401,9 +401,12 @@ def _digest(path: Path) -> tuple[int, str]:
     return size, state.hexdigest()
 
 
-def _discard(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+def discard(path: Path) -> None:
+    """Removes a part; DiskError where it cannot be removed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error(error, path) from error
 
 
 def _check_status(response: http.client.HTTPResponse, url: str, start: int) -> None:

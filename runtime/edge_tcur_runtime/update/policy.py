@@ -41,7 +41,6 @@ class Device:
 
     Attributes:
         base_digest, fit, tokenizer: of the bundle (`edge_tcur_runtime.feeds.fit_digest`).
-        task: of the bundle.
         runtime: version of this runtime.
         format_version: the newest adapter format that it reads.
         channel: ``stable``, or ``beta`` (which takes stable ones too).
@@ -53,7 +52,6 @@ class Device:
     base_digest: str
     fit: str
     tokenizer: str | None
-    task: str
     runtime: str
     format_version: int
     channel: str

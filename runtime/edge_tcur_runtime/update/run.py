@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.arithmetic import combine
+from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
     ConfigError,
@@ -33,7 +34,7 @@ from edge_tcur_runtime.formats.adapter import (
     serialize_adapter,
 )
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
-from edge_tcur_runtime.formats.offer import CHANNELS, Offer
+from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.client import Verified, refresh
 from edge_tcur_runtime.update.fetch import (
@@ -45,6 +46,7 @@ from edge_tcur_runtime.update.fetch import (
     HttpTransport,
     Limits,
     Progress,
+    discard,
     fetch,
     open_transport,
 )
@@ -246,8 +248,10 @@ class _Update:
         )
 
     def _was_taken_out(self) -> bool:
-        committed = self.state.committed
-        return committed is not None and committed.digest != self.store.active_digest()
+        """Whether the user went back from what the last update put in use (and has no adapter of his own)."""
+        committed, active = self.state.committed, self.store.active_digest()
+        own = active is not None and active not in self.state.published
+        return committed is not None and committed.digest != active and not own
 
     def _device(self) -> Device:
         manifest = self.bundle.manifest
@@ -258,8 +262,7 @@ class _Update:
             manifest.base_digest,
             fit_digest(manifest.base_digest, facts_of_manifest(manifest)),
             None if tokenizer is None else tokenizer.sha256,
-            manifest.task,
-            __version__,
+            release_of(__version__),
             FORMAT_VERSION,
             self.settings.channel,
             self.state.device_id,
@@ -304,7 +307,7 @@ class _Update:
         if offer.digest not in known:
             raw = self._fetch(offer)
             self.store.install(raw, name=self._free_name(offer), expected_base=base, where=offer.entry.path)
-        (self._downloads / offer.entry.sha256).unlink(missing_ok=True)
+        discard(self._downloads / offer.entry.sha256)
         return offer.digest
 
     def _repair(self, offer: Offer | None) -> None:
@@ -334,8 +337,11 @@ class _Update:
     def _fetch(self, offer: Offer) -> bytes:
         entry = offer.entry
         folder, _, name = entry.path.rpartition("/")
-        self._downloads.mkdir(mode=0o700, exist_ok=True)
         part = self._downloads / entry.sha256
+        try:
+            self._downloads.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, self._downloads) from error
         path = f"targets/{folder}/{entry.sha256}.{name}"
         fetch(Download(path, entry.size, entry.sha256, part, self.progress), self.place)
         return read_bounded(part, MAX_FILE_BYTES)
@@ -386,13 +392,18 @@ class _Update:
         self._save(replace(self.state, published=kept).raised(verified.versions, known))
 
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
-        """Digests that came by update and are kept: in use, or referred to and still listed."""
+        """Digests that came by update and are kept: in use, or referred to and still listed.
+
+        The one that a personal adapter started from is kept too: `_combine` subtracts it.
+        """
         state, committed = self.store.state, self.state.committed
+        personal = state.in_use is not None and state.in_use not in self.state.published
         held = {line.digest for line in self.store.list()}
         kept = []
         for digest in self.state.published:
-            wanted = digest in state.referenced or (committed is not None and digest == committed.digest)
-            if digest in (state.active, state.pending) or (wanted and digest in listed):
+            last = committed is not None and digest == committed.digest
+            wanted = digest in listed and (last or digest in state.referenced)
+            if wanted or digest in (state.active, state.pending) or (last and personal):
                 kept.append(digest)
             elif digest in held:
                 self.store.remove(digest)

@@ -52,9 +52,7 @@ from edge_tcur_runtime.update.policy import (
 )
 
 BASES = [BaseFacts("sha256:" + digit * 64, "text-classification", "sha256:" + "a" * 64) for digit in "12"]
-DEVICE = Device(
-    BASES[0].digest, "f" * 16, BASES[0].tokenizer, "text-classification", "0.1.0", 1, "stable", "id"
-)
+DEVICE = Device(BASES[0].digest, "f" * 16, BASES[0].tokenizer, "0.1.0", 1, "stable", "id")
 
 facts = st.builds(
     AdapterFacts,

@@ -15,6 +15,7 @@ from edge_tcur_runtime.errors import (
     UsageError,
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health, read_canary
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
 from edge_tcur_runtime.update.run import _check
@@ -177,6 +178,37 @@ def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adap
     mixed, new = device.store.load("active"), parse_adapter(adapters[2])
     for name, part in new.factors.items():
         np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+
+
+def test_what_a_personal_adapter_started_from_is_kept_though_it_is_withdrawn(simulator, device, adapters):
+    first = publish(simulator, adapters[0])
+    device.update(simulator)
+    personal(device, adapters)
+    simulator.withdraw(first)
+    publish(simulator, adapters[1], version=2)
+    device.update(simulator)
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+
+
+def test_retry_does_not_forget_what_a_personal_adapter_started_from(simulator, device, adapters):
+    publish(simulator, adapters[0])
+    device.update(simulator)
+    personal(device, adapters)
+    device.update(simulator, retry=True)
+    publish(simulator, adapters[1])
+    device.update(simulator, personal=Personal.COMBINE)
+    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
+    for name, part in new.factors.items():
+        np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
+
+
+def test_a_development_version_of_the_runtime_updates_too(simulator, device, adapters, monkeypatch):
+    monkeypatch.setattr(run_module, "__version__", "0.1.0.dev3+local")
+    offer = publish(simulator, adapters[0])
+    assert device.update(simulator).active == offer.digest
 
 
 def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
