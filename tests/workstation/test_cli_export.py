@@ -113,14 +113,14 @@ def test_the_command_offers_what_there_is():
 
 def test_a_dry_run_writes_nothing_and_says_all(trained, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
-    options = ("--target", "onnx", "--target", "step", "--device", "pixel-8", "--provider", "webgpu")
+    options = ("--target", "onnx", "--device", "pixel-8", "--provider", "webgpu")
     code, out, err = call(capsys, "export", trained, "--dry-run", *options, "--batch", "4", "--json")
     assert (code, err) == (0, "")
     content = json.loads(out)
-    assert {"infer.onnx", "step.onnx", "base.bin"} <= set(content["files"])
+    assert {"infer.onnx", "base.bin"} <= set(content["files"])
     assert (content["batch"], content["device"], content["budget"]) == (4, "pixel-8", 2 * 2**30)
     assert all(entry["fits"] for entry in content["memory"].values())
-    assert set(content["no_kernel"]["webgpu"]) == {"infer", "step"}
+    assert set(content["no_kernel"]["webgpu"]) == {"infer"}
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
     assert not list(tmp_path.iterdir())
 
