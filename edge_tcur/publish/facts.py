@@ -26,7 +26,7 @@ from edge_tcur_runtime.formats.offer import (
     release_of,
 )
 from edge_tcur_runtime.formats.schema import Fields, parse_json
-from edge_tcur_runtime.update.health import canary_answers, canary_digest, read_canary
+from edge_tcur_runtime.update.health import canary_answers, canary_digest
 
 TOKENIZER = "tokenizer.json"
 RUN_FILE = "run.json"
@@ -133,7 +133,7 @@ def _base_facts(adapter: Adapter, sources: Sources) -> tuple[BaseFacts, CanaryAn
         return BaseFacts(digest, task, sources.tokenizer), None
     bundle = sources.bundle
     answers = canary_answers(bundle, adapter)
-    inputs = None if answers is None else canary_digest(read_canary(bundle.root, bundle.manifest))
+    inputs = None if answers is None else canary_digest(bundle.root, bundle.manifest)
     return BaseFacts(digest, task, sources.tokenizer, inputs), answers
 
 

@@ -3,38 +3,48 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 
+from edge_tcur_runtime.canary import departs, read_canary
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.session import open_session, require_names
-from edge_tcur_runtime.errors import DataError, IncompatibleError
+from edge_tcur_runtime.errors import DataError, EdgeError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
-from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.adapter import Adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.schema import nearest
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.tasks import Answer, Prediction, find_device_task, mean_by_weight
 
 __all__ = ["Model", "Prediction"]
 
+_Feeds = Mapping[str, np.ndarray]
+
 
 class Model:
-    """A bundle's inference graph with at most one adapter attached.
+    """A bundle's inference graph, and any number of its adapters.
 
-    The base is loaded once. Attaching an adapter replaces one reference to the arrays that are fed,
-    so a prediction that is under way on another thread finishes with the adapter it began with.
+    The base is loaded once. `attach` sets the adapter of all threads; ``with model.adapter(name)`` uses
+    one that was loaded by name, in this thread (or asyncio task) alone. Both replace one reference to
+    the arrays that are fed, so a prediction that is under way finishes with the adapter it began with.
 
     Args:
         bundle: an opened (verified) bundle.
         threads: CPU threads; 0 takes all that this process may use.
+        check: run the bundle's canary on the base now, and on each adapter as it is loaded.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
-        IncompatibleError: it cannot load the graph, or the bundle has none.
+        IncompatibleError: it cannot load the graph, the bundle has none, or its answers to the canary are
+            not those that were exported.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, check: bool = True) -> None:
         graph = bundle.graph("infer")
         if graph is None:
             raise IncompatibleError(
@@ -53,15 +63,102 @@ class Model:
         optional = [value.name for value in self._session.get_overridable_initializers()]
         require_names(graph, "input", bundle.manifest.factor_names(), [*names, *optional])
         self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
-        self._feeds: Mapping[str, np.ndarray] = {}
+        self._feeds: _Feeds = {}
+        self._loaded: dict[str | None, _Feeds] = {None: {}}
+        self._own: ContextVar[_Feeds | None] = ContextVar("adapter", default=None)
+        self._canary = read_canary(bundle.root, bundle.manifest) if check else None
+        self._base_answers: np.ndarray | None = None
+        if self._canary is not None:
+            self._base_answers = self._check({}, self._canary.base, "the base", IncompatibleError)
 
     def attach(self, adapter: Adapter | None) -> None:
-        """Uses `adapter` from the next prediction on; None is the base.
+        """Uses `adapter` from the next prediction on, in every thread that is not inside `adapter`; None
+        is the base. Runs no canary: `load` does, ahead of time.
 
         Raises:
             BaseMismatchError, IncompatibleError: it does not fit; the adapter in use stays.
         """
         self._feeds = {} if adapter is None else build_feeds(self.bundle.manifest, adapter)
+
+    def load(self, name: str, adapter: Adapter) -> None:
+        """Keeps `adapter` under a name for `adapter`; one that had the name before is replaced.
+
+        Raises:
+            BaseMismatchError, IncompatibleError: it does not fit.
+            IntegrityError: its answers to the canary are not finite, are those of the base although its
+                core is not zero, or, of the adapter that came with the bundle, not the exported ones.
+        """
+        self._loaded[name] = self._checked(adapter)
+
+    def unload(self, name: str) -> None:
+        """Forgets an adapter; blocks that use it finish with it.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        self._feeds_of(name)
+        del self._loaded[name]
+
+    @property
+    def loaded(self) -> tuple[str, ...]:
+        """Names of the adapters that were loaded."""
+        return tuple(name for name in self._loaded if name is not None)
+
+    @contextmanager
+    def adapter(self, name: str | None) -> Iterator[None]:
+        """Uses the adapter of that name in this thread while the block runs; None is the base.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        token = self._own.set(self._feeds_of(name))
+        try:
+            yield
+        finally:
+            self._own.reset(token)
+
+    def _feeds_of(self, name: str | None) -> _Feeds:
+        try:
+            return self._loaded[name]
+        except KeyError:
+            guess = nearest(str(name), self.loaded)
+            hint = f"did you mean {guess!r}?" if guess else "load it first"
+            raise UsageError(f"no adapter {name!r} was loaded", hint=hint) from None
+
+    def _checked(self, adapter: Adapter) -> _Feeds:
+        """What is fed for an adapter, after the canary."""
+        feeds = build_feeds(self.bundle.manifest, adapter)
+        if self._canary is not None:
+            own = self._canary.adapter if _is_own(self.bundle, adapter) else None
+            found = self._check(feeds, own, "the adapter", IntegrityError)
+            idle = all(not factors.core.any() for factors in adapter.factors.values())
+            base = self._base_answers
+            if base is not None and not idle and not adapter.extras and np.array_equal(found, base):
+                raise IntegrityError(
+                    "the adapter changes nothing: its answers to the canary are the base's, bit for bit",
+                    where=str(self.bundle.root),
+                    hint="this ONNX Runtime does not feed the factors; update it",
+                )
+        return feeds
+
+    def _check(
+        self, feeds: _Feeds, expected: np.ndarray | None, what: str, kind: type[EdgeError]
+    ) -> np.ndarray:
+        """Answers to the canary, refused where they are not finite or not the expected ones."""
+        assert self._canary is not None
+        found = self._run(self._canary.inputs, feeds)
+        problem = departs(found, found if expected is None else expected)
+        if problem is not None:
+            raise kind(
+                f"{what} gives {problem} on the bundle's canary",
+                where=str(self.bundle.root),
+                hint="update ONNX Runtime, or fetch the bundle and the adapter again",
+            )
+        return found
+
+    def _run(self, inputs: Mapping[str, np.ndarray], feeds: _Feeds) -> np.ndarray:
+        result: np.ndarray = self._session.run(["logits"], {**inputs, **feeds})[0]
+        return result
 
     def outputs(self, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """Raw outputs f32 [samples, ...] of model inputs.
@@ -69,7 +166,8 @@ class Model:
         Raises:
             IncompatibleError: the graph's outputs are not those of the task with the bundle's labels.
         """
-        result: np.ndarray = self._session.run(["logits"], {**inputs, **self._feeds})[0]
+        own = self._own.get()
+        result = self._run(inputs, self._feeds if own is None else own)
         axes = self.task.output_axes(self.bundle.manifest.inputs, self.labels)
         fixed = [
             axis if isinstance(axis, int) else size for axis, size in zip(axes, result.shape, strict=False)
@@ -116,3 +214,9 @@ class Model:
     def score(self, dataset: Dataset, *, batch_size: int = 16) -> float:
         """Score of the answers to a data set; see `evaluate`."""
         return self.evaluate(dataset, batch_size=batch_size)[1]
+
+
+def _is_own(bundle: Bundle, adapter: Adapter) -> bool:
+    """Whether an adapter is the one that came with the bundle: writing it gives the same bytes."""
+    entry = bundle.manifest.files.get(bundle.manifest.adapter or "")
+    return entry is not None and digest_bytes(serialize_adapter(adapter)) == entry.sha256

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,20 @@ import pytest
 from safetensors.numpy import load_file
 
 from edge_tcur_runtime.data import Dataset, load_dataset
-from edge_tcur_runtime.errors import BaseMismatchError, DataError, FileFormatError, IncompatibleError
+from edge_tcur_runtime.errors import (
+    BaseMismatchError,
+    DataError,
+    FileFormatError,
+    IncompatibleError,
+    IntegrityError,
+    UsageError,
+)
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.factors import Factors, SketchFactors
 from edge_tcur_runtime.installed import find_onnxruntime
-from edge_tcur_runtime.personalize import bundle_adapter
+from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter
 from edge_tcur_runtime.predict import Model
 
 DATA = Path(__file__).parents[1] / "data"
@@ -381,3 +389,96 @@ def test_a_data_set_can_be_made_in_memory(model):
     images = np.zeros((2, 8, 8), np.uint8)
     dataset = Dataset("image", images, ("0", "1"), "memory", ("a", "b"))
     assert model.score(dataset) in (0, 0.5, 1)
+
+
+# --- several adapters, and the canary ---------------------------------------------------------------------
+
+
+def test_named_adapters_are_used_by_their_block_alone(bundle, canary):
+    inputs = canary[0]
+    model, first, second = Model(bundle, threads=1), personal(bundle, 1, 0.5), personal(bundle, 2, 0.5)
+    base = model.outputs(inputs)
+    model.load("first", first)
+    model.load("second", second)
+    assert model.loaded == ("first", "second")
+    assert np.array_equal(model.outputs(inputs), base)
+    with model.adapter("first"):
+        one = model.outputs(inputs)
+        with model.adapter("second"):
+            two = model.outputs(inputs)
+            with model.adapter(None):
+                assert np.array_equal(model.outputs(inputs), base)
+        assert np.array_equal(model.outputs(inputs), one)
+        model.unload("first")  # the block goes on with it
+        assert np.array_equal(model.outputs(inputs), one)
+    assert len({base.tobytes(), one.tobytes(), two.tobytes()}) == 3
+    assert np.array_equal(model.outputs(inputs), base)
+    for call in (lambda: model.adapter("first").__enter__(), lambda: model.unload("secon")):
+        with pytest.raises(UsageError, match="no adapter") as caught:
+            call()
+    assert "did you mean 'second'" in caught.value.hint
+
+
+def test_eight_threads_each_with_its_own_adapter(bundle, canary):
+    """No request fails, and none is answered by another thread's adapter."""
+    inputs = {name: value[:1] for name, value in canary[0].items()}
+    model, expected = Model(bundle, threads=1), {}
+    for number in range(8):
+        model.load(f"user{number}", personal(bundle, number, 0.5))
+        with model.adapter(f"user{number}"):
+            expected[number] = model.outputs(inputs).tobytes()
+    assert len(set(expected.values())) == 8
+
+    def work(number):
+        for _ in range(150):
+            with model.adapter(f"user{number}"):
+                if model.outputs(inputs).tobytes() != expected[number]:
+                    return number
+        return None
+
+    with ThreadPoolExecutor(8) as pool:  # an exception of a thread comes out of `map`
+        wrong = [number for number in pool.map(work, range(8)) if number is not None]
+    assert wrong == []
+
+
+def changed_base(tmp_path):
+    root = tmp_path / "bundle"
+    shutil.copytree(V1, root)
+    content = np.frombuffer((root / "base.bin").read_bytes(), np.float32).copy()
+    content[: len(content) // 2] *= 1.5
+    (root / "base.bin").write_bytes(content.tobytes())
+    return open_bundle(root, verify=False)
+
+
+def test_a_base_that_computes_something_else_is_refused_at_load(tmp_path):
+    bundle = changed_base(tmp_path)
+    with pytest.raises(
+        IncompatibleError, match=r"the base gives outputs that are off by .* canary"
+    ) as caught:
+        Model(bundle, threads=1)
+    assert caught.value.exit_code == 4
+    Model(bundle, threads=1, check=False)
+
+
+def test_the_adapter_of_the_bundle_must_answer_as_it_was_exported(bundle, monkeypatch):
+    model = Model(bundle, threads=1)
+    model.load("own", bundle_adapter(bundle))
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda inputs, feeds: run(inputs, feeds) * np.float32(1.5))
+    with pytest.raises(IntegrityError, match="the adapter gives outputs that are off by") as caught:
+        model.load("own", bundle_adapter(bundle))
+    assert caught.value.exit_code == 6
+    monkeypatch.setattr(model, "_run", lambda inputs, feeds: run(inputs, feeds) * np.float32("nan"))
+    with pytest.raises(IntegrityError, match="gives NaN or infinity"):
+        model.load("other", personal(bundle))
+    assert model.loaded == ("own",)
+
+
+def test_an_adapter_that_is_not_applied_is_noticed(bundle, monkeypatch):
+    """ONNX Runtime answers as the base, without a word, where the factors do not arrive."""
+    model = Model(bundle, threads=1)
+    run = model._run
+    monkeypatch.setattr(model, "_run", lambda inputs, feeds: run(inputs, {}))
+    with pytest.raises(IntegrityError, match="the adapter changes nothing"):
+        model.load("other", personal(bundle))
+    model.load("blank", blank_adapter(bundle))  # a core of zero is the base

@@ -55,11 +55,14 @@ def predict(
     opened = open_bundle(bundle)
     model = Model(opened)
     _check_masks(model, masks)
-    model.attach(load_reference(adapter, opened, store))
-    if data is None:
-        _answer(model, list(texts), sink)
-    else:
-        _answer_data(model, data, columns, masks, sink)
+    chosen = load_reference(adapter, opened, store)
+    if chosen is not None:
+        model.load(adapter, chosen)
+    with model.adapter(None if chosen is None else adapter):
+        if data is None:
+            _answer(model, list(texts), sink)
+        else:
+            _answer_data(model, data, columns, masks, sink)
 
 
 def _check_masks(model: Model, masks: Path | None) -> None:

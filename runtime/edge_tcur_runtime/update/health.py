@@ -9,40 +9,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 
-from edge_tcur_runtime.errors import BadInputError, EdgeError, FileFormatError, HealthCheckError
+from edge_tcur_runtime.canary import read_canary
+from edge_tcur_runtime.errors import BadInputError, EdgeError, HealthCheckError
 from edge_tcur_runtime.feeds import check_fit
-from edge_tcur_runtime.formats.adapter import Adapter, read_bounded
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle, Manifest
-from edge_tcur_runtime.formats.digest import digest_state
 from edge_tcur_runtime.formats.offer import CanaryAnswers
 
 SAMPLES = 4  # of the canary that are signed
 TOLERANCE = 50  # thousandths, plus 2 % of the value
-MAX_CANARY_BYTES = 64 * 2**20
-_INPUT = "input."
 
 
-def read_canary(root: Path, manifest: Manifest) -> dict[str, np.ndarray] | None:
-    """The canary's inputs by name; None where the bundle has none.
-
-    Raises:
-        FileFormatError: not a safetensors file.
-    """
-    if manifest.canary is None:
-        return None
-    path = root / manifest.canary
-    try:
-        tensors = safetensors.numpy.load(read_bounded(path, MAX_CANARY_BYTES))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise FileFormatError(f"not a safetensors file: {error}", where=str(path)) from error
-    return {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
-
-
-def canary_digest(inputs: dict[str, np.ndarray] | None) -> str | None:
-    """``sha256:<hex>`` of the canary's inputs."""
-    return digest_state(inputs) if inputs else None
+def canary_digest(bundle_root: Path, manifest: Manifest) -> str | None:
+    """``sha256:<hex>`` of the canary's inputs; None where the bundle has no canary."""
+    canary = read_canary(bundle_root, manifest)
+    return None if canary is None else canary.digest
 
 
 def canary_answers(bundle: Bundle, adapter: Adapter) -> CanaryAnswers | None:
@@ -81,8 +63,7 @@ def check_health(
     outputs = _outputs(bundle, adapter)
     if outputs is None:
         return "it fits the bundle (which has no canary to run)"
-    inputs = canary_digest(read_canary(bundle.root, bundle.manifest))
-    if expected is None or inputs != expected_inputs:
+    if expected is None or canary_digest(bundle.root, bundle.manifest) != expected_inputs:
         return f"finite outputs on {len(outputs)} canary samples"
     if len(outputs) < len(expected.answers) or max(expected.answers, default=0) >= outputs.shape[-1]:
         raise HealthCheckError("the signed canary is of another size than this bundle's")
@@ -102,14 +83,14 @@ def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
     """Finite outputs f32 [samples, classes] of the whole canary; None where there is nothing to run."""
     from edge_tcur_runtime.predict import Model
 
-    inputs = read_canary(bundle.root, bundle.manifest)
+    canary = read_canary(bundle.root, bundle.manifest)
     try:
-        if inputs is None or bundle.graph("infer") is None:
+        if canary is None or bundle.graph("infer") is None:
             check_fit(bundle.manifest, adapter)
             return None
-        model = Model(bundle, threads=1)
+        model = Model(bundle, threads=1, check=False)
         model.attach(adapter)
-        outputs = model.outputs(inputs)
+        outputs = model.outputs(canary.inputs)
     except BadInputError:
         raise
     except EdgeError as error:

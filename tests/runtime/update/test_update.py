@@ -16,7 +16,7 @@ from edge_tcur_runtime.errors import (
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
 from edge_tcur_runtime.update import run as run_module
-from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health, read_canary
+from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
 from edge_tcur_runtime.update.run import _check
 
@@ -343,7 +343,7 @@ def test_the_real_health_check_compares_the_signed_answers(device, adapters):
 
     bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
     answers = canary_answers(bundle, adapter)
-    inputs = canary_digest(read_canary(bundle.root, bundle.manifest))
+    inputs = canary_digest(bundle.root, bundle.manifest)
     assert "signed answers" in check_health(bundle, adapter, answers, inputs)
     assert "finite outputs" in check_health(bundle, adapter, None, None)
     wrong = replace(answers, outputs=tuple(value + 1000 for value in answers.outputs))
