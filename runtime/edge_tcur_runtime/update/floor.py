@@ -112,9 +112,13 @@ class UpdateState:
             return self.reject(f"its health check did not come to an end {self.attempts} times")
         return self
 
-    def raised(self, versions: Versions, known_good: int) -> UpdateState:
-        """The state after an update that ended well."""
-        time = max(known_good, self.known_good)
+    def raised(self, versions: Versions, now: int) -> UpdateState:
+        """The state after an update that ended well.
+
+        `now` is the clock's, and below every expiry that the update saw. The signed date of the timestamp
+        is not remembered: a thief of its key could move it far ahead.
+        """
+        time = max(now, self.known_good)
         if versions == self.floor and time - self.known_good < _CLOCK_STEP:
             return self
         return replace(self, floor=versions, known_good=time)

@@ -75,7 +75,7 @@ def install_bundle(
             place.allowed += 2 * index.count
         _fetch_files(index, work, place, progress)
         digest = _finish(index, work, target, offer)
-        states.write(state.raised(verified.versions, max(now, verified.issued)))
+        states.write(state.raised(verified.versions, now))
     return Installed(target, digest, index.size, place.counters.requests, place.counters.received)
 
 

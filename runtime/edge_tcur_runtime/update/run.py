@@ -387,9 +387,8 @@ class _Update:
 
     def _end(self, verified: Verified, now: int) -> None:
         """Raises the floor, and removes published adapters that are no longer needed or were withdrawn."""
-        known = max(self.state.known_good, verified.issued, now)
         kept = self._drop_old(frozenset(offer.digest for offer in verified.catalogue.adapters))
-        self._save(replace(self.state, published=kept).raised(verified.versions, known))
+        self._save(replace(self.state, published=kept).raised(verified.versions, now))
 
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
         """Digests that came by update and are kept: in use, or referred to and still listed.

@@ -266,3 +266,25 @@ def test_nobody_listens():
     with pytest.raises(NetworkError) as caught:
         list(HttpTransport(url, Deadline(5), Limits()).read("metadata/timestamp.json"))
     assert caught.value.hint
+
+
+def test_a_thief_of_the_timestamp_cannot_poison_the_known_good_time(simulator, device, published):
+    """A date of signing in the future would make all honest metadata look expired for ever."""
+    soon = int(time.time()) + 9 * 86400
+    simulator.timestamp.signed.unrecognized_fields["x-edge-tcur"] = {"issued": soon}
+    simulator.write_from_snapshot()
+    device.update(simulator)
+    assert device.state["known_good"] < time.time() + 60
+
+
+def test_metadata_signed_after_they_expired_for_this_clock_are_refused(
+    simulator, device, published, monkeypatch
+):
+    """The timestamp says when it was signed: what had expired by then is old, whatever the clock says."""
+    simulator.days["snapshot"] = 1
+    simulator.publish()
+    later = int(time.time()) + 5 * 86400
+    simulator.timestamp.signed.unrecognized_fields["x-edge-tcur"] = {"issued": later}
+    simulator.write_from_snapshot()
+    with pytest.raises(TrustError, match="snapshot metadata has expired"):
+        device.update(simulator)
