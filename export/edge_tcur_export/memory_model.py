@@ -19,7 +19,7 @@ from edge_tcur_runtime.formats.bundle import InputSpec
 # Measured with tests/benchmarks/memory_model.py: Python with numpy and our import of ONNX Runtime 1.19.2, and
 # what a session keeps of each node.
 LIBRARY_BYTES = 56 * 2**20
-NODE_BYTES = 14 * 2**10
+NODE_BYTES = 10 * 2**10
 _PAGE = 4096
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the same buffer
 # Elementwise operators whose output may take the place of an input that nothing else reads.
