@@ -17,7 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 COLUMNS = ("infer", "step", "ort-training", "portable", "xnnpack")
 QUICK = ("infer", "step", "ort-training")  # what the tests measure of most models
-# BERT and ViT have bundles of their own in test_export and test_executorch; RoBERTa is BERT but for its positions.
+# BERT and ViT have bundles in test_export and test_executorch; RoBERTa is BERT but for its positions.
 ELSEWHERE: tuple[str, ...] = ()
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "where", "is", "my", "card", "please", "i", "lost", "the", "money",
