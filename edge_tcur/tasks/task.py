@@ -152,7 +152,7 @@ class CausalLm(device.CausalLm):
 
         torch's own, of the sum: ONNX Runtime Training then has one operator with a gradient of its own, and
         holds three tensors of the outputs' size in place of five. Comparing every label with every token of
-        the vocabulary, as `Classification` does, took one more and twice the time in the step graph.
+        the vocabulary, as `Classification` does, takes one more in the step graph (docs/tasks.md).
         """
         from torch.nn import functional
 

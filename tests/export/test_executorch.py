@@ -113,7 +113,7 @@ def test_the_manifest_says_what_the_programs_need(bert):
         frozen = {n for n in manifest.factor_names() if not n.endswith(".core")} - extras
         fed = set(manifest.factor_names()) if name.startswith("infer") else frozen | {"labels"}
         assert set(program.inputs) == set(manifest.inputs) | fed
-        assert program.outputs == (("logits",) if name.startswith("infer") else ("loss", "logits"))
+        assert program.outputs == (("logits",) if name.startswith("infer") else ("loss", "logits", "metric"))
     assert {"base.ptd", "adapter.ptd"} <= set(manifest.files)
     raw = serialize_manifest(manifest)
     assert parse_manifest(raw, "manifest.json") == manifest

@@ -270,11 +270,11 @@ factors = {f"{name}.{part}": feeds[f"{name}.{part}"] for name in adapter.factors
 fed = {**inputs, "labels": labels, **factors}
 arguments = [fed[name] for name in module.input_names()]
 before = {name: parameter.data.copy() for name, parameter in state.parameters}
-loss, outputs = module(*arguments)
+loss, outputs, metric = module(*arguments)
 optimizer.step()
 after = {name: parameter.data.copy() for name, parameter in state.parameters}
 module.lazy_reset_grad()
-later, _ = module(*arguments)
+later, *_ = module(*arguments)
 print(json.dumps({
     "losses": [float(loss), float(later), *(result.loss for result in steps.values())],
     "canary": float(np.abs(outputs - canary["output.adapter"]).max()),

@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from edge_tcur_runtime.data import (
     DataLimits,
     Dataset,
+    Layout,
     check_trainable,
     encode_labels,
     label_names,
     load_dataset,
+    read_dataset,
     split,
 )
 from edge_tcur_runtime.errors import DataError, ExitCode, MissingEngineError, UsageError
@@ -608,7 +610,10 @@ def test_documented_text_examples_load(tmp_path, language):
     blocks = re.findall(rf"```{language}\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert blocks
     for block in blocks:
-        check_trainable(load_dataset(write(tmp_path / f"d.{language}", block), "text"))
+        reads = "values" if "price" in block else "labels" if "|" in block else "label"
+        columns = "price,rooms" if reads == "values" else "label"
+        layout = Layout("text", reads, label_column=columns)
+        check_trainable(read_dataset(write(tmp_path / f"d.{language}", block), layout))
 
 
 def test_documented_python_example_runs(tmp_path, monkeypatch):

@@ -131,6 +131,7 @@ def test_train_as_json(cli, vit_dir, digits_npz, tmp_path):
     code, payload, err = cli(*train_arguments(vit_dir, digits_npz, out, "--json"))
     assert (code, err) == (0, "")
     assert set(payload) == {
+        "metric", "score", "scores",
         "schema_version", "run", "adapter", "base_digest", "task", "labels", "rank", "groups", "accuracy",
         "trained_numbers", "head_numbers", "adapter_bytes", "samples", "held_out_samples", "seconds",
         "step_seconds", "steps", "losses", "accuracies", "skipped", "notes", "config",
@@ -210,6 +211,7 @@ def test_eval(cli, trained, digits_npz, tmp_path):
     code, payload, err = cli("eval", trained, "--data", digits_npz, "--json")
     assert (code, err) == (0, "")
     assert set(payload) == {
+        "metric", "adapter_score", "base_score",
         "schema_version", "run", "adapter", "data", "adapter_accuracy", "base_accuracy", "samples",
     }  # fmt: skip
     assert payload["samples"] == 60
