@@ -222,14 +222,14 @@ def test_onnx_runtime_training_needs_every_output_of_a_layer_norm(tmp_path):
     for place, node in enumerate(model.graph):
         node.name = f"n{place}"
     with pytest.raises(ExportError, match=r"GradientBuilderBase::O\("):
-        _generate(graphs.to_proto(model), ["w"], tmp_path, "AdamW")
+        _generate(graphs.to_proto(model), ["w"], tmp_path, "adamw")
     x = {"x": np.float32([[1, 2, 3, -4]])}
     before = run(model, x)
     graphs.declare_layer_norm_outputs(model)
     norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
     assert names(norm.outputs) == ["logits", "logits.mean", "logits.inv_std_dev"]
     np.testing.assert_array_equal(run(model, x)["logits"], before["logits"])
-    _generate(graphs.to_proto(model), ["w"], tmp_path, "AdamW")
+    _generate(graphs.to_proto(model), ["w"], tmp_path, "adamw")
     assert (tmp_path / "training_model.onnx").is_file()
     assert names(graphs.declare_layer_norm_outputs(model).graph.outputs) == [
         "loss",
