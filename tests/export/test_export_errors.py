@@ -229,11 +229,11 @@ def traced(workshop, monkeypatch):
     """Base, model and traced forward pass of a function of `MODEL`."""
     monkeypatch.chdir(workshop)
 
-    def call(function):
-        task, config = find_task(IMAGE), TCurConfig(rank=2, targets="*.blocks.*")
+    def call(function, targets="*.blocks.*", rank=2):
+        task, config = find_task(IMAGE), TCurConfig(rank=rank, targets=targets)
         base = load_base(f"export_models:{function}", task, ("0", "1", "2"), {})
         groups = find_targets(base.model, config).groups
-        example = make_example(base, groups, lambda group: 2, task=task, batch=3, seed=0, config=config)
+        example = make_example(base, groups, lambda group: rank, task=task, batch=3, seed=0, config=config)
         model = FactorModel(base, groups, task, config)
         return trace_forward(model, base, groups, task, example), example
 
@@ -251,6 +251,11 @@ def test_an_operator_without_backward(traced, workshop):
     assert "in the module module.between (Bessel)" in caught.value.message
     assert caught.value.where.startswith(str(workshop / "export_models.py"))
     assert "--target onnx" in caught.value.hint
+
+
+def test_a_weight_of_one_row_has_one_rank(traced):
+    _, example = traced("convolutional", "*.stem", 1)
+    assert example.named()["module.stem.core"].shape == (1, 1, 1)
 
 
 def test_a_model_that_fixes_the_batch_size(traced, workshop):
