@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from edge_tcur.errors import ExportError
 from edge_tcur_export.quantize import BLOCK, Quantized
+from edge_tcur_export.recompute import Gate
 from edge_tcur_runtime.formats.weights import INT4, INT8
 
 INT4_OPSET = 21  # the first one with int4 and blocks
@@ -78,6 +79,35 @@ def quantize_weights(model: ir.Model, table: WeightTable) -> frozenset[str]:
     if dequantised:
         model.graph.insert_before(model.graph[0], dequantised)
     return frozenset(added)
+
+
+def dequantize_late(model: ir.Model) -> ir.Model:
+    """Gives each reader of a dequantised weight a DequantizeLinear of its own that waits for the reader's
+    first operand.
+
+    For a graph that is run in the order of the file. A DequantizeLinear needs nothing but the file, so in
+    that order ONNX Runtime runs it before every node that its optimiser has fused (those come last), and all
+    float32 weights are alive at once. The gate is that of `edge_tcur_export.recompute`, on the scales.
+    """
+    for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
+        values, scales = node.inputs
+        assert scales is not None
+        for number, (reader, place) in enumerate(list(node.outputs[0].uses())):
+            operand = reader.inputs[0]
+            assert operand is not None
+            gate = Gate(model.graph, operand, f"{node.name}.{number}")
+            own = ir.node(
+                "DequantizeLinear",
+                [values, gate(scales)],
+                {name: attribute.value for name, attribute in node.attributes.items()},
+                name=f"{node.name}.{number}",
+            )
+            own.outputs[0].name = f"{node.outputs[0].name}.{number}"
+            own.outputs[0].type, own.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+            model.graph.insert_before(reader, [*gate.nodes, own])
+            reader.replace_input_with(place, own.outputs[0])
+        model.graph.remove(node, safe=True)
+    return model
 
 
 class _Stored:

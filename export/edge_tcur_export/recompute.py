@@ -170,7 +170,7 @@ class _Plan:
 def _recompute(plan: _Plan, level: int, read: list[ir.Value], gradient: ir.Value) -> RecomputedBlock:
     """Duplicates what is needed of one block and turns the backward pass to the duplicates."""
     chosen, outside = _closure(plan, level, read)
-    gate = _Gate(plan.graph, gradient, plan.blocks[level])
+    gate = Gate(plan.graph, gradient, plan.blocks[level])
     copies = {value: gate(value) for value in outside}
     duplicates = [_duplicate(node, copies) for node in chosen]
     producer = gradient.producer()
@@ -257,7 +257,7 @@ def _duplicate(node: ir.Node, copies: dict[ir.Value, ir.Value]) -> ir.Node:
     return twin
 
 
-class _Gate:
+class Gate:
     """Lets values through once a gradient is there, unchanged and without a copy.
 
     Attributes:

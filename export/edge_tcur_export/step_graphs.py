@@ -18,6 +18,7 @@ from edge_tcur_export.divergence import Source
 from edge_tcur_export.graph import add_zero_gradients, to_graph
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
 from edge_tcur_export.parity import Case
+from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_export.trace import (
@@ -85,6 +86,7 @@ class StepGraphs:
         roles = {"step": STEP}
         if self._settings.recompute:
             self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS)))
+            dequantize_late(model)
             ir.save(model, self._directory / RECOMPUTE)
             roles["step_recompute"] = RECOMPUTE
             self.sources["step_recompute"] = self.sources["step"]

@@ -3,8 +3,8 @@
 
 The documented path: the base in ``frozen_params`` of `generate_artifacts`, a checkpoint that holds it,
 defaults everywhere, its own AdamW. Ours: a bundle (fp32 and int8) with either engine. The model is a stack of
-linear layers with random weights, rank 8, coupling none, or the base of a run. Each figure is VmHWM of a fresh
-process on one thread after three steps, less what it was after the imports. Writes three bases to the
+linear layers with random weights, rank 8, coupling none, or the base of a run. Each figure is VmHWM of a
+fresh process on one thread after three steps, less what it was after the imports. Writes three bases to the
 temporary folder.
 """
 
@@ -133,9 +133,13 @@ def run_documented(root: Path, folder: Path) -> tuple[int, int]:
     from onnxruntime.training import api
 
     from edge_tcur_runtime.budget import read_memory
+    from edge_tcur_runtime.feeds import build_feeds
     from edge_tcur_runtime.formats.bundle import open_bundle
+    from edge_tcur_runtime.personalize import bundle_adapter
 
-    inputs, targets = batch_of(open_bundle(root, verify=False).manifest)
+    bundle = open_bundle(root, verify=False)
+    feeds = build_feeds(bundle.manifest, bundle_adapter(bundle))
+    inputs, targets = batch_of(bundle.manifest)
     imported, options = read_memory().peak, SessionOptions()
     options.intra_op_num_threads = 1
     state = api.CheckpointState.load_checkpoint(str(folder / "checkpoint"))
@@ -143,7 +147,7 @@ def run_documented(root: Path, folder: Path) -> tuple[int, int]:
         str(folder / "training_model.onnx"), state, str(folder / "eval_model.onnx"), session_options=options
     )
     optimizer = api.Optimizer(str(folder / "optimizer_model.onnx"), module)
-    fed = {**inputs, "labels": targets}
+    fed = {**inputs, "labels": targets, **feeds}
     for _ in range(STEPS):
         module.train()
         module(*(fed[name] for name in module.input_names()))
@@ -158,7 +162,7 @@ def measure(*arguments: str) -> tuple[int, int]:
     code += "from edge_tcur_runtime.engines.session import import_onnxruntime; import_onnxruntime(); "
     code += "from onnxruntime.training import api; runpy.run_path(sys.argv[0], run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", code, __file__, *arguments], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
     imported, peak = json.loads(done.stdout.splitlines()[-1])
     return imported, peak
@@ -184,7 +188,8 @@ def compare(run_root: Path, work: Path) -> None:
     for name, (imported, peak) in rows:
         sys.stdout.write(
             f"{name:<22} peak {peak / 2**20:6.0f} MiB, over the imports "
-            f"{(peak - imported) / 2**20:6.0f} MiB, {(peak - imported) / reference:.3f} of the documented path\n"
+            f"{(peak - imported) / 2**20:6.0f} MiB, "
+            f"{(peak - imported) / reference:.3f} of the documented path\n"
         )
 
 

@@ -26,7 +26,9 @@ class OrtStepEngine:
 
     def __init__(self, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> None:
         path = require_graph(bundle, graph, self.name)
-        self._session = open_session(path, threads=threads, in_order=True)
+        # What is recomputed must wait for the backward pass; ONNX Runtime's own order suits the others, whose
+        # quantised weights stand first in the file.
+        self._session = open_session(path, threads=threads, in_order=graph == "step_recompute")
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]

@@ -93,7 +93,7 @@ def open_session(path: Path, *, threads: int, in_order: bool = False) -> Any:
 
     Args:
         in_order: run the nodes in the order of the file. ONNX Runtime's own order walks back from the last
-            output: in a step graph that puts off all gradients but one, and keeps what they need to the end.
+            output, which puts off all gradients but one and may keep what is to be computed again.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
