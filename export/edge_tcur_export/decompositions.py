@@ -168,9 +168,18 @@ def _spread(x: Tensor, stride: int) -> Tensor:
 
 
 _VOLUMES = (_aten.conv3d.default, _aten.conv3d.padding, _aten.conv_transpose3d.input)
+
+
+def empty_permuted(size: Sequence[int], _: Sequence[int], **options: Any) -> Tensor:
+    """``aten.empty_permuted`` by zeros: its values mean nothing; the backward of SiLU asks for its shape."""
+    zeros: Tensor = _aten.full(size, 0, dtype=options.get("dtype"))
+    return zeros
+
+
 _POOL_BACKWARD = _aten.max_pool2d_with_indices_backward.default
 BACKWARD: Table = {
     _aten.convolution_backward.default: convolution_backward,
+    _aten.empty_permuted.default: empty_permuted,  # neither ONNX nor ExecuTorch has it
     # By a scatter: ExecuTorch 1.5.1's own kernel gives wrong gradients, and ONNX has none.
     _POOL_BACKWARD: decomposition_table[_POOL_BACKWARD],
 }

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from edge_tcur_export.decompositions import convolution_backward, flat_convolution, flatten_volumes
 from edge_tcur_export.quiet import quiet_torch
+from edge_tcur_export.trace import trace_backward
 
 aten = torch.ops.aten
 
@@ -82,3 +83,18 @@ def test_a_program_over_volumes_is_flattened():
     with quiet_torch():
         flat = torch.export.export(torch.nn.Conv2d(1, 2, 3), (torch.randn(2, 1, 4, 4),))
     assert flatten_volumes(flat) is flat
+
+
+def test_the_backward_of_silu_asks_for_no_empty_tensor():
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return torch.nn.functional.silu(x @ self.weight).mean()
+
+    with quiet_torch():
+        traced = torch.export.export(Loss(), (torch.randn(3, 4),))
+    names = {str(node.target) for node in trace_backward(traced).graph.nodes}
+    assert not [name for name in names if "empty" in name]
