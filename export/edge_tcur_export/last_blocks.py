@@ -86,7 +86,7 @@ def what_learns(
             for place in range(len(learn))
             if any(learn[place // size * size : (place // size + 1) * size])
         )
-    loss, _ = model(*example.arguments())
+    loss = model(*example.arguments())[0]
     values = list(example.extras.values())
     gradients = torch.autograd.grad(loss, values, allow_unused=True) if values else ()
     extras = [name for name, value in zip(example.extras, gradients, strict=True) if value is not None]

@@ -7,8 +7,8 @@ computed; the run itself ends after that pass. Nothing here knows what is traine
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,10 +167,10 @@ class Keeper:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        receiver, sender = socket.socketpair()  # the kernel's, within this process: no network
-        sender.setblocking(False)
+        receiver, sender = os.pipe()
+        os.set_blocking(sender, False)
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # without a handler nothing is sent
-        old = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        old = signal.set_wakeup_fd(sender, warn_on_full_buffer=False)
         watcher = threading.Thread(target=self._watch, args=(receiver,), daemon=True)
         watcher.start()
         try:
@@ -178,12 +178,12 @@ class Keeper:
         finally:
             signal.set_wakeup_fd(old)
             signal.signal(signal.SIGTERM, before)
-            sender.close()
+            os.close(sender)
             watcher.join()
-            receiver.close()
+            os.close(receiver)
 
-    def _watch(self, receiver: socket.socket) -> None:
-        while numbers := receiver.recv(64):
+    def _watch(self, receiver: int) -> None:
+        while numbers := os.read(receiver, 64):
             if signal.SIGTERM in numbers:
                 self._reason = "SIGTERM"
                 try:

@@ -311,9 +311,9 @@ def test_a_graph_that_does_not_agree_with_torch(run_of, tmp_path, monkeypatch):
 
 
 def test_a_bundle_that_does_not_open(run_of, tmp_path, monkeypatch):
-    def damage(root, cases, manifest):
+    def damage(root, cases, manifest, **options):
         (root / "infer.onnx").write_bytes(b"no graph")
-        return verify_bundle(root, cases, manifest)
+        return verify_bundle(root, cases, manifest, **options)
 
     monkeypatch.setattr(verification, "verify_bundle", damage)
     error = refused(run_of("plain"), tmp_path / "bundle", ExportError, "does not run", targets=("onnx",))
