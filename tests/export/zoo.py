@@ -172,7 +172,6 @@ MODELS: dict[str, Model] = {
     ),
     "UNETR": Model(
         "segmentation of volumes, fused qkv", "image-segmentation", _function("unetr"), _volumes,
-        (*QUICK, "portable"),
     ),
 }  # fmt: skip
 
