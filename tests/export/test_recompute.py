@@ -3,6 +3,7 @@ that the numbers stay, and that peak memory falls."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -185,9 +186,11 @@ def test_peak_memory_falls(tmp_path):
 
     def growth(path):
         command = [sys.executable, "-c", PEAK, str(path)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        # glibc's own threshold moves while it runs, and freed values then stay in the heap, or do not
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         return int(done.stdout) / 2**20
 
     before = growth(plain)
     assert before > 12 * 3 * 4
-    assert growth(again) < 0.75 * before
+    assert growth(again) < 0.6 * before
