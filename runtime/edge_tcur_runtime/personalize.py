@@ -134,9 +134,7 @@ def personalize(
     task = find_device_task(bundle.manifest.task)
     name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
     graph = graph_to_try(name, bundle, settings)
-    coordinates = read_coordinates(bundle, start)
-    if graph == "step_last":
-        coordinates = replace(coordinates, still=still_parts(bundle.manifest))
+    coordinates = _coordinates(bundle, start, graph)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
@@ -157,14 +155,7 @@ def personalize(
     memory = budget.check("at the end")
     return PersonalizeResult(
         adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
-        better=outcome.better,
-        metric=task.metric.name,
-        score_before=outcome.before[0] if outcome.before else None,
-        score_after=outcome.after[0] if outcome.after else None,
-        loss_before=outcome.before[1] if outcome.before else None,
-        loss_after=outcome.after[1] if outcome.after else None,
-        losses=outcome.losses,
-        scores=outcome.scores,
+        **outcome.facts(),
         engine=name,
         engine_reason=reason,
         micro_batch=trainer.micro_batch,
@@ -180,6 +171,14 @@ def personalize(
         resumed_from=0 if progress is None else progress.steps,
         notes=keeper.notes,
     )
+
+
+def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
+    """Of the adapter to start from; what the graph gives no gradient stands still."""
+    coordinates = read_coordinates(bundle, start)
+    if graph != "step_last":
+        return coordinates
+    return replace(coordinates, still=still_parts(bundle.manifest))
 
 
 def _provenance(bundle: Bundle) -> dict[str, str]:

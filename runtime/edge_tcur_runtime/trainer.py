@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,22 @@ class Outcome:
         return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
             self.task, *self.before
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What a result tells of it: name of the metric, scores and losses."""
+        (score_before, loss_before), (score_after, loss_after) = (
+            pair or (None, None) for pair in (self.before, self.after)
+        )
+        return {
+            "better": self.better,
+            "metric": self.task.metric.name,
+            "score_before": score_before,
+            "score_after": score_after,
+            "loss_before": loss_before,
+            "loss_after": loss_after,
+            "losses": self.losses,
+            "scores": self.scores,
+        }
 
 
 class Trainer:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from edge_tcur.method.adapted import AdaptedLayer, inject
+from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.cost import Sizes, cheapest_form
 from edge_tcur.method.forms import possible_forms
+from edge_tcur.method.layer import AdaptedLayer
 
 
 @dataclass(frozen=True)

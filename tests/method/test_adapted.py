@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from edge_tcur.method.adapted import AdaptedLayer, inject
+from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import PRESETS, TCurConfig, preset
 from edge_tcur.method.forms import possible_forms
+from edge_tcur.method.layer import AdaptedLayer
 from edge_tcur.models import base_digest
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError
 from edge_tcur_runtime.formats.factors import Factors

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from edge_tcur.method.adapted import AdaptedLayer
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.cost import Sizes, cheapest_form, predict_seconds
 from edge_tcur.method.forms import FORMS, possible_forms
+from edge_tcur.method.layer import AdaptedLayer
 from edge_tcur.method.views import find_view
 
 ATTENTION = Sizes(tokens=512, n1=384, n2=384, inner=8, rank=8)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from edge_tcur.method.adapted import AdaptedLayer, inject
+from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.forms import possible_forms
+from edge_tcur.method.layer import AdaptedLayer
 from edge_tcur.method.quantized import Int8Linear, quantize_linears
 from edge_tcur.method.targets import find_targets
 from edge_tcur_runtime.errors import BadInputError, ConfigError
