@@ -60,7 +60,7 @@ def test_a_layer_asks_for_the_form_of_its_sizes(kit, monkeypatch):
         asked.append((forms, sizes))
         return "merged"
 
-    monkeypatch.setattr("edge_tcur.method.adapted.cheapest_form", choose)
+    monkeypatch.setattr("edge_tcur.method.layer.cheapest_form", choose)
     model(torch.randn(5, 7, 4))
     coupled = ("factored", "merged", "spectral", "materialised")
     assert asked[0] == (coupled, Sizes(tokens=35, n1=12, n2=6, inner=6, rank=2))
