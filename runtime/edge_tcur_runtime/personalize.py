@@ -35,7 +35,7 @@ from edge_tcur_runtime.tasks import ACCURACY, find_device_task
 from edge_tcur_runtime.trainer import Batch, Trainer, begin, train
 
 _PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
-_LIBRARIES_BYTES = 24 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
+_LIBRARIES_BYTES = 32 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 
 
 @dataclass(frozen=True)
