@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numpy start their threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -82,3 +83,20 @@ def texts_csv(tmp_path_factory):
         rows += [f"where is my {WORDS[8 + n % 9]},card", f"send the {WORDS[8 + n % 9]} again,money"]
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def make_variant():
+    """Makes the shipped adapter with a slightly other core (bytes): another file that works as well."""
+    from edge_tcur_runtime.formats.adapter import Adapter, parse_adapter, serialize_adapter
+
+    adapter = parse_adapter((Path(__file__).parent / "data" / "adapter-v1.safetensors").read_bytes())
+
+    def make(number: int) -> bytes:
+        factors = {
+            name: part.with_core((part.core * np.float32(1 + number / 1000)).astype(np.float32))
+            for name, part in adapter.factors.items()
+        }
+        return serialize_adapter(Adapter(adapter.header, factors, adapter.extras))
+
+    return make

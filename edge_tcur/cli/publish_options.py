@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 ENVIRONMENT = {"online": "EDGE_TCUR_PASSPHRASE", "root": "EDGE_TCUR_ROOT_PASSPHRASE"}
+PIN = "EDGE_TCUR_PIN"
 _MAX_PASSPHRASE = 4096
 
 
@@ -63,7 +64,7 @@ def open_repository(repo: Path, keys: dict[str, Any], *, new: bool = False) -> R
 
     folder = keys["keys_folder"] or default_keys(repo)
     _check_apart(repo, folder)
-    store = KeyStore(folder, _Passphrases(keys, new), keys["root_keys_at"])
+    store = KeyStore(folder, _Passphrases(keys, new), keys["root_keys_at"], _ask_secret)
     return Repository(repo, store)
 
 
@@ -84,6 +85,15 @@ def _check_apart(repo: Path, folder: Path) -> None:
     served, hidden = repo.resolve(), folder.resolve()
     if hidden == served or served in hidden.parents:
         raise UsageError("the keys would be served", where=str(folder), hint="keep them outside --repo")
+
+
+def _ask_secret(name: str) -> str:
+    """The PIN of a token: from the environment, or a prompt on a terminal."""
+    if PIN in os.environ:
+        return os.environ[PIN]
+    if not sys.stdin.isatty():
+        raise UsageError(f"the signer asks for its {name}", hint=f"give it with {PIN}")
+    return str(click.prompt(f"The signer's {name}", hide_input=True, err=True))
 
 
 class _Passphrases:

@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
     load_pem_public_key,
 )
-from securesystemslib.signer import CryptoSigner, Key, Signer, SSlibKey
+from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signer, SSlibKey
 
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
-from edge_tcur_runtime.errors import BadInputError, IntegrityError, UsageError
+from edge_tcur_runtime.errors import BadInputError, EdgeError, IntegrityError, UsageError
 from edge_tcur_runtime.formats.adapter import check_version, read_bounded
 from edge_tcur_runtime.formats.schema import Fields, parse_document
 
@@ -37,8 +37,10 @@ KEYRING = "keyring.json"
 ROLES = ("root", "targets", "snapshot", "timestamp")
 DAYS = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 14}  # until a signature expires
 _MAX_BYTES = 2**20
+_PROBE = b"edge-tcur: is this the key?"
 _ENCRYPTED = "encrypted:"
 
+Secret = Callable[[str], str]  # a PIN, say, by the name that the signer gives it
 Passphrase = Callable[[str], bytes]  # of the role "root", or of "online" for the other three
 
 
@@ -66,10 +68,17 @@ class KeyStore:
         folder: the directory; made by `create`.
         passphrase: asked when a file is opened, once for the root's keys and once for the others.
         offline: a second place to look for key files, e.g. a mounted stick with the root's keys.
+        secret: asked for what a signer of securesystemslib needs, e.g. the PIN of a token.
     """
 
-    def __init__(self, folder: Path, passphrase: Passphrase, offline: Path | None = None) -> None:
-        self.folder, self._passphrase, self._offline = folder, passphrase, offline
+    def __init__(
+        self,
+        folder: Path,
+        passphrase: Passphrase,
+        offline: Path | None = None,
+        secret: Secret | None = None,
+    ) -> None:
+        self.folder, self._passphrase, self._offline, self._secret = folder, passphrase, offline, secret
 
     def create(self, days: dict[str, int]) -> Keyring:
         """Makes the directory (0700) with an empty keyring.
@@ -146,11 +155,15 @@ class KeyStore:
         """
         try:
             public = SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES)))
-            signer = Signer.from_priv_key_uri(uri, public)
+            signer = Signer.from_priv_key_uri(uri, public, self._secret)
+            public.verify_signature(signer.sign(_PROBE), _PROBE)
         except BadInputError:
             raise
         except Exception as error:
-            raise BadInputError(f"cannot sign with {uri}: {error}", where=str(public_pem)) from error
+            hint = f"schemes: {', '.join(sorted(SIGNER_FOR_URI_SCHEME))}; --public-key must be its public key"
+            raise BadInputError(
+                f"cannot sign with {uri}: {error}", where=str(public_pem), hint=hint
+            ) from error
         entry = KeyEntry(_free_name(role, ring.keys), uri, public.to_dict())
         ring = replace(ring, keys={**ring.keys, public.keyid: entry})
         self.write(ring)
@@ -184,7 +197,9 @@ class KeyStore:
         public = Key.from_dict(keyid, dict(entry.public))
         if not entry.uri.startswith(_ENCRYPTED):
             try:
-                return Signer.from_priv_key_uri(entry.uri, public)
+                return Signer.from_priv_key_uri(entry.uri, public, self._secret)
+            except EdgeError:
+                raise
             except Exception as error:
                 raise BadInputError(f"cannot sign with {entry.name}: {error}", where=entry.uri) from error
         name = entry.uri.removeprefix(_ENCRYPTED)

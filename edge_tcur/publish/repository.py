@@ -7,26 +7,32 @@
 A change writes the files first and ``timestamp.json`` last, each old-or-new, so that a device that reads at
 the same time sees the old state or the new one; an interrupted change is simply not there. What was
 read is verified against the root before anything is signed on top of it.
+
+Keys are rotated without a moment at which the directory cannot be verified: the lists are signed with the
+old keys and the new, and the root that drops the old ones is written after them. Where an old key is lost a
+root with both comes first.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, cast
 
+from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from edge_tcur.publish.keys import DAYS, ROLES, Keyring, KeyStore
 from edge_tcur_runtime.atomic import disk_error, write_atomic
-from edge_tcur_runtime.errors import BadInputError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.errors import BadInputError, EdgeError, OutputExistsError, TrustError, UsageError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
 
@@ -38,13 +44,14 @@ _VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json")
 
 @dataclass
 class Change:
-    """A repository while it is being changed: the metadata, and the keyring."""
+    """A repository while it is being changed: the metadata, the keyring, and signers that sign once more."""
 
     root: Metadata[Root]
     targets: Metadata[Targets]
     snapshot: Metadata[Snapshot]
     timestamp: Metadata[Timestamp]
     ring: Keyring
+    leaving: dict[str, list[Signer]] = field(default_factory=dict)
 
     @property
     def catalogue(self) -> Catalogue:
@@ -72,7 +79,8 @@ class Repository:
                 "there is something already", where=str(self.folder), hint="choose another directory"
             )
         ring = self.keys.create(DAYS | (days or {}))
-        root = Root(consistent_snapshot=True)
+        extra = {EXTRA: {"repository": secrets.token_hex(8)}}  # devices count anew for another one
+        root = Root(consistent_snapshot=True, unrecognized_fields=extra)
         for role in ROLES:
             ring, signers = self.keys.generate(ring, role, root_keys if role == "root" else 1)
             for signer in signers:
@@ -147,7 +155,7 @@ class Repository:
         """Signs the next version of one role with its keys and writes it."""
         entry = change.root.signed.roles[role]
         signers = self.keys.signers(change.ring, role, list(entry.keyids), entry.threshold)
-        _sign(metadata, signers, change.ring.days[role])
+        _sign(metadata, [*signers, *change.leaving.get(role, [])], change.ring.days[role])
         name = f"{role}.json" if role == "timestamp" else f"{metadata.signed.version}.{role}.json"
         self._write(METADATA, name, metadata.to_bytes())
 
@@ -162,15 +170,36 @@ class Repository:
         old = self.keys.signers(
             change.ring, "root", list(root.roles["root"].keyids), root.roles["root"].threshold
         )
+        lists = [role for role in replaced if role != "root"]
+        change.leaving = {role: found for role in lists if (found := self._at_hand(change, role))}
+        lost = len(change.leaving) < len(lists)
+        if lost:
+            for role in lists:  # the new keys first: they are the ones that can sign
+                before, root.roles[role].keyids = root.roles[role].keyids, []
+                for signer in replaced[role]:
+                    root.add_key(signer.public_key, role)
+                root.roles[role].keyids += before
+            self._sign_root(change, None)
+            self.publish(change)
         for role, signers in replaced.items():
-            for keyid in list(root.roles[role].keyids):
+            new = [signer.public_key.keyid for signer in signers]
+            for keyid in [keyid for keyid in root.roles[role].keyids if keyid not in new]:
                 root.revoke_key(keyid, role)
             for signer in signers:
                 root.add_key(signer.public_key, role)
         if threshold is not None:
             root.roles["root"].threshold = threshold
+        if lists and not lost:
+            self.publish(change)
         self._sign_root(change, old)
-        self.publish(change)
+
+    def _at_hand(self, change: Change, role: str) -> list[Signer]:
+        """Signers of a role's present keys; none where they are lost."""
+        entry = change.root.signed.roles[role]
+        try:
+            return self.keys.signers(change.ring, role, list(entry.keyids), entry.threshold)
+        except EdgeError:
+            return []
 
     def renew_root(self, change: Change) -> None:
         """A new version of the root with the same keys, for its expiry."""
@@ -281,4 +310,13 @@ def _sign(metadata: Metadata[Any], signers: list[Signer], days: int) -> None:
     signed.expires = datetime.now(timezone.utc).replace(microsecond=0) + timedelta(days=days)
     metadata.signatures.clear()
     for signer in {signer.public_key.keyid: signer for signer in signers}.values():
-        metadata.sign(signer, append=True)
+        name = signer.public_key.keyid[:12]
+        try:
+            signature = metadata.sign(signer, append=True)
+            signer.public_key.verify_signature(signature, metadata.signed_bytes)
+        except (RepositoryError, VerificationError) as error:
+            reason = error.__cause__ or error
+            raise BadInputError(
+                f"the key {name} cannot sign the {signed.type} metadata: {reason}",
+                hint="is its token or service reachable? Nothing was published; run it again",
+            ) from error

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from edge_tcur_runtime.errors import DiskError
+from edge_tcur_runtime.errors import BadInputError, DiskError
 
+_LOCK_PAUSE = 0.02  # seconds between two tries
 _DISK_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
 
 
@@ -34,6 +38,39 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive_lock(path: Path, busy: str, *, seconds: float = 0.0) -> Iterator[None]:
+    """Holds the lock file at `path`, made where it is missing; the kernel lets go of it when a process ends.
+
+    Args:
+        path: the lock file; it is never removed.
+        busy: what to say where another process holds it.
+        seconds: how long to wait for that process.
+
+    Raises:
+        BadInputError: still held by another one.
+        DiskError: it cannot be made, or this file system has no locks.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    with os.fdopen(descriptor) as file:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    hint = "wait until it has finished"
+                    raise BadInputError(busy, where=str(path.parent), hint=hint) from error
+                time.sleep(_LOCK_PAUSE)
+            except OSError as error:
+                raise disk_error(error, path) from error
+        yield
 
 
 def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:

@@ -19,15 +19,13 @@ from __future__ import annotations
 import builtins
 import contextlib
 import errno
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import (
     BadInputError,
     BaseMismatchError,
@@ -52,6 +50,7 @@ STATE_FILES = ("state-0.json", "state-1.json")
 ADAPTERS = "adapters"
 MAX_STATE_BYTES = 2**20
 MAX_NAMES = 1024  # of 64 characters: a full table of names stays far below MAX_STATE_BYTES
+WAIT_SECONDS = 5.0  # for another process that changes the store: each change is short
 RESERVED = ("base", "active", "previous", "pending")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -264,11 +263,17 @@ class Store:
         return self.install(raw, name=name, expected_base=expected_base, where=str(path))
 
     def activate(
-        self, ref: str | None, *, pending: bool = False, expected_base: str | None = None
+        self,
+        ref: str | None,
+        *,
+        pending: bool = False,
+        expected_base: str | None = None,
+        name: str | None = None,
     ) -> str | None:
         """Verifies an installed adapter, puts it in use (on trial where `pending`), returns its digest.
 
         `ref`: digest, prefix of at least 6 hex digits, name, ``"previous"``; ``"base"`` or None.
+        `name` is given to it in the same write.
 
         Raises:
             UsageError: no such adapter, or the prefix is ambiguous.
@@ -279,7 +284,8 @@ class Store:
             digest = self._resolve("base" if ref is None else ref, current.state)
             if digest is not None:
                 _check_base(self._load(digest), expected_base, digest)
-            self._write(current, current.state.activate(digest, pending=pending))
+            state = current.state if digest is None else current.state.install(digest, name)
+            self._write(current, state.activate(digest, pending=pending))
         return digest
 
     def confirm(self) -> None:
@@ -424,16 +430,9 @@ class Store:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[_Current]:
         """The state, while no other process (or thread) may change the store."""
-        path = self.root / "lock"
-        try:
-            with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)) as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield self._read(changing=True)
-        except BlockingIOError as error:
-            message, hint = "another process is changing this store", "wait until it has finished"
-            raise BadInputError(message, where=str(self.root), hint=hint) from error
-        except OSError as error:
-            raise disk_error(error, path) from error
+        busy = "another process is changing this store"
+        with exclusive_lock(self.root / "lock", busy, seconds=WAIT_SECONDS):
+            yield self._read(changing=True)
 
 
 def _check_base(adapter: Adapter, expected: str | None, where: str) -> None:

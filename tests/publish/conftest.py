@@ -9,27 +9,15 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edge_tcur.cli import edge_tcur
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
-from edge_tcur_runtime.formats.adapter import Adapter, parse_adapter, serialize_adapter
 
 collect_ignore_glob = ["test_*.py"] if None in (find_spec("tuf"), find_spec("cryptography")) else []
 DATA = Path(__file__).parents[1] / "data"
 PASSPHRASE = "correct horse battery"
-
-
-def variant(number: int) -> bytes:
-    """The shipped adapter with a slightly other core: another file that works as well."""
-    adapter = parse_adapter((DATA / "adapter-v1.safetensors").read_bytes())
-    factors = {
-        name: part.with_core((part.core * np.float32(1 + number / 1000)).astype(np.float32))
-        for name, part in adapter.factors.items()
-    }
-    return serialize_adapter(Adapter(adapter.header, factors, adapter.extras))
 
 
 class Server:
@@ -144,18 +132,13 @@ def bundle(tmp_path, repo, ok):
 
 
 @pytest.fixture
-def adapters(tmp_path):
+def adapters(tmp_path, make_variant):
     """Files of five adapters of the shipped bundle."""
     paths = []
     for number in range(5):
         paths.append(tmp_path / f"adapter-{number}.safetensors")
-        paths[-1].write_bytes(variant(number))
+        paths[-1].write_bytes(make_variant(number))
     return paths
-
-
-@pytest.fixture
-def make_variant():
-    return variant
 
 
 @pytest.fixture

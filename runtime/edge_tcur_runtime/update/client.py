@@ -91,6 +91,21 @@ def refresh(transport: Transport, root: bytes, metadata: Path, limits: Limits) -
     return read_verified(metadata, limits)
 
 
+def repository_id(root: bytes) -> str:
+    """The id that the publisher's trusted root gives its repository; "" where it gives none.
+
+    Raises:
+        TrustError: not root metadata.
+    """
+    try:
+        signed = Metadata[Root].from_bytes(root).signed
+    except RepositoryError as error:
+        raise _user_error(error) from error
+    extra = signed.unrecognized_fields.get(EXTRA)
+    found = extra.get("repository") if isinstance(extra, dict) else None
+    return found if isinstance(found, str) else ""
+
+
 def read_verified(metadata: Path, limits: Limits) -> Verified:
     """What a cache says that `refresh` has just verified; the caller holds the update lock."""
     loaded = {role: _load(metadata, role, limits) for role in _SIGNED}

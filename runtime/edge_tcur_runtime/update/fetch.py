@@ -11,6 +11,7 @@ the environment are not used.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.client
 import io
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from tuf.api.exceptions import DownloadHTTPError
+from tuf.api.exceptions import DownloadHTTPError, DownloadLengthMismatchError
 from tuf.ngclient import FetcherInterface
 
 from edge_tcur_runtime import __version__
@@ -36,6 +37,7 @@ from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES
 _CHUNK = 1 << 16  # bytes read at a time
 _PARTIAL = 206
 _RANGE_REFUSED = 416
+_SMALL_BODY = 1 << 14  # of an error page: read, so that the connection can serve the next file
 _AGAIN = "run it again later; nothing was changed, and what arrived is kept"
 Progress = Callable[[int, int], None]  # bytes so far, bytes in all
 
@@ -145,12 +147,16 @@ class HttpTransport:
         url = f"{self._parts.scheme}://{self._parts.netloc}{self._parts.path}{path}"
         try:
             with contextlib.closing(self._request(path, start)) as response:
+                if response.status >= 400:
+                    self._drain(response)
                 _check_status(response, url, start)
                 yield from self._body(response, url, start)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             self._deadline.remaining()
             raise _network_error(error, url) from error
+        except DownloadHTTPError:
+            raise  # drained, or closed
         except BaseException:
             self.close()  # the rest of an unread answer is on the line
             raise
@@ -201,10 +207,37 @@ class HttpTransport:
                 self.fp = io.BufferedReader(_DeadlineIO(sock, deadline, silence))
 
         connection.response_class = Response
+        # http.client gives every address of a name the whole timeout; there is no public way to say otherwise
+        connection._create_connection = self._dial  # type: ignore[attr-defined]
         return connection
 
     def _wait(self) -> float:
         return min(self._deadline.remaining(), self._limits.silence_seconds)
+
+    def _drain(self, response: http.client.HTTPResponse) -> None:
+        """Reads a short error page; a longer one ends the connection."""
+        if response.length is None or response.length > _SMALL_BODY:
+            self.close()
+            return
+        while chunk := response.read1(_CHUNK):
+            self.counters.received += len(chunk)
+
+    def _dial(self, address: tuple[str, int], *_ignored: object) -> socket.socket:
+        """A connection to the first address that answers; all of them together end with the deadline."""
+        failed: OSError = OSError(errno.EHOSTUNREACH, "the name has no address")
+        for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
+            found = socket.socket(family, kind, protocol)
+            try:
+                found.settimeout(self._wait())
+                found.connect(place)
+            except BaseException as error:
+                found.close()
+                if not isinstance(error, OSError):
+                    raise
+                failed = error
+            else:
+                return found
+        raise failed
 
     def _body(self, response: http.client.HTTPResponse, url: str, start: int) -> Iterator[bytes]:
         if response.getheader("Content-Encoding", "identity") != "identity":
@@ -246,9 +279,10 @@ class FileTransport:
     def _read(self, place: Path, start: int) -> Iterator[bytes]:
         try:
             descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise BadInputError("not a regular file", where=str(place))
             with os.fdopen(descriptor, "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise BadInputError("not a regular file", where=str(place))
                 file.seek(start)
                 while chunk := file.read(_CHUNK):
                     self._deadline.remaining()
@@ -257,7 +291,8 @@ class FileTransport:
         except FileNotFoundError as error:
             raise DownloadHTTPError(f"no such file: {place}", 404) from error
         except OSError as error:
-            raise BadInputError(f"cannot read: {error.strerror}", where=str(place)) from error
+            hint = "is the mirror still mounted? What arrived is kept"
+            raise NetworkError(f"cannot read: {error.strerror}", where=str(place), hint=hint) from error
 
 
 class CacheTransport(FileTransport):
@@ -287,6 +322,15 @@ class TufFetcher(FetcherInterface):  # type: ignore[misc]
 
     def _fetch(self, url: str) -> Iterator[bytes]:
         return self._transport.read(url.removeprefix("repository:/"))
+
+    def download_bytes(self, url: str, max_length: int) -> bytes:
+        """The bytes of a metadata file; python-tuf's own way needs a place for temporary files."""
+        content = bytearray()
+        for chunk in self.fetch(url):
+            content += chunk
+            if len(content) > max_length:
+                raise DownloadLengthMismatchError(f"{url}: more than the {max_length} bytes that are allowed")
+        return bytes(content)
 
 
 def open_transport(url: str, deadline: Deadline, limits: Limits) -> HttpTransport | FileTransport:

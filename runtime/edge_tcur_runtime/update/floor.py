@@ -16,15 +16,13 @@ falls.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError, TrustError
 from edge_tcur_runtime.formats.adapter import check_version, read_bounded
 from edge_tcur_runtime.formats.digest import digest_bytes
@@ -64,7 +62,9 @@ class UpdateState:
         rejected: digest -> why it is not tried again.
         trying: what is being installed now, left over where a process was killed.
         trying_as: digest that will be in use then; another one where it is combined with a personal adapter.
-        attempts: how often `trying` was begun.
+        attempts: how often `trying` was begun and did not come to an end.
+        combined: digests of combinations with a personal adapter that updates made.
+        repository: the id that the trusted root gives its repository; "" where it gives none.
     """
 
     device_id: str
@@ -76,6 +76,8 @@ class UpdateState:
     trying: Committed | None = None
     trying_as: str | None = None
     attempts: int = 0
+    combined: tuple[str, ...] = ()
+    repository: str = ""
 
     def begin(self, offer: Committed, in_use: str) -> UpdateState:
         """Notes what is about to be tried, and the digest that will be in use then."""
@@ -100,17 +102,32 @@ class UpdateState:
         kept = dict(list(rejected.items())[-MAX_REMEMBERED:])
         return replace(self, rejected=kept, trying=None, trying_as=None, attempts=0)
 
-    def recover(self, active: str | None) -> UpdateState:
+    def abandon(self) -> UpdateState:
+        """What was tried could not be, for a reason that is not its own (a full disk, a missing engine)."""
+        return replace(self, trying=None, trying_as=None, attempts=0)
+
+    def recover(self, active: str | None, previous: str | None = None) -> UpdateState:
         """The state after a process was killed: a finished update is committed, one that was begun too
         often is rejected, any other is begun again by the next decision.
+
+        Args:
+            active: digest in use.
+            previous: digest that was in use before; what was tried is found here where the user went
+                back from it before it was noted.
         """
         if self.trying is None:
             return self
-        if self.trying_as == active:
+        if self.trying_as in (active, previous):
             return self.commit()
         if self.attempts >= MAX_ATTEMPTS:
             return self.reject(f"its health check did not come to an end {self.attempts} times")
         return self
+
+    def of_repository(self, repository: str) -> UpdateState:
+        """The state with the floor of this repository: another one counts its versions from 1."""
+        return (
+            self if repository == self.repository else replace(self, repository=repository, floor=Versions())
+        )
 
     def raised(self, versions: Versions, now: int) -> UpdateState:
         """The state after an update that ended well.
@@ -205,6 +222,8 @@ def parse_update_state(raw: bytes, where: str) -> UpdateState:
         _parse_committed(fields, "trying"),
         fields.optional_text("trying_as"),
         fields.integer("attempts"),
+        () if fields.is_null("combined") else fields.texts("combined"),
+        "" if fields.is_null("repository") else fields.text("repository"),
     )
 
 
@@ -250,15 +269,9 @@ class StateFile:
             if not self.folder.is_dir():
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
                 fsync_directory(self.folder.parent)
-            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise disk_error(error, self.folder) from error
-        with os.fdopen(descriptor) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                message, hint = "another update of this store is running", "wait until it has finished"
-                raise BadInputError(message, where=str(self.folder), hint=hint) from error
+        with exclusive_lock(self.folder / "lock", "another update of this store is running"):
             yield
 
 

@@ -15,7 +15,7 @@ from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.chunks import BundleIndex, ChunkedFile, chunk_path, parse_index
 from edge_tcur_runtime.formats.offer import BundleOffer
-from edge_tcur_runtime.update.client import refresh
+from edge_tcur_runtime.update.client import refresh, repository_id
 from edge_tcur_runtime.update.fetch import Download, FileTransport, HttpTransport, Limits, Progress, fetch
 from edge_tcur_runtime.update.floor import StateFile, check_floor, check_time
 
@@ -61,10 +61,10 @@ def install_bundle(
         TrustError, NetworkError, DiskError: see `edge_tcur_runtime.update.run`.
     """
     if target.exists():
-        hint = "a bundle is installed once; updates bring adapters only"
+        hint = "it is installed once: leave out --install to update its adapter"
         raise OutputExistsError("the bundle is already there", where=str(target), hint=hint)
     with states.locked():
-        state = states.read()
+        state = states.read().of_repository(repository_id(trusted))
         verified = refresh(place, trusted, states.folder / "metadata", limits)
         check_floor(verified.versions, state.floor)
         check_time(now, max(state.known_good, verified.issued), verified.expires)

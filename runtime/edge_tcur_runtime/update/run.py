@@ -9,6 +9,7 @@ the last one came. The floor rises only when an update ended well.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
     ConfigError,
+    EdgeError,
     HealthCheckError,
     IncompatibleError,
     IntegrityError,
@@ -36,7 +38,7 @@ from edge_tcur_runtime.formats.adapter import (
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
-from edge_tcur_runtime.update.client import Verified, refresh
+from edge_tcur_runtime.update.client import Verified, refresh, repository_id
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
     Counters,
@@ -65,6 +67,7 @@ from edge_tcur_runtime.update.policy import (
 FOLDER = "update"  # in the store
 ROOT_FILE = "trusted-root.json"  # in a bundle
 MAX_ROOT_BYTES = 64 * 2**10
+_COMBINED = "personal-combined"
 TOKENIZER = "tokenizer.json"
 
 HealthCheck = Callable[[Bundle, Adapter, Offer], str]
@@ -217,11 +220,15 @@ class _Update:
     def run(self, trusted: bytes) -> UpdateResult:
         """See `run_update`."""
         before = self.states.read()
-        self.state = before.recover(self.store.active_digest())
+        repository = repository_id(trusted)
+        self.state = before.of_repository(repository)
+        if self.state.floor != before.floor:  # of another repository: its roots would not follow ours
+            _remove_tree(self.states.folder / "metadata")
+        self.state = self.state.recover(self.store.state.in_use, self.store.state.previous)
         if self.settings.retry:
             committed = None if self._was_taken_out() else self.state.committed
             self.state = replace(self.state, rejected={}, attempts=0, committed=committed)
-        if self.state != before or not self.states.path.exists():
+        if not self.states.path.exists() or (self.state != before and not self.settings.check_only):
             self.states.write(self.state)
         verified = refresh(self.place, trusted, self.states.folder / "metadata", self.settings.limits)
         check_floor(verified.versions, self.state.floor)
@@ -294,9 +301,16 @@ class _Update:
         if decision.action is Action.COMBINE:
             replacing = self._combine(digest)
         self._save(self.state.begin(Committed(digest, offer.facts.name, offer.facts.version), replacing))
-        adapter = self.store.load(replacing)  # read back: what was verified is what lies on the disk
-        seen = self._examine(adapter, offer, decision.action)
-        self.store.activate(replacing, expected_base=self.bundle.manifest.base_digest)
+        try:
+            adapter = self.store.load(replacing)  # read back: what was verified is what lies on the disk
+            seen = self._examine(adapter, offer, decision.action)
+            name = _COMBINED if decision.action is Action.COMBINE else self._free_name(offer)
+            base = self.bundle.manifest.base_digest
+            self.store.activate(replacing, expected_base=base, name=name)
+        except EdgeError:
+            with contextlib.suppress(EdgeError):  # the first error is the one to tell
+                self._save(self.state.abandon())
+            raise
         self._save(self.state.commit())
         return seen
 
@@ -306,7 +320,7 @@ class _Update:
         known = {line.digest for line in self.store.list() if line.problem is None}
         if offer.digest not in known:
             raw = self._fetch(offer)
-            self.store.install(raw, name=self._free_name(offer), expected_base=base, where=offer.entry.path)
+            self.store.install(raw, expected_base=base, where=offer.entry.path)
         discard(self._downloads / offer.entry.sha256)
         return offer.digest
 
@@ -368,7 +382,9 @@ class _Update:
             "method": "published and personal, combined",
         }
         mixed = replace(mixed, header=replace(new.header, provenance=provenance))
-        return self.store.install(serialize_adapter(mixed), name="personal-combined")
+        found = self.store.install(serialize_adapter(mixed))
+        self._save(replace(self.state, combined=(*self.state.combined, found)))
+        return found
 
     def _examine(self, adapter: Adapter, offer: Offer, action: Action) -> str:
         """Runs the health check; an adapter that fails is remembered and not tried again."""
@@ -388,7 +404,11 @@ class _Update:
     def _end(self, verified: Verified, now: int) -> None:
         """Raises the floor, and removes published adapters that are no longer needed or were withdrawn."""
         kept = self._drop_old(frozenset(offer.digest for offer in verified.catalogue.adapters))
-        self._save(replace(self.state, published=kept).raised(verified.versions, now))
+        combined = self._drop_combined()
+        for part in self._downloads.glob("*"):  # of a broken download that nobody wants any more
+            discard(part)
+        state = replace(self.state, published=kept, combined=combined)
+        self._save(state.raised(verified.versions, now))
 
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
         """Digests that came by update and are kept: in use, or referred to and still listed.
@@ -408,10 +428,29 @@ class _Update:
                 self.store.remove(digest)
         return tuple(kept)
 
+    def _drop_combined(self) -> tuple[str, ...]:
+        """Removes combinations that nothing refers to; returns the others."""
+        referenced, held = self.store.state.referenced, {line.digest for line in self.store.list()}
+        kept = []
+        for digest in dict.fromkeys(self.state.combined):
+            if digest in referenced:
+                kept.append(digest)
+            elif digest in held:
+                self.store.remove(digest)
+        return tuple(kept)
+
     def _save(self, state: UpdateState) -> None:
         if state != self.state:
             self.states.write(state)
             self.state = state
+
+
+def _remove_tree(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def _check(bundle: Bundle, adapter: Adapter, offer: Offer) -> str:

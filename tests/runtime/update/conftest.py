@@ -10,11 +10,10 @@ from datetime import datetime, timedelta, timezone
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from edge_tcur_runtime.feeds import facts_of_adapter, fit_digest
-from edge_tcur_runtime.formats.adapter import Adapter, parse_adapter, serialize_adapter
+from edge_tcur_runtime.formats.adapter import parse_adapter
 from edge_tcur_runtime.formats.bundle import FileEntry, open_bundle, serialize_manifest
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.offer import (
@@ -45,25 +44,15 @@ DATA = Path(__file__).parents[2] / "data"
 ROLES = ("root", "targets", "snapshot", "timestamp")
 
 
-def variant(number: int) -> bytes:
-    """The shipped adapter with a slightly other core: another file that works as well."""
-    adapter = parse_adapter((DATA / "adapter-v1.safetensors").read_bytes())
-    factors = {
-        name: part.with_core((part.core * np.float32(1 + number / 1000)).astype(np.float32))
-        for name, part in adapter.factors.items()
-    }
-    return serialize_adapter(Adapter(adapter.header, factors, adapter.extras))
-
-
 class Simulator:
     """A repository in memory: honest until a test makes it lie. `files` is what a server would send."""
 
-    def __init__(self, *, root_keys: int = 2, threshold: int = 2) -> None:
+    def __init__(self, *, root_keys: int = 2, threshold: int = 2, repository: str = "first") -> None:
         self.signers = {
             role: [CryptoSigner.generate_ed25519() for _ in range(root_keys if role == "root" else 1)]
             for role in ROLES
         }
-        root = Root(consistent_snapshot=True)
+        root = Root(consistent_snapshot=True, unrecognized_fields={EXTRA: {"repository": repository}})
         for role, signers in self.signers.items():
             for signer in signers:
                 root.add_key(signer.public_key, role)
@@ -225,9 +214,9 @@ def no_fsync(request, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def adapters():
+def adapters(make_variant):
     """Bytes of five adapters of the shipped bundle."""
-    return [variant(number) for number in range(5)]
+    return [make_variant(number) for number in range(5)]
 
 
 @pytest.fixture
