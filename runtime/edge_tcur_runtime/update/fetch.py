@@ -226,18 +226,23 @@ class HttpTransport:
         """A connection to the first address that answers; all of them together end with the deadline."""
         failed: OSError = OSError(errno.EHOSTUNREACH, "the name has no address")
         for family, kind, protocol, _, place in socket.getaddrinfo(*address, type=socket.SOCK_STREAM):
-            found = socket.socket(family, kind, protocol)
             try:
-                found.settimeout(self._wait())
-                found.connect(place)
-            except BaseException as error:
-                found.close()
-                if not isinstance(error, OSError):
-                    raise
+                found = self._reach(socket.socket(family, kind, protocol), place)
+                break
+            except OSError as error:
                 failed = error
-            else:
-                return found
-        raise failed
+        else:
+            raise failed
+        return found
+
+    def _reach(self, found: socket.socket, place: Any) -> socket.socket:
+        try:
+            found.settimeout(self._wait())
+            found.connect(place)
+        except BaseException:
+            found.close()
+            raise
+        return found
 
     def _body(self, response: http.client.HTTPResponse, url: str, start: int) -> Iterator[bytes]:
         if response.getheader("Content-Encoding", "identity") != "identity":

@@ -208,6 +208,29 @@ def test_many_addresses_that_do_not_answer_end_with_the_deadline(monkeypatch):
         thing.close()
 
 
+def test_an_address_of_a_family_that_this_device_lacks_is_passed_over(monkeypatch):
+    """A name with an IPv6 address first, on a kernel without IPv6."""
+    real, make = socket.getaddrinfo, socket.socket
+    server = socket.create_server(("127.0.0.1", 0))
+    port = server.getsockname()[1]
+
+    def both(*_, **options):
+        sixth = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [sixth, *real("127.0.0.1", port, **options)]
+
+    def lacking(family, *arguments):
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        return make(family, *arguments)
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    monkeypatch.setattr(socket, "socket", lacking)
+    transport = HttpTransport("http://two.test/", Deadline(10), Limits())
+    with transport._dial(("two.test", port)) as found:
+        assert found.getpeername() == ("127.0.0.1", port)
+    server.close()
+
+
 def test_a_stick_that_is_pulled_is_a_failed_transport(tmp_path, monkeypatch):
     """The mirror gives an input/output error in the middle: 8, what arrived is kept, and a hint."""
     (tmp_path / "file").write_bytes(bytes(200_000))
