@@ -3,8 +3,10 @@ runtime's tests run where neither is installed."""
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import threading
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numpy start their threads
@@ -100,3 +102,82 @@ def make_variant():
         return serialize_adapter(Adapter(adapter.header, factors, adapter.extras))
 
     return make
+
+
+class Server:
+    """Serves a directory on loopback as any static server does, and counts."""
+
+    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
+        outer = self
+        self.requests: list[str] = []
+        self.headers: list[dict[str, str]] = []
+        self.sent = 0
+        self.fault = lambda handler, content: content
+        self.ranges = ranges
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                outer.requests.append(self.path)
+                outer.headers.append(dict(self.headers))
+                path = folder / self.path.lstrip("/")
+                if not path.is_file():
+                    self.send_response(404)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                content, start = path.read_bytes(), 0
+                asked = self.headers.get("Range")
+                if asked and outer.ranges:
+                    start = int(asked.removeprefix("bytes=").rstrip("-"))
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(content) - start))
+                self.end_headers()
+                body = outer.fault(self, content[start:])
+                if body is None:
+                    self.close_connection = True
+                    return
+                self.wfile.write(body)
+                outer.sent += len(body)
+                if len(body) < len(content) - start:
+                    self.close_connection = True
+
+            def log_message(self, *_):
+                pass
+
+        class Quiet(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, *_):
+                pass
+
+        self._server = Quiet(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def reset(self) -> None:
+        self.requests.clear()
+        self.sent = 0
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def make_server():
+    """Serves a directory until the test ends."""
+    made = []
+
+    def make(folder, **options):
+        made.append(Server(folder, **options))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()

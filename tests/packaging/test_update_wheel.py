@@ -4,13 +4,10 @@ No torch, no cryptography; ONNX Runtime is there for the health check. The publi
 this environment. Installing needs the package index; nothing else here does.
 """
 
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,22 +56,9 @@ def publish(tmp_path, monkeypatch):
     return go
 
 
-@pytest.fixture
-def url(tmp_path):
-    class Silent(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = partial(Silent, directory=str(tmp_path / "repo"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/"
-    server.shutdown()
-    server.server_close()
-
-
-def test_the_wheel_alone_installs_updates_and_goes_back(device, publish, url, tmp_path, make_variant):
+def test_the_wheel_alone_installs_updates_and_goes_back(device, publish, make_server, tmp_path, make_variant):
     repo = tmp_path / "repo"
+    url = make_server(repo).url
     shutil.copytree(DATA / "bundle-v1", tmp_path / "bundle")
     publish("init", repo)
     publish("trust", tmp_path / "bundle", "--repo", repo)

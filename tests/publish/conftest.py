@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import shutil
-import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,71 +16,6 @@ from edge_tcur_runtime.cli.framework import run
 collect_ignore_glob = ["test_*.py"] if None in (find_spec("tuf"), find_spec("cryptography")) else []
 DATA = Path(__file__).parents[1] / "data"
 PASSPHRASE = "correct horse battery"
-
-
-class Server:
-    """Serves a directory on loopback as any static server does, and counts."""
-
-    def __init__(self, folder: Path, *, ranges: bool = True) -> None:
-        outer = self
-        self.requests: list[str] = []
-        self.headers: list[dict[str, str]] = []
-        self.sent = 0
-        self.fault = lambda handler, content: content
-        self.ranges = ranges
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):
-                outer.requests.append(self.path)
-                outer.headers.append(dict(self.headers))
-                path = folder / self.path.lstrip("/")
-                if not path.is_file():
-                    self.send_response(404)
-                    self.send_header("Content-Length", "0")
-                    self.end_headers()
-                    return
-                content, start = path.read_bytes(), 0
-                asked = self.headers.get("Range")
-                if asked and outer.ranges:
-                    start = int(asked.removeprefix("bytes=").rstrip("-"))
-                    self.send_response(206)
-                    self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-                else:
-                    self.send_response(200)
-                self.send_header("Content-Length", str(len(content) - start))
-                self.end_headers()
-                body = outer.fault(self, content[start:])
-                if body is None:
-                    self.close_connection = True
-                    return
-                self.wfile.write(body)
-                outer.sent += len(body)
-                if len(body) < len(content) - start:
-                    self.close_connection = True
-
-            def log_message(self, *_):
-                pass
-
-        class Quiet(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, *_):
-                pass
-
-        self._server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def reset(self) -> None:
-        self.requests.clear()
-        self.sent = 0
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
@@ -142,20 +75,23 @@ def adapters(tmp_path, make_variant):
 
 
 @pytest.fixture
-def server(repo):
-    found = Server(repo)
-    yield found
-    found.close()
+def pem_files():
+    """Writes ``key.pem`` (unencrypted) and ``public.pem`` of a private key into a folder; both paths."""
+    from cryptography.hazmat.primitives import serialization
+
+    def write(folder, private):
+        key, public = folder / "key.pem", folder / "public.pem"
+        key.write_bytes(private.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        ))  # fmt: skip
+        public.write_bytes(private.public_key().public_bytes(
+            serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+        ))  # fmt: skip
+        return key, public
+
+    return write
 
 
 @pytest.fixture
-def make_server():
-    made = []
-
-    def make(folder, **options):
-        made.append(Server(folder, **options))
-        return made[-1]
-
-    yield make
-    for server in made:
-        server.close()
+def server(repo, make_server):
+    return make_server(repo)

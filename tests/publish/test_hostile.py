@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Signer
 
@@ -24,15 +23,15 @@ def open_repo(path):
     return Repository(path, KeyStore(path.with_name("repo.keys"), lambda role: b"correct horse battery"))
 
 
-def dies_at(patch, number):
-    """The `number`-th file of the repository is not written any more; how many were asked for."""
+def dies_at(patch, number, error=Killed):
+    """The `number`-th file of the repository is not written, but `error` raised; how many were asked for."""
     count = [0]
     write = repository_module.write_atomic
 
     def dying(*arguments, **options):
         count[0] += 1
         if count[0] == number:
-            raise Killed
+            raise error
         write(*arguments, **options)
 
     patch.setattr(repository_module, "write_atomic", dying)
@@ -70,17 +69,6 @@ def test_a_rotation_killed_at_any_write_can_be_read_and_run_again(
         assert not ok("update", bundle, "--url", repo)["changed"], number
 
 
-def pem_files(folder, private):
-    key, public = folder / "key.pem", folder / "public.pem"
-    key.write_bytes(private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ))  # fmt: skip
-    public.write_bytes(private.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    ))  # fmt: skip
-    return key, public
-
-
 class Token(Signer):
     """A signer of another library: it needs a PIN as a hardware token does, and can be pulled."""
 
@@ -109,7 +97,7 @@ class Token(Signer):
 
 
 @pytest.fixture
-def token(monkeypatch, tmp_path):
+def token(monkeypatch, tmp_path, pem_files):
     """Options of a registered token with the PIN 1234."""
     monkeypatch.setitem(SIGNER_FOR_URI_SCHEME, "token", Token)
     monkeypatch.setattr(Token, "pulled", False)
@@ -135,7 +123,7 @@ def test_a_registered_signer_with_a_pin_does_everything(ok, call, repo, bundle, 
     assert "EDGE_TCUR_PIN" in str(payload["error"])
 
 
-def test_a_signer_of_another_key_is_refused_before_devices_see_it(call, repo, token, tmp_path):
+def test_a_signer_of_another_key_is_refused_before_devices_see_it(call, repo, token, tmp_path, pem_files):
     other = tmp_path / "other"
     other.mkdir()
     public = pem_files(other, Ed25519PrivateKey.generate())[1]
@@ -148,7 +136,7 @@ def test_a_signer_of_another_key_is_refused_before_devices_see_it(call, repo, to
 
 
 @pytest.mark.parametrize("uri", ["sigstore:?identity=a&issuer=b", "hsm:", "nonsense"])
-def test_signers_that_are_not_there_are_refused_clearly(call, repo, tmp_path, uri):
+def test_signers_that_are_not_there_are_refused_clearly(call, repo, tmp_path, pem_files, uri):
     public = pem_files(tmp_path, Ed25519PrivateKey.generate())[1]
     code, payload = call(
         "publish", "rotate", "targets", "--repo", repo, "--signer", uri, "--public-key", public
@@ -181,20 +169,9 @@ def test_a_change_that_dies_at_any_write_leaves_the_state_before(
         "refresh": ("refresh", "--all"),
     }[command]
 
-    def full(number):
-        count, write = [0], repository_module.write_atomic
-
-        def failing(*rest, **options):
-            count[0] += 1
-            if count[0] == number:
-                raise DiskError("cannot write: No space left on device")
-            write(*rest, **options)
-
-        return failing
-
     for number in range(1, 4):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(repository_module, "write_atomic", full(number))
+            dies_at(patch, number, DiskError("cannot write: No space left on device"))
             with pytest.raises((AssertionError, BadInputError)):
                 ok("publish", *arguments, "--repo", repo)
         assert ok("update", bundle, "--url", repo)["active"] == first["digest"], number

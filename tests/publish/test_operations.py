@@ -7,7 +7,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -223,16 +222,9 @@ def test_one_lost_root_key_is_replaced_and_two_cannot_be(ok, call, repo, tmp_pat
     assert call("publish", "rotate", "timestamp", "--repo", repo, "--root-keys-at", stick)[0] == 3
 
 
-def test_a_signer_of_securesystemslib(ok, call, repo, bundle, adapters, tmp_path):
+def test_a_signer_of_securesystemslib(ok, call, repo, bundle, adapters, tmp_path, pem_files):
     """Here the simplest one, an unencrypted key file; a token or a KMS is the same to us."""
-    private = Ed25519PrivateKey.generate()
-    key, public = tmp_path / "key.pem", tmp_path / "public.pem"
-    key.write_bytes(private.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    ))  # fmt: skip
-    public.write_bytes(private.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    ))  # fmt: skip
+    key, public = pem_files(tmp_path, Ed25519PrivateKey.generate())
     options = ("--signer", f"file2:{key}", "--public-key", public)
     ok("publish", "rotate", "targets", "--repo", repo, *options)
     added = add(ok, repo, adapters[0])

@@ -90,6 +90,12 @@ class Simulator:
         target = TargetFile.from_data(path, raw, ["sha256"])
         return Offer(Entry(path, len(raw), target.hashes["sha256"]), facts)
 
+    def release(self, raw: bytes, **more) -> Offer:
+        """Adds an adapter and publishes it."""
+        offer = self.add(raw, **more)
+        self.publish()
+        return offer
+
     def withdraw(self, offer: Offer) -> None:
         """Takes an adapter out of the list."""
         del self.facts[offer.entry.path]

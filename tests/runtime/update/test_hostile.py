@@ -33,18 +33,12 @@ from edge_tcur_runtime.update.fetch import (
 from edge_tcur_runtime.update.policy import Action, Personal
 
 
-def publish(simulator, raw, **more):
-    offer = simulator.add(raw, **more)
-    simulator.publish()
-    return offer
-
-
 @pytest.fixture
 def second(simulator, device, adapters):
     """A device on version 1, and version 2 published."""
-    publish(simulator, adapters[0])
+    simulator.release(adapters[0])
     device.update(simulator)
-    return publish(simulator, adapters[1])
+    return simulator.release(adapters[1])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +99,7 @@ def test_a_broken_download_that_is_not_wanted_any_more_is_removed(simulator, dev
         device.update(simulator, {"2.safetensors": cut})
     downloads = device.store_path / "update" / "downloads"
     assert len(list(downloads.iterdir())) == 1
-    publish(simulator, adapters[2])
+    simulator.release(adapters[2])
     device.update(simulator)
     assert list(downloads.iterdir()) == []
 
@@ -152,7 +146,7 @@ def test_metadata_need_no_directory_for_temporary_files(simulator, device, adapt
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", none)
-    offer = publish(simulator, adapters[0])
+    offer = simulator.release(adapters[0])
     assert device.update(simulator).active == offer.digest
 
 
@@ -282,7 +276,7 @@ def test_old_combinations_do_not_fill_the_disk(simulator, device, second, adapte
     device.store.activate(own)
     combined = [device.update(simulator, personal=Personal.COMBINE).active]
     for raw in (*adapters[2:], adapters[0]):
-        publish(simulator, raw)
+        simulator.release(raw)
         combined.append(device.update(simulator, personal=Personal.COMBINE).active)
     held = {line.digest for line in device.store.list()}
     assert own in held  # the user's own is never removed
@@ -297,7 +291,7 @@ def test_the_root_of_a_new_repository_starts_anew(simulator, device, second, mak
     simulator.publish()
     device.update(simulator)
     other = make_simulator(repository="other")
-    offer = publish(other, adapters[2])
+    offer = other.release(adapters[2])
     device.ship_root(other.files["metadata/1.root.json"])
     assert device.update(other).active == offer.digest
     with pytest.raises(EdgeError) as caught:  # the old repository is a stranger's now
@@ -309,7 +303,7 @@ def test_a_server_cannot_make_a_device_start_anew(simulator, device, second, mak
     """Which repository it is, is read from the shipped root; what a server says of itself is nothing."""
     device.update(simulator)
     old = dict(simulator.files)
-    publish(simulator, adapters[2])
+    simulator.release(adapters[2])
     device.update(simulator)
     device.wipe_metadata()
     with pytest.raises(EdgeError, match="already acted upon"):

@@ -21,14 +21,8 @@ from edge_tcur_runtime.update.policy import Action, Personal, bucket
 from edge_tcur_runtime.update.run import _check
 
 
-def publish(simulator, raw, **more):
-    offer = simulator.add(raw, **more)
-    simulator.publish()
-    return offer
-
-
 def test_the_first_update_and_an_unchanged_check(simulator, device, adapters):
-    offer = publish(simulator, adapters[0])
+    offer = simulator.release(adapters[0])
     result = device.update(simulator)
     assert (result.action, result.changed, result.active) == (Action.INSTALL, True, offer.digest)
     assert result.requests == 5
@@ -39,7 +33,7 @@ def test_the_first_update_and_an_unchanged_check(simulator, device, adapters):
 
 
 def test_check_only_changes_nothing(simulator, device, adapters):
-    offer = publish(simulator, adapters[0])
+    offer = simulator.release(adapters[0])
     result = device.update(simulator, check_only=True)
     assert (result.action, result.changed, result.active) == (Action.INSTALL, False, None)
     assert result.decision.offer.digest == offer.digest
@@ -49,9 +43,9 @@ def test_check_only_changes_nothing(simulator, device, adapters):
 
 
 def test_a_withdrawn_adapter_gives_way_to_the_last_good_one_then_to_the_base(simulator, device, adapters):
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.update(simulator)
-    second = publish(simulator, adapters[1])
+    second = simulator.release(adapters[1])
     device.update(simulator)
     simulator.withdraw(second)
     simulator.publish()
@@ -63,14 +57,14 @@ def test_a_withdrawn_adapter_gives_way_to_the_last_good_one_then_to_the_base(sim
     simulator.publish()
     assert device.update(simulator).action is Action.BASE
     assert device.active is None
-    third = publish(simulator, adapters[2], version=3)
+    third = simulator.release(adapters[2], version=3)
     assert device.update(simulator).active == third.digest
 
 
 def test_a_failed_health_check_keeps_the_old_one_and_is_not_repeated(simulator, device, adapters):
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.update(simulator)
-    second = publish(simulator, adapters[1])
+    second = simulator.release(adapters[1])
 
     def unhealthy(*_):
         assert device.active == first.digest  # while it is examined, the device answers with the old one
@@ -89,9 +83,9 @@ def test_a_failed_health_check_keeps_the_old_one_and_is_not_repeated(simulator, 
 
 
 def test_a_health_check_that_crashes_the_process_is_not_repeated_for_ever(simulator, device, adapters):
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.update(simulator)
-    second = publish(simulator, adapters[1])
+    second = simulator.release(adapters[1])
 
     class Crash(BaseException):
         pass
@@ -110,9 +104,9 @@ def test_a_health_check_that_crashes_the_process_is_not_repeated_for_ever(simula
 
 
 def test_what_the_user_went_back_from_is_not_installed_again(simulator, device, adapters):
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.update(simulator)
-    second = publish(simulator, adapters[1])
+    second = simulator.release(adapters[1])
     device.update(simulator)
     device.store.rollback()
     result = device.update(simulator)
@@ -120,14 +114,14 @@ def test_what_the_user_went_back_from_is_not_installed_again(simulator, device, 
     assert "taken out of use" in result.decision.skipped[second.entry.path]
     device.store.activate("base")
     assert device.update(simulator).active is None
-    third = publish(simulator, adapters[2])
+    third = simulator.release(adapters[2])
     assert device.update(simulator).active == third.digest
 
 
 def test_retry_takes_what_was_taken_out_of_use(simulator, device, adapters):
-    publish(simulator, adapters[0])
+    simulator.release(adapters[0])
     device.update(simulator)
-    second = publish(simulator, adapters[1])
+    second = simulator.release(adapters[1])
     device.update(simulator)
     device.store.rollback()
     assert device.update(simulator, retry=True).active == second.digest
@@ -145,10 +139,10 @@ def personal(device, adapters, start=0, shift=0.25):
 
 
 def test_a_personal_adapter_is_kept_by_default(simulator, device, adapters):
-    publish(simulator, adapters[0])
+    simulator.release(adapters[0])
     device.update(simulator)
     own = personal(device, adapters)
-    offer = publish(simulator, adapters[1])
+    offer = simulator.release(adapters[1])
     result = device.update(simulator)
     assert (result.action, result.active) == (Action.NOTHING, own)
     assert result.decision.offer.digest == offer.digest  # named, so that the user can choose
@@ -157,23 +151,23 @@ def test_a_personal_adapter_is_kept_by_default(simulator, device, adapters):
 
 def test_a_personal_adapter_is_replaced_where_asked(simulator, device, adapters):
     own = personal(device, adapters)
-    offer = publish(simulator, adapters[1])
+    offer = simulator.release(adapters[1])
     assert device.update(simulator, personal=Personal.REPLACE).active == offer.digest
     assert device.store.rollback() == own  # and is still there
 
 
 def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adapters):
-    publish(simulator, adapters[0])
+    simulator.release(adapters[0])
     device.update(simulator)
     personal(device, adapters)
-    publish(simulator, adapters[1])
+    simulator.release(adapters[1])
     result = device.update(simulator, personal=Personal.COMBINE)
     assert (result.action, result.changed) == (Action.COMBINE, True)
     mixed, new = device.store.load("active"), parse_adapter(adapters[1])
     for name, part in new.factors.items():
         np.testing.assert_allclose(mixed.factors[name].core, part.core + 0.25, atol=1e-6)
     assert not device.update(simulator, personal=Personal.COMBINE).changed
-    publish(simulator, adapters[2])
+    simulator.release(adapters[2])
     device.update(simulator, personal=Personal.COMBINE)
     mixed, new = device.store.load("active"), parse_adapter(adapters[2])
     for name, part in new.factors.items():
@@ -181,11 +175,11 @@ def test_a_personal_adapter_is_combined_exactly_and_once(simulator, device, adap
 
 
 def test_what_a_personal_adapter_started_from_is_kept_though_it_is_withdrawn(simulator, device, adapters):
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.update(simulator)
     personal(device, adapters)
     simulator.withdraw(first)
-    publish(simulator, adapters[1], version=2)
+    simulator.release(adapters[1], version=2)
     device.update(simulator)
     device.update(simulator, personal=Personal.COMBINE)
     mixed, new = device.store.load("active"), parse_adapter(adapters[1])
@@ -194,11 +188,11 @@ def test_what_a_personal_adapter_started_from_is_kept_though_it_is_withdrawn(sim
 
 
 def test_retry_does_not_forget_what_a_personal_adapter_started_from(simulator, device, adapters):
-    publish(simulator, adapters[0])
+    simulator.release(adapters[0])
     device.update(simulator)
     personal(device, adapters)
     device.update(simulator, retry=True)
-    publish(simulator, adapters[1])
+    simulator.release(adapters[1])
     device.update(simulator, personal=Personal.COMBINE)
     mixed, new = device.store.load("active"), parse_adapter(adapters[1])
     for name, part in new.factors.items():
@@ -207,13 +201,13 @@ def test_retry_does_not_forget_what_a_personal_adapter_started_from(simulator, d
 
 def test_a_development_version_of_the_runtime_updates_too(simulator, device, adapters, monkeypatch):
     monkeypatch.setattr(run_module, "__version__", "0.1.0.dev3+local")
-    offer = publish(simulator, adapters[0])
+    offer = simulator.release(adapters[0])
     assert device.update(simulator).active == offer.digest
 
 
 def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
     own = device.store.load(personal(device, adapters))
-    publish(simulator, adapters[1])
+    simulator.release(adapters[1])
     device.update(simulator, personal=Personal.COMBINE)
     mixed, new = device.store.load("active"), parse_adapter(adapters[1])
     for name, part in new.factors.items():
@@ -228,7 +222,7 @@ def test_a_personal_adapter_of_other_rows_cannot_be_combined_and_stays(simulator
                for n, f in adapter.factors.items()}  # fmt: skip
     digest = device.store.install(serialize_adapter(replace(adapter, factors=factors)))
     device.store.activate(digest)
-    publish(simulator, adapters[1])
+    simulator.release(adapters[1])
     with pytest.raises(IncompatibleError, match="cannot be combined"):
         device.update(simulator, personal=Personal.COMBINE)
     assert device.active == digest
@@ -237,25 +231,25 @@ def test_a_personal_adapter_of_other_rows_cannot_be_combined_and_stays(simulator
 def test_a_rollout_reaches_its_part_of_the_devices_and_never_goes_back(simulator, device, adapters):
     device.update(simulator)
     place = bucket(device.state["device_id"], "line", 1)
-    offer = publish(simulator, adapters[0], rollout=place)
+    offer = simulator.release(adapters[0], rollout=place)
     result = device.update(simulator)
     assert result.active is None
     assert "rolled out to" in result.decision.skipped[offer.entry.path]
     simulator.withdraw(offer)
-    offer = publish(simulator, adapters[0], version=1, rollout=place + 1)
+    offer = simulator.release(adapters[0], version=1, rollout=place + 1)
     assert device.update(simulator).active == offer.digest
     simulator.withdraw(offer)
-    publish(simulator, adapters[0], version=1, rollout=0)  # stopped: who has it keeps it
+    simulator.release(adapters[0], version=1, rollout=0)  # stopped: who has it keeps it
     assert device.update(simulator).active == offer.digest
 
 
 def test_channels(simulator, device, adapters):
-    stable = publish(simulator, adapters[0])
-    beta = publish(simulator, adapters[1], channel="beta")
+    stable = simulator.release(adapters[0])
+    beta = simulator.release(adapters[1], channel="beta")
     assert device.update(simulator).active == stable.digest
     assert device.update(simulator, channel="beta").active == beta.digest
     assert device.update(simulator).active == beta.digest  # no step back; the next stable one replaces it
-    newer = publish(simulator, adapters[2])
+    newer = simulator.release(adapters[2])
     assert device.update(simulator, channel="beta").active == newer.digest
     with pytest.raises(UsageError, match="no channel"):
         device.update(simulator, channel="nightly")
@@ -273,7 +267,7 @@ def test_channels(simulator, device, adapters):
 def test_what_does_not_fit_is_skipped_with_the_reason_and_never_downloaded(
     simulator, device, adapters, more, why
 ):
-    offer = publish(simulator, adapters[0], **more)
+    offer = simulator.release(adapters[0], **more)
     result = device.update(simulator)
     assert why in result.decision.skipped[offer.entry.path]
     assert not any(path.endswith(".safetensors") for path in device.asked)
@@ -283,14 +277,14 @@ def test_what_does_not_fit_is_skipped_with_the_reason_and_never_downloaded(
 @pytest.mark.parametrize(("field", "why"), [("digest", "another base"), ("tokenizer", "another tokenizer")])
 def test_another_base_or_tokenizer_is_skipped(simulator, device, adapters, field, why):
     base = replace(simulator.add(adapters[0]).facts.base, **{field: "sha256:" + "0" * 64})
-    offer = publish(simulator, adapters[0], version=1, base=base)
+    offer = simulator.release(adapters[0], version=1, base=base)
     assert why in device.update(simulator).decision.skipped[offer.entry.path]
     assert not any(path.endswith(".safetensors") for path in device.asked)
 
 
 def test_several_lines_need_a_choice(simulator, device, adapters):
-    publish(simulator, adapters[0], name="one")
-    two = publish(simulator, adapters[1], name="two")
+    simulator.release(adapters[0], name="one")
+    two = simulator.release(adapters[1], name="two")
     with pytest.raises(UsageError, match="one, two"):
         device.update(simulator)
     assert device.update(simulator, name="two").active == two.digest
@@ -321,7 +315,7 @@ def test_an_adapter_that_lies_about_its_base_is_refused(simulator, device, adapt
     )
     honest = simulator.add(adapters[0]).facts
     simulator.facts.clear()
-    publish(simulator, other, base=honest.base, fit=honest.fit)
+    simulator.release(other, base=honest.base, fit=honest.fit)
     with pytest.raises(IncompatibleError):
         device.update(simulator)
     assert device.active is None
@@ -356,12 +350,12 @@ def test_the_real_health_check_compares_the_signed_answers(device, adapters):
 
 def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapters):
     """With the real inference graph: cores of 3e38 overflow."""
-    first = publish(simulator, adapters[0])
+    first = simulator.release(adapters[0])
     device.healthy = _check
     assert device.update(simulator).health.startswith("finite outputs")
     adapter = parse_adapter(adapters[1])
     factors = {n: f.with_core(np.full_like(f.core, 3e38)) for n, f in adapter.factors.items()}
-    publish(simulator, serialize_adapter(replace(adapter, factors=factors)))
+    simulator.release(serialize_adapter(replace(adapter, factors=factors)))
     with pytest.raises(HealthCheckError, match="NaN or infinity"):
         device.update(simulator)
     assert device.active == first.digest
@@ -369,7 +363,7 @@ def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapt
 
 @pytest.mark.parametrize("damage", ["altered", "gone"])
 def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, damage):
-    offer = publish(simulator, adapters[0])
+    offer = simulator.release(adapters[0])
     device.update(simulator)
     (path,) = (device.store_path / "adapters").glob("*.safetensors")
     if damage == "gone":
@@ -385,7 +379,7 @@ def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, 
 def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
     mine = device.store.install(adapters[4], name="mine")
     for raw in adapters[:4]:
-        offer = publish(simulator, raw)
+        offer = simulator.release(raw)
         device.update(simulator)
     found = {line.digest for line in device.store.list()}
     assert found >= {mine, offer.digest}
