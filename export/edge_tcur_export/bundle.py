@@ -24,7 +24,7 @@ from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
-from edge_tcur_export.infer_graph import take_rows_of_products
+from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
 from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
@@ -247,6 +247,7 @@ class BundleWriter:
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
         take_rows_of_products(model)
+        split_stacks(model)
         # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.
         defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()} | self._saved
         for group in self._groups:

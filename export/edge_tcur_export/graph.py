@@ -57,17 +57,35 @@ def to_graph(traced: Traced) -> ir.Model:
     )
     for clean in (
         common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),  # it sees constants, not initializers
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
     ):
         clean(model)
+    merge_reshapes(model)
     remember_modules(model, PREFIX)
     clear_metadata(model)
     _name(model.graph.inputs, traced.signature.inputs)
     _name(model.graph.outputs, traced.signature.outputs)
     model.ir_version = IR_VERSION
     return read_sizes_from_inputs(model, TARGETS)
+
+
+def merge_reshapes(model: ir.Model) -> ir.Model:
+    """Skips the first of two reshapes in a row: torch flattens around every linear layer.
+
+    A shape that copies sizes of its input (a zero without ``allowzero``) needs the first one.
+    """
+    for node in model.graph:
+        before = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
+        if before is None or before.op_type != "Reshape":
+            continue
+        shape = node.inputs[1]
+        sizes = None if shape is None or shape.const_value is None else shape.const_value.numpy()
+        if node.attributes.get_int("allowzero", 0) == 1 or (sizes is not None and sizes.all()):
+            node.replace_input_with(0, before.inputs[0])
+    common.RemoveUnusedNodesPass()(model)
+    return model
 
 
 def _convert(program: ExportedProgram) -> torch.onnx.ONNXProgram:

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from edge_tcur_export.graph import to_proto
-from edge_tcur_export.infer_graph import take_rows_of_products
+from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
 
 GRAPH = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[t, 6] x, float[6, 4] w, float[r, r] core, int32[r] rows, int32[r] cols) => (float[t, 4] logits)
@@ -32,7 +32,10 @@ WITHOUT_BIAS = GRAPH.replace("    layer = Add(p, b)\n", "").replace("(layer, u)"
 
 
 def parse(text):
-    return ir.from_proto(onnx.parser.parse_model(text))
+    model = ir.from_proto(onnx.parser.parse_model(text))
+    for node in model.graph:  # ONNX Runtime's GatherSliceToSplitFusion refuses several without a name
+        node.name = node.outputs[0].name
+    return model
 
 
 def answer(model, feeds):
@@ -92,3 +95,71 @@ def test_every_update_of_a_bundle_without_coupling_is_rewritten(vit):
     for role, rewritten in (("infer", adapted), ("step", 0)):
         products = [node for node in vit.graph(role).graph.node if node.op_type == "Gemm"]
         assert len(products) == rewritten, role
+
+
+STACKS = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[t, 4] x, float[2, r, r] core, int32[2, r] rows) => (float[t, s] logits)
+<int64 zero = {0}, int64 one = {1}> {
+    rows0 = Gather <axis = 0> (rows, zero)
+    rows1 = Gather <axis = 0> (rows, one)
+    core0 = Gather <axis = 0> (core, zero)
+    core1 = Gather <axis = 0> (core, one)
+    turned0 = Transpose <perm = [1, 0]> (core0)
+    turned1 = Transpose <perm = [1, 0]> (core1)
+    a = Gather <axis = 1> (x, rows0)
+    b = MatMul(a, turned0)
+    c = Gather <axis = 1> (x, rows1)
+    d = MatMul(c, turned1)
+    logits = Add(b, d)
+}"""
+
+
+def stacked(rank):
+    generator = np.random.default_rng(rank)
+    return {
+        "x": generator.normal(size=(5, 4)).astype(np.float32),
+        "core": generator.normal(size=(2, rank, rank)).astype(np.float32),
+        "rows": np.stack([generator.permutation(4)[:rank] for _ in range(2)]).astype(np.int32),
+    }
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("turned", [True, False])
+def test_slices_come_from_one_split(turned, rank):
+    text = STACKS if turned else STACKS.replace("MatMul(a, turned0)", "MatMul(a, core0)")
+    model = parse(text)
+    assert split_stacks(model) == 2
+    np.testing.assert_array_equal(answer(model, stacked(rank)), answer(parse(text), stacked(rank)))
+    kinds = Counter(node.op_type for node in model.graph)
+    assert (kinds["Split"], kinds["Gather"], kinds["Squeeze"]) == (2, 2, 0)
+    assert kinds["Transpose"] == 1  # of the whole stack, or of the one slice that is turned
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            "rows1 = Gather <axis = 0> (rows, one)",
+            "rows1 = Gather <axis = 0> (rows, zero)",
+        ),  # not every slice
+        ("a = Gather <axis = 1> (x, rows0)", "k = Neg(rows)\n    a = Gather <axis = 1> (x, rows0)"),
+        ("int32[2, r] rows", "int32[n, r] rows"),
+    ],
+)
+def test_a_stack_that_is_read_otherwise_stays(old, new):
+    model = parse(STACKS.replace(old, new))
+    assert split_stacks(model) == 1  # the core alone
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_slices_need_not_be_square(turned):
+    """Sketches: [n, n1, r] and [n, r, n2]."""
+    text = STACKS.replace("float[2, r, r] core", "float[2, m, r] core" if turned else "float[2, r, m] core")
+    if not turned:
+        text = text.replace("(a, turned0)", "(a, core0)").replace("(c, turned1)", "(c, core1)")
+    fed = stacked(3) | {"core": np.random.default_rng(0).normal(size=(2, 7, 3)).astype(np.float32)}
+    if not turned:
+        fed["core"] = np.ascontiguousarray(fed["core"].transpose(0, 2, 1))
+    model = parse(text)
+    assert split_stacks(model) == 2
+    np.testing.assert_array_equal(answer(model, fed), answer(parse(text), fed))
