@@ -27,7 +27,7 @@ BASE_FILE = "base.bin"
 MAX_MANIFEST_BYTES = 4 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
-GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint", "checks")
 STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are there when asked for
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
