@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 
 def write_log_softmax(model: ir.Model) -> ir.Model:
-    """Writes each LogSoftmax as ``s - log(sum(exp(s)))`` with ``s = x - max(x)``; what it gives keeps its name.
+    """Writes each LogSoftmax as ``s - log(sum(exp(s)))``, ``s = x - max(x)``; what it gives keeps its name.
 
-    One loss on the CPU would bring every output of the model back from the GPU, and its gradient there again.
+    A loss on the CPU would bring every output of the model back from the GPU, and send its gradient.
     """
     graph = model.graph
     for node in [node for node in graph if node.op_type == "LogSoftmax" and node.domain == ""]:
@@ -47,7 +47,9 @@ def _axes(graph: ir.Graph, axis: int) -> ir.Value:
     name = f"log_softmax.axes.{axis}"
     if name not in graph.initializers:
         axes = ir.tensor(np.asarray([axis], np.int64), name=name)
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=axes)
+        value = ir.Value(
+            name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]), const_value=axes
+        )
         graph.initializers[name] = value
     return graph.initializers[name]
 

@@ -1,7 +1,7 @@
 """`checks.onnx`: one node for each kind of operator in a bundle's graphs, for the self-check of a device.
 
-The inputs have the shapes that they have for an example; their values are integers of the example itself (so that
-indices are in range), or are made on the device within the range of the example's. Weights are not written.
+The inputs have the shapes that they have for an example; their values are the example's own integers (so
+that indices are in range), or are made on the device within the range of the example's. Weights are not written.
 Read by `edge_tcur_runtime.engines.checks`.
 """
 
@@ -54,13 +54,15 @@ class _Graph:
         fed = {value.name for value in graph.input}
         constants = {tensor.name: tensor for tensor in graph.initializer if tensor.name not in fed}
         inferred = onnx.shape_inference.infer_shapes(model).graph
-        types = {value.name: _type_of(value) for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+        types = {
+            value.name: _type_of(value) for value in (*inferred.value_info, *inferred.input, *inferred.output)
+        }
         types |= {name: (tensor.data_type, tuple(tensor.dims)) for name, tensor in constants.items()}
         return cls(model, path, constants, types)
 
     def kind_of(self, node: onnx.NodeProto) -> tuple[Any, ...]:
-        """What makes two nodes of one kind: operator, attributes, and of each input its type, rank, whether it
-        is a constant, and whether the last axis suits kernels that read four numbers at once."""
+        """What makes two nodes of one kind: operator, attributes, and of each input its type, rank, whether
+        it is a constant, and whether the last axis suits kernels that read four numbers at once."""
         attributes = sorted((item.name, item.SerializeToString()) for item in node.attribute)
         inputs = [self._input_kind(name) for name in node.input]
         return node.op_type, node.domain, tuple(attributes), tuple(inputs), len(node.output)
@@ -94,7 +96,10 @@ def write_checks(directory: Path, roles: Mapping[str, str], feeds: Mapping[str, 
     kinds: dict[tuple[Any, ...], _Kind] = {}
     for role, graph in graphs.items():
         for node in graph.model.graph.node:
-            if any(item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for item in node.attribute):
+            if any(
+                item.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+                for item in node.attribute
+            ):
                 continue
             kind = kinds.setdefault(graph.kind_of(node), _Kind(node, role))
             kind.nodes.setdefault(role, []).append(node.name)

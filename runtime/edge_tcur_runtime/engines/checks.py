@@ -1,9 +1,9 @@
 """Whether an execution provider computes as the CPU does, on this device: operator by operator, then a step.
 
-Drivers miscompile. A bundle's ``checks.onnx`` holds one node for each kind of operator in its graphs, each with
-inputs and outputs of its own; it is run on the CPU and on the provider, and the outputs are compared. After that
-one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs this in a process
-of its own, because a driver may also crash.
+Drivers miscompile. A bundle's ``checks.onnx`` holds one node for each kind of operator in its graphs, each
+with inputs and outputs of its own; it is run on the CPU and on the provider, and the outputs are compared. After
+that one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs this in a
+process of its own, because a driver may also crash.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement, Provider, can_pin
 from edge_tcur_runtime.engines.session import error_line, open_session
-from edge_tcur_runtime.errors import EdgeError, FileFormatError
+from edge_tcur_runtime.errors import EdgeError, FileFormatError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import read_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
 
@@ -100,22 +100,24 @@ def examine(
         roles: of the graphs that are to run; the first one is run as a whole.
         opener: opens a session, as `open_session`.
     """
-    checked, faults = 0, ()
+    checked = 0
+    faults: tuple[Fault, ...] = ()
     try:
         path = bundle.graph("checks")
         if path is not None:
             checked, faults = check_operators(path, Placement(provider), roles, threads, opener)
         pinned = tuple(dict.fromkeys(name for fault in faults for name in fault.nodes))
         if pinned and not can_pin(provider, pinned):
-            why = "has no way to" if provider.pins is None else f"takes too few names to ({len(pinned)} nodes)"
+            why = (
+                "has no way to" if provider.pins is None else f"takes too few names to ({len(pinned)} nodes)"
+            )
             return Verdict(
                 provider.name, checked, faults, problem=f"{provider.name} {why} keep them on the CPU"
             )
         found = run_pass(bundle, roles[0], Placement(provider, pinned), threads, opener)
         expected = run_pass(bundle, roles[0], ON_CPU, threads, opener)
-    except Exception as error:  # ONNX Runtime's and a driver's errors share no class
-        text = str(error) if isinstance(error, EdgeError) else error_line(error)
-        return Verdict(provider.name, checked, faults, problem=f"it cannot run the graph: {text}")
+    except EdgeError as error:
+        return Verdict(provider.name, checked, faults, problem=f"it cannot run the graph: {error}")
     return _judge(Verdict(provider.name, checked, faults, pinned), found, expected)
 
 
@@ -134,10 +136,10 @@ def check_operators(
     checks, ranges = read_checks(session, path)
     feeds = make_feeds(session, ranges)
     names = [value.name for value in session.get_outputs()]
-    expected = dict(zip(names, session.run(None, feeds), strict=True))
+    expected = dict(zip(names, _run(session, feeds, path), strict=True))
     del session
     session = opener(path, threads=threads, optimized=False, placement=placement)
-    found = dict(zip(names, session.run(None, feeds), strict=True))
+    found = dict(zip(names, _run(session, feeds, path), strict=True))
     used = [check for check in checks if any(role in check.nodes for role in roles)]
     faults = []
     for check in used:
@@ -178,6 +180,7 @@ def make_feeds(session: Any, ranges: Mapping[str, tuple[float, float]]) -> dict[
     for value in session.get_inputs():
         low, high = ranges[value.name]
         dtype, shape = np.dtype(_DTYPES[value.type]), tuple(value.shape)
+        made: Any
         if dtype.kind != "f":
             made = generator.integers(int(low), int(high) + 1, shape)
         elif high - low > _ENDS:
@@ -232,11 +235,24 @@ def run_pass(
         raise FileFormatError(f"the bundle has no {role} graph", where=str(bundle.root))
     session = opener(path, threads=threads, in_order=role == "step_recompute", placement=placement)
     feeds = _pass_feeds(bundle, session)
-    session.run(None, feeds)
+    _run(session, feeds, path)
     started = time.perf_counter()
-    values = session.run(None, feeds)
+    values = _run(session, feeds, path)
     seconds = time.perf_counter() - started
     return dict(zip((value.name for value in session.get_outputs()), values, strict=True)), seconds
+
+
+def _run(session: Any, feeds: Mapping[str, np.ndarray], path: Path) -> list[np.ndarray]:
+    """All outputs.
+
+    Raises:
+        IncompatibleError: ONNX Runtime or a driver refuses; its errors share no class.
+    """
+    try:
+        values: list[np.ndarray] = session.run(None, feeds)
+    except Exception as error:
+        raise IncompatibleError(error_line(error), where=str(path)) from error
+    return values
 
 
 def _pass_feeds(bundle: Bundle, session: Any) -> dict[str, np.ndarray]:
@@ -260,11 +276,17 @@ def _pass_feeds(bundle: Bundle, session: Any) -> dict[str, np.ndarray]:
 
 
 def _judge(
-    verdict: Verdict, found: tuple[dict[str, np.ndarray], float], expected: tuple[dict[str, np.ndarray], float]
+    verdict: Verdict,
+    found: tuple[dict[str, np.ndarray], float],
+    expected: tuple[dict[str, np.ndarray], float],
 ) -> Verdict:
     # A gradient that is zero but for rounding is compared with the others.
     largest = max(
-        (float(np.abs(value).max(initial=0.0)) for name, value in expected[0].items() if name.endswith(".grad")),
+        (
+            float(np.abs(value).max(initial=0.0))
+            for name, value in expected[0].items()
+            if name.endswith(".grad")
+        ),
         default=0.0,
     )
     floors = {name: 1e-3 * largest if name.endswith(".grad") else 0.0 for name in expected[0]}
@@ -274,7 +296,11 @@ def _judge(
     worst = max(errors, key=lambda name: errors[name])
     problem = None
     if not errors[worst] <= STEP_TOLERANCE:
-        how = "NaN or infinity" if np.isinf(errors[worst]) else f"off by {errors[worst]:.2g} of the largest value"
+        how = (
+            "NaN or infinity"
+            if np.isinf(errors[worst])
+            else f"off by {errors[worst]:.2g} of the largest value"
+        )
         problem = f"{worst!r} of one whole pass is wrong: {how}"
     return Verdict(
         verdict.provider,

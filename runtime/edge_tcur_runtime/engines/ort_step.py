@@ -21,7 +21,7 @@ _SUFFIX = ".grad"
 
 
 class OrtStepEngine:
-    """Runs a step graph (role ``step`` or one of `STEP_VARIANTS`), standard operators only, on any provider."""
+    """Runs a step graph (role ``step`` or one of `STEP_VARIANTS`): standard operators, any provider."""
 
     name = "ort-step"
 

@@ -30,7 +30,7 @@ class Provider:
         device: what it runs on, in words.
         package: distribution that brings it.
         options: given to it. `why` says what for, `source` where they are documented.
-        pins: entry of the session's configuration that keeps nodes on the CPU by name; None where there is none.
+        pins: entry of the session's configuration that keeps nodes on the CPU by name, if any.
         plugin: module that brings it to a stock ONNX Runtime as a library of its own.
         slow_start: it builds an engine for minutes; ``auto`` passes it by.
     """
@@ -55,7 +55,7 @@ _TABLE = (
         "NVIDIA GPU",
         "onnxruntime-gpu",
         {"use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"},
-        "TF32 keeps 10 bits of a factor, too few for gradients; memory grows by what is asked for, not by powers of two",
+        "TF32 keeps 10 bits of a factor, too few for gradients; memory grows by what is asked for",
         f"{_ONNXRUNTIME}/CUDA-ExecutionProvider.html",
     ),
     Provider(
@@ -104,7 +104,9 @@ _TABLE = (
         source=f"{_ONNXRUNTIME}/Xnnpack-ExecutionProvider.html",
     ),
 )
-PROVIDERS = {provider.name: provider for provider in _TABLE}  # after the CPU, in the order in which auto tries
+PROVIDERS = {
+    provider.name: provider for provider in _TABLE
+}  # after the CPU, in the order in which auto tries
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def require_provider(name: str, onnxruntime: Any, installed: OnnxRuntimeInstall)
     if name not in found:
         also = f", or pip install {provider.plugin.replace('_', '-')}" if provider.plugin else ""
         raise MissingEngineError(
-            f"{installed.distribution} {installed.version} has no provider {name!r}; it has {', '.join(found)}",
+            f"{installed.distribution} {installed.version} has no provider {name!r}, only {', '.join(found)}",
             hint=f"uninstall {installed.distribution}, then install {provider.package}{also}",
         )
     return provider

@@ -1,11 +1,12 @@
 """Which execution provider runs a graph: one is trusted only after a self-check on this device.
 
-The check (`edge_tcur_runtime.engines.checks`) runs in a process of its own: a driver that crashes or hangs ends
-that process, and what it takes of memory is given back. Its verdict may be kept in a file for a week.
+The check (`edge_tcur_runtime.engines.checks`) runs in a process of its own: a driver that crashes or hangs
+ends that process, and what it takes of memory is given back. Its verdict may be kept in a file for a week.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,12 +34,14 @@ from edge_tcur_runtime.engines.providers import (
     require_provider,
 )
 from edge_tcur_runtime.engines.session import import_onnxruntime
-from edge_tcur_runtime.errors import DiskError
+from edge_tcur_runtime.errors import DiskError, IncompatibleError
 from edge_tcur_runtime.formats.bundle import Bundle, open_bundle
+from edge_tcur_runtime.settings import PersonalizeSettings
 
 CHECK_SECONDS = 600  # a software driver compiles for a minute; one that hangs is given up
 FASTER = 0.9  # of the CPU's time: what is not clearly faster is not worth a driver
 KEPT_SECONDS = 7 * 24 * 3600  # a driver may be updated without a word
+VERDICTS = "selfcheck.json"  # in the store
 _KEPT = 32  # verdicts in the file
 _DRIVERS = ("VK_ICD_FILENAMES", "VK_DRIVER_FILES", "CUDA_VISIBLE_DEVICES", "WEBGPU_BACKEND")
 Checker = Callable[[Bundle, Provider, tuple[str, ...], int], Verdict]
@@ -93,6 +96,29 @@ def choose_provider(
     return best([verdict_of(provider) for provider in candidates])
 
 
+def choose_for_training(engine: str, graph: str, bundle: Bundle, settings: PersonalizeSettings) -> Choice:
+    """The provider of a personalisation with `engine` and the graph of role `graph`; see `choose_provider`.
+
+    With a budget ``auto`` stays on the CPU: what a driver takes of this process's memory cannot be foreseen.
+
+    Raises:
+        IncompatibleError: the bundle has no step graph to check ONNX Runtime Training's provider with.
+    """
+    name = settings.provider
+    if name == AUTO and engine != "ort-step":
+        return Choice(ON_CPU, f"{engine} runs elsewhere only where --provider says so")
+    if name == AUTO and settings.budget is not None:
+        return Choice(
+            ON_CPU, "what a GPU's driver takes of the budget cannot be foreseen; --provider asks for one"
+        )
+    roles = (graph, "step") if engine == "ort-step" else ("step",)
+    if name != CPU and all(bundle.graph(role) is None for role in roles):
+        raise IncompatibleError(
+            f"the bundle has no step graph to check {name} with", hint="export it again with --target step"
+        )
+    return choose_provider(name, bundle, roles, threads=settings.threads)
+
+
 def asked(verdict: Verdict) -> Choice:
     """The choice where one provider was asked for."""
     if verdict.problem is not None:
@@ -130,8 +156,14 @@ def agreement(verdict: Verdict) -> str:
 def notes_of(verdict: Verdict) -> tuple[str, ...]:
     """What a user should know: which operators are wrong and what was done, or what could not be checked."""
     if verdict.faults:
-        done = f"{len(verdict.pinned)} nodes of them run on the CPU" if verdict.problem is None else "it is not used"
-        return (f"{verdict.provider} computes wrongly on this device: {operator_names(verdict.faults)}; {done}",)
+        done = (
+            f"{len(verdict.pinned)} nodes of them run on the CPU"
+            if verdict.problem is None
+            else "it is not used"
+        )
+        return (
+            f"{verdict.provider} computes wrongly on this device: {operator_names(verdict.faults)}; {done}",
+        )
     if not verdict.checked and verdict.problem is None:
         return (f"the bundle has no checks of single operators for {verdict.provider}; export it again",)
     return ()
@@ -159,12 +191,19 @@ def check_apart(bundle: Bundle, provider: Provider, roles: tuple[str, ...], thre
 
 def parse_verdict(document: Mapping[str, Any]) -> Verdict:
     """A verdict from the JSON form of its fields."""
-    faults = tuple(Fault(entry["operator"], entry["how"], tuple(entry["nodes"])) for entry in document["faults"])
+    faults = tuple(
+        Fault(entry["operator"], entry["how"], tuple(entry["nodes"])) for entry in document["faults"]
+    )
     return Verdict(**{**document, "faults": faults, "pinned": tuple(document["pinned"])})
 
 
 def cached_check(
-    bundle: Bundle, provider: Provider, roles: tuple[str, ...], threads: int, cache: Path | None, check: Checker
+    bundle: Bundle,
+    provider: Provider,
+    roles: tuple[str, ...],
+    threads: int,
+    cache: Path | None,
+    check: Checker,
 ) -> Verdict:
     """A verdict that is known for this device, library, provider and bundle, or a new one."""
     if cache is None:
@@ -176,10 +215,8 @@ def cached_check(
     verdict = check(bundle, provider, roles, threads)
     known[key] = {"time": time.time(), "verdict": asdict(verdict)}
     newest = sorted(known.items(), key=lambda item: -float(item[1]["time"]))[:_KEPT]
-    try:
+    with contextlib.suppress(DiskError):  # it is only a memory: a read-only store checks each time
         write_atomic(cache, json.dumps(dict(newest)).encode())
-    except DiskError:  # it is only a memory: a read-only store checks each time
-        pass
     return verdict
 
 
