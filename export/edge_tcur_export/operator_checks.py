@@ -1,7 +1,8 @@
 """`checks.onnx`: one node for each kind of operator in a bundle's graphs, for the self-check of a device.
 
 The inputs have the shapes that they have for an example; their values are the example's own integers (so
-that indices are in range), or are made on the device within the range of the example's. Weights are not written.
+that indices are in range), or are made on the device within the range of the example's. Weights are not
+written.
 Read by `edge_tcur_runtime.engines.checks`.
 """
 

@@ -1,8 +1,8 @@
 """Whether an execution provider computes as the CPU does, on this device: operator by operator, then a step.
 
 Drivers miscompile. A bundle's ``checks.onnx`` holds one node for each kind of operator in its graphs, each
-with inputs and outputs of its own; it is run on the CPU and on the provider, and the outputs are compared. After
-that one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs this in a
+with inputs and outputs of its own; it is run on the CPU and on the provider, and the outputs are compared.
+After that one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs this in a
 process of its own, because a driver may also crash.
 """
 
@@ -27,13 +27,19 @@ from edge_tcur_runtime.formats.bundle import Bundle
 METADATA = "edge_tcur.checks"  # of ``checks.onnx``; see docs/formats.md
 TARGETS = "labels"
 _INPUT = "input."  # of the canary's tensors
-TOLERANCES = {"float16": 2e-2, "float32": 1e-3}  # of the largest value of an operator's output
+TOLERANCES = {
+    "float16": 2e-2,
+    "float32": 1e-3,
+    "float64": 1e-6,
+}  # of the largest value of an operator's output
 STEP_TOLERANCE = 5e-3  # of the largest value of a loss, an output or a gradient
 _DTYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(int16)": np.int16,
     "tensor(int8)": np.int8,
     "tensor(uint8)": np.uint8,
     "tensor(bool)": np.bool_,
