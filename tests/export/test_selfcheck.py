@@ -1,7 +1,7 @@
 """The self-check of a provider, with a provider that computes one operator wrongly.
 
-The wrong one is a real session over a changed graph: every node of one type is followed by a factor, where it is
-not pinned to the CPU.
+The wrong one is a real session over a changed graph: every node of one type is followed by a factor, where it
+is not pinned to the CPU.
 """
 
 import json
@@ -103,8 +103,11 @@ def nodes_of(bundle, operator):
 
 def test_a_provider_that_computes_as_the_cpu_is_trusted(bundle):
     verdict = examine(bundle, WEBGPU, ("step",), 1, wrong("NoSuchOperator"))
-    assert verdict.problem is None and not verdict.faults and not verdict.pinned
-    assert verdict.checked > 50 and verdict.error == 0.0
+    assert verdict.problem is None
+    assert not verdict.faults
+    assert not verdict.pinned
+    assert verdict.checked > 50
+    assert verdict.error == 0.0
 
 
 @pytest.mark.parametrize("operator", ["Softmax", "Erf", "LayerNormalization"])
@@ -112,18 +115,22 @@ def test_a_wrong_operator_is_named_and_pinned_to_the_cpu(bundle, operator):
     verdict = examine(bundle, WEBGPU, ("step",), 1, wrong(operator))
     assert {fault.operator for fault in verdict.faults} == {operator}
     assert set(verdict.pinned) == nodes_of(bundle, operator)
-    assert verdict.problem is None and verdict.error == 0.0  # the pass ran with these nodes on the CPU
+    assert verdict.problem is None
+    assert verdict.error == 0.0
     choice = asked(verdict)
     assert choice.placement.pinned == verdict.pinned
-    assert operator in choice.notes[0] and "run on the CPU" in choice.notes[0]
+    assert operator in choice.notes[0]
+    assert "run on the CPU" in choice.notes[0]
 
 
 def test_a_provider_that_cannot_pin_is_not_used(bundle):
     verdict = examine(bundle, XNNPACK, ("step",), 1, wrong("Softmax"))
     assert "no way to keep them" in verdict.problem
     choice = asked(verdict)
-    assert choice.placement == ON_CPU and "not xnnpack" in choice.reason
-    assert "Softmax" in choice.notes[0] and "not used" in choice.notes[0]
+    assert choice.placement == ON_CPU
+    assert "not xnnpack" in choice.reason
+    assert "Softmax" in choice.notes[0]
+    assert "not used" in choice.notes[0]
 
 
 def test_pins_that_do_not_help_are_found_out_by_the_whole_pass(bundle):
@@ -133,14 +140,16 @@ def test_pins_that_do_not_help_are_found_out_by_the_whole_pass(bundle):
         return faulty(path, placement=placement.__class__(placement.provider), **more)
 
     verdict = examine(bundle, WEBGPU, ("step",), 1, deaf)
-    assert verdict.pinned and "whole pass is wrong" in verdict.problem
+    assert verdict.pinned
+    assert "whole pass is wrong" in verdict.problem
     assert asked(verdict).placement == ON_CPU
 
 
 def test_a_bundle_without_checks_is_judged_by_the_pass_alone(bundle):
     old = open_bundle(Path(__file__).parents[1] / "data" / "bundle-v1")
     right, bad = (examine(old, WEBGPU, ("step",), 1, wrong(name)) for name in ("Nothing", "MatMul"))
-    assert right.problem is None and right.checked == 0
+    assert right.problem is None
+    assert right.checked == 0
     assert "export it again" in notes_of(right)[0]
     assert "whole pass is wrong" in bad.problem
 
@@ -156,7 +165,9 @@ def test_a_run_that_fails_is_a_verdict(bundle):
 
 def test_the_process_of_its_own_says_what_this_one_would(bundle):
     verdict = check_apart(bundle, PROVIDERS["cpu"], ("step",), 1)
-    assert verdict.problem is None and verdict.error == 0.0 and verdict.checked > 50
+    assert verdict.problem is None
+    assert verdict.error == 0.0
+    assert verdict.checked > 50
 
 
 @pytest.mark.parametrize(
@@ -174,24 +185,29 @@ def test_a_provider_that_never_starts_ends_on_the_cpu(bundle, monkeypatch):
     """ONNX Runtime itself would go on without a word: this build has no WebGPU."""
     monkeypatch.setattr(selfcheck, "require_provider", lambda *_: WEBGPU)
     choice = choose_provider("webgpu", bundle, ("step",), threads=1)
-    assert choice.placement == ON_CPU and "not webgpu" in choice.reason
+    assert choice.placement == ON_CPU
+    assert "not webgpu" in choice.reason
 
 
 def test_auto_takes_the_faster_one_that_is_trusted():
     slow = Verdict("coreml", 10, error=1e-7, seconds_cpu=1.0, seconds=0.95)
     bad = Verdict("cuda", 10, (Fault("Erf", "off by 0.5", ("a",)),), problem="it cannot keep them on the CPU")
     choice = best([bad, slow, RIGHT])
-    assert choice.placement.provider == WEBGPU and "0.1 s" in choice.reason
+    assert choice.placement.provider == WEBGPU
+    assert "0.1 s" in choice.reason
     assert "Erf" in choice.notes[0]
     stays = best([bad, slow])
-    assert stays.placement == ON_CPU and "not faster" in stays.reason and "not cuda" in stays.reason
+    assert stays.placement == ON_CPU
+    assert "not faster" in stays.reason
+    assert "not cuda" in stays.reason
 
 
 def test_where_only_the_cpu_is_there_nothing_is_checked(bundle):
     check = lambda *_: pytest.fail("checked")  # noqa: E731
     if available(import_onnxruntime()) == ("cpu",):
         choice = choose_provider("auto", bundle, ("step",), check=check)
-        assert choice.placement == ON_CPU and "only provider" in choice.reason
+        assert choice.placement == ON_CPU
+        assert "only provider" in choice.reason
     assert choose_provider("cpu", bundle, ("step",), check=check).placement == ON_CPU
 
 
@@ -227,13 +243,15 @@ def test_a_verdict_is_kept_for_a_bundle_and_a_library(bundle, tmp_path, monkeypa
 
 
 def test_pins_longer_than_a_session_takes_are_refused():
-    assert can_pin(WEBGPU, ("node",)) and not can_pin(WEBGPU, ("n" * 100,) * 100)
+    assert can_pin(WEBGPU, ("node",))
+    assert not can_pin(WEBGPU, ("n" * 100,) * 100)
     assert not can_pin(XNNPACK, ("node",))
 
 
 def test_numbers_are_compared_as_their_type_needs():
     x = np.asarray([1.0, -np.inf, np.nan], np.float32)
-    assert differs(x, x) is None and distance(x, x) == 0.0
+    assert differs(x, x) is None
+    assert distance(x, x) == 0.0
     assert "infinity" in differs(np.nan_to_num(x), x)
     assert differs(np.float32([1.0005, 1.0]), np.float32([1.0, 1.0])) is None
     assert "off by" in differs(np.float32([1.01, 1.0]), np.float32([1.0, 1.0]))
