@@ -2,8 +2,8 @@
 
 Drivers miscompile. A bundle's ``checks.onnx`` holds one node for each kind of operator in its graphs, each
 with inputs and outputs of its own; it is run on the CPU and on the provider, and the outputs are compared.
-After that one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs this
-in a process of its own, because a driver may also crash.
+After that one whole pass of the graph that is to run decides. `edge_tcur_runtime.engines.selfcheck` runs
+this in a process of its own, because a driver may also crash.
 """
 
 from __future__ import annotations
