@@ -78,7 +78,7 @@ def _model(bundle: Bundle, provider: str, store: Path, sink: Sink) -> Model:
     chosen = choose_provider(provider, bundle, ("infer",), cache=cache)
     for note in chosen.notes:
         sink.note(note)
-    if provider != "cpu" and chosen.reason:
+    if provider not in ("auto", "cpu") or chosen.placement.provider.name != "cpu":
         sink.note(f"provider {chosen.placement.provider.name}: {chosen.reason}")
     return Model(bundle, placement=chosen.placement)
 
