@@ -58,8 +58,8 @@ print(json.dumps({
 """
 # What runs on the CPU: sizes, indices and masks, in integers and booleans, and what joins them.
 SHAPES = {
-    "Cast", "Concat", "Equal", "Expand", "GatherElements", "GatherND", "GreaterOrEqual", "Max", "Mul", "Range",
-    "Reshape", "Shape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
+    "Cast", "Concat", "Equal", "Expand", "GatherElements", "GatherND", "GreaterOrEqual", "Max", "Mul",
+    "Range", "Reshape", "Shape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
 }  # fmt: skip
 
 
@@ -114,9 +114,9 @@ def test_pinned_nodes_run_on_the_cpu(result):
 def test_personalisation_end_to_end(webgpu, vit, digits_npz, tmp_path):
     command = [
         "personalize",
-        BUNDLE,
+        vit.bundle.root,
         "--data",
-        DATA,
+        digits_npz,
         "--provider",
         "webgpu",
         "--epochs",

@@ -121,7 +121,7 @@ class Manifest:
     Attributes:
         base_digest: canonical digest of the base's tensors (`digest_state`).
         files: file name -> size and digest, every file but the manifest.
-        graphs: role (`GRAPHS`, `STEP_VARIANTS`, `CHECKS`) -> file name; roles that were not exported are absent.
+        graphs: role (`GRAPHS`, `STEP_VARIANTS`, `CHECKS`) -> file name; others are absent.
         inputs: model input name -> dtype and shape, in graph order, factors not included.
         groups: adapted groups; the graphs take ``<group>.<part>`` of each of `parts` as inputs.
         tensors: parameter name -> place in `base.bin`, for the adapted weights.
