@@ -57,7 +57,7 @@ def to_graph(traced: Traced) -> ir.Model:
     )
     for clean in (
         common.IdentityEliminationPass(),
-        common.CommonSubexpressionEliminationPass(),  # before constants are lifted: it does not see initializers
+        common.CommonSubexpressionEliminationPass(),  # it sees constants, not initializers
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveUnusedNodesPass(),
     ):

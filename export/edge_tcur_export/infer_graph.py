@@ -1,12 +1,13 @@
 """The inference graph's own form of the update, for a graph without a backward pass.
 
-**Rows of the product instead of rows of the weight.** Traced for training, the update of a weight alone is ``((x R) core) C``, and the rows ``R`` of the weight are
-gathered on every call, number by number of the stored, transposed matrix. Without a backward pass it is
-cheaper to take them from the product that is there anyway, ``x R = (x W)[rows]``, and to multiply core and
-columns first: what is left for each token is one small product, which adds to the layer's output.
+**Rows of the product instead of rows of the weight.** Traced for training, the update of a weight alone is
+``((x R) core) C``, and the rows ``R`` of the weight are gathered on every call, number by number of the stored,
+transposed matrix. It is cheaper to take them from the product that is there anyway, ``x R = (x W)[rows]``, and
+to multiply core and columns first: what is left for each token is one small product, which adds to the
+layer's output.
 
-**One split of a stack.** Slices of a factor are picked by one node each, and ONNX Runtime makes of them a split and
-one Squeeze a slice; where a step is small, nodes are what costs.
+**One split of a stack.** Slices of a factor are picked by one node each, and ONNX Runtime makes of them a
+split and one Squeeze a slice; where a step is small, nodes are what costs.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def split_stacks(model: ir.Model) -> int:
     """Takes all slices of a factor from one Split of its flattened stack.
 
     Args:
-        model: a forward graph, changed in place. Only inputs [n, r] and [n, r, r] of which each of the n slices
-            is picked by a constant index, and nothing else is read, are rewritten.
+        model: a forward graph, changed in place. Only inputs [n, r] and [n, r, r] are rewritten of which each
+            of the n slices is picked by a constant index and nothing else is read.
 
     Returns:
         how many inputs were rewritten.

@@ -21,6 +21,8 @@ from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_p
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
+from edge_tcur_runtime.engines.providers import CPU
+from edge_tcur_runtime.engines.selfcheck import Choice, choose_for_training
 from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
@@ -52,6 +54,7 @@ class PersonalizeResult:
         losses: mean loss of every step; scores: held-out score of every epoch.
         engine, engine_reason: which engine ran, and why.
         graph: role of the bundle's graph that it ran.
+        provider, provider_reason: which execution provider ran it, and why.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
@@ -82,6 +85,8 @@ class PersonalizeResult:
     graph: str
     resumed_from: int
     notes: tuple[str, ...]
+    provider: str = CPU
+    provider_reason: str = ""
 
     @property
     def accuracy_before(self) -> float | None:
@@ -132,19 +137,20 @@ def personalize(
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
-    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start, settings.provider)
     graph = graph_to_try(name, bundle, settings)
+    chosen = choose_for_training(name, graph, bundle, settings)
     coordinates = _coordinates(bundle, start, graph)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
         for part in split(dataset, settings.holdout, settings.seed)
     )
-    identity = identify(bundle, start, dataset, settings, name)
+    identity = identify(bundle, start, dataset, settings, _runner(name, chosen))
     keeper = open_keeper(keep or KeepSettings(), identity)
     with keeper.listening():
         progress = keeper.resume()
-        make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
+        make = partial(_open_trainer, (name, chosen), bundle, coordinates, kept, settings, budget, keeper)
         if progress is None:
             trainer = _calibrated(make, graph, bundle, settings)
             outcome = begin(trainer, held_out)
@@ -169,7 +175,9 @@ def personalize(
         base_digest_after=_digest_again(bundle, before),
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
-        notes=keeper.notes,
+        notes=(*chosen.notes, *keeper.notes),
+        provider=chosen.placement.provider.name,
+        provider_reason=chosen.reason,
     )
 
 
@@ -187,8 +195,14 @@ def _provenance(bundle: Bundle) -> dict[str, str]:
     return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
 
 
+def _runner(engine: str, chosen: Choice) -> str:
+    """What must be the same for a run to end with the same bits: a checkpoint belongs to it."""
+    provider = chosen.placement.provider.name
+    return engine if provider == CPU else f"{engine} on {provider}"
+
+
 def _open_trainer(
-    name: str,
+    runner: tuple[str, Choice],
     bundle: Bundle,
     coordinates: Coordinates,
     data: Batch,
@@ -197,7 +211,8 @@ def _open_trainer(
     keeper: Keeper,
     graph: str,
 ) -> Trainer:
-    engine = open_engine(name, bundle, threads=settings.threads, graph=graph)
+    name, chosen = runner
+    engine = open_engine(name, bundle, threads=settings.threads, graph=graph, placement=chosen.placement)
     return Trainer(engine, coordinates, data, settings, budget, keeper, graph)
 
 

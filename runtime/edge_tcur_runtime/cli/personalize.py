@@ -48,6 +48,7 @@ _OPTIONS = (
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
+    ("--provider", _DEFAULT.provider, str, "What runs the graph: auto, cpu, webgpu, cuda, coreml, ..."),
     (
         "--recompute",
         _DEFAULT.recompute,
@@ -214,6 +215,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
         ("graph", result.graph),
+        ("provider", f"{result.provider} ({result.provider_reason})"),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),

@@ -28,6 +28,7 @@ MAX_MANIFEST_BYTES = 4 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+CHECKS = "checks"  # role of the graph of single operators, for the self-check of a device
 STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are there when asked for
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
@@ -120,7 +121,7 @@ class Manifest:
     Attributes:
         base_digest: canonical digest of the base's tensors (`digest_state`).
         files: file name -> size and digest, every file but the manifest.
-        graphs: role (`GRAPHS`, `STEP_VARIANTS`) -> file name; roles that were not exported are absent.
+        graphs: role (`GRAPHS`, `STEP_VARIANTS`, `CHECKS`) -> file name; others are absent.
         inputs: model input name -> dtype and shape, in graph order, factors not included.
         groups: adapted groups; the graphs take ``<group>.<part>`` of each of `parts` as inputs.
         tensors: parameter name -> place in `base.bin`, for the adapted weights.
@@ -215,7 +216,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     check_version(fields, FORMAT_VERSION)
     fields.only("format_version", "kind", *Manifest.__dataclass_fields__)
     fields.choice("kind", ("edge-tcur-bundle",))
-    graphs, versions = fields.child("graphs").only(*GRAPHS, *STEP_VARIANTS), fields.child("versions")
+    graphs, versions = fields.child("graphs").only(*GRAPHS, *STEP_VARIANTS, CHECKS), fields.child("versions")
     manifest = Manifest(
         base_digest=fields.text("base_digest"),
         files={name: _parse_file(name, child) for name, child in fields.children("files").items()},
