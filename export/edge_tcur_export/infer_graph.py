@@ -1,10 +1,10 @@
 """The inference graph's own form of the update, for a graph without a backward pass.
 
 **Rows of the product instead of rows of the weight.** Traced for training, the update of a weight alone is
-``((x R) core) C``, and the rows ``R`` of the weight are gathered on every call, number by number of the stored,
-transposed matrix. It is cheaper to take them from the product that is there anyway, ``x R = (x W)[rows]``, and
-to multiply core and columns first: what is left for each token is one small product, which adds to the
-layer's output.
+``((x R) core) C``, and the rows ``R`` of the weight are gathered on every call, number by number of the
+stored, transposed matrix. It is cheaper to take them from the product that is there anyway,
+``x R = (x W)[rows]``, and to multiply core and columns first: what is left for each token is one small
+product, which adds to the layer's output.
 
 **One split of a stack.** Slices of a factor are picked by one node each, and ONNX Runtime makes of them a
 split and one Squeeze a slice; where a step is small, nodes are what costs.
@@ -183,9 +183,10 @@ def _split(graph: ir.Graph, value: ir.Value, picks: dict[int, list[ir.Node]]) ->
         nodes.append(node)
         return node
 
-    flat = ir.Value(name=f"{value.name}.any", const_value=ir.tensor(np.array([-1]), name=f"{value.name}.any"))
+    name = f"{value.name}.any"
+    flat = ir.Value(name=name, const_value=ir.tensor(np.array([-1]), name=name))
     flat.type, flat.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
-    graph.initializers[flat.name] = flat
+    graph.initializers[name] = flat
     stack, shape = value, flat
     readers = [reader for found in picks.values() for node in found for reader, _ in node.outputs[0].uses()]
     turned = len(value.shape or ()) == 3 and all(_turns(reader) for reader in readers)
