@@ -20,9 +20,10 @@ from edge_tcur_runtime.checkpoint import identify
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_parts
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
-from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
+from edge_tcur_runtime.engines.graphs import engine_for
 from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.fitting import Site, fit
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
@@ -55,6 +56,7 @@ class PersonalizeResult:
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
+        predicted_peak_bytes: what the plan said; None where nothing was planned.
         base_digest_before, base_digest_after: digest of ``base.bin``.
         resumed_from: updates that an earlier process had done; notes: what happened to checkpoints.
     """
@@ -81,6 +83,7 @@ class PersonalizeResult:
     base_digest_after: str
     graph: str
     resumed_from: int
+    predicted_peak_bytes: int | None
     notes: tuple[str, ...]
 
     @property
@@ -133,8 +136,6 @@ def personalize(
     build_feeds(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
     name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
-    graph = graph_to_try(name, bundle, settings)
-    coordinates = _coordinates(bundle, start, graph)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
@@ -142,22 +143,19 @@ def personalize(
     )
     identity = identify(bundle, start, dataset, settings, name)
     keeper = open_keeper(keep or KeepSettings(), identity)
+    site = Site(bundle, start, settings, (kept, held_out), name)
     with keeper.listening():
         progress = keeper.resume()
-        make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
-        if progress is None:
-            trainer = _calibrated(make, graph, bundle, settings)
-            outcome = begin(trainer, held_out)
-        else:
-            trainer = make(progress.graph)
-            outcome = trainer.restore(progress)
+        make = partial(_open_trainer, bundle, start, kept, settings, budget, keeper)
+        trainer, plan = fit(site, make, budget, progress)
+        outcome = begin(trainer, held_out) if progress is None else trainer.restore(progress)
         train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
+        adapter=trainer.coordinates.adapter(outcome.values, _provenance(bundle)),
         **outcome.facts(),
-        engine=name,
-        engine_reason=reason,
+        engine=trainer.engine,
+        engine_reason=reason if trainer.engine == name else "the plan: the fastest that fits the budget",
         micro_batch=trainer.micro_batch,
         step_seconds=float(np.median(trainer.step_seconds or [0.0])),
         seconds=time.perf_counter() - started,
@@ -169,7 +167,8 @@ def personalize(
         base_digest_after=_digest_again(bundle, before),
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
-        notes=keeper.notes,
+        predicted_peak_bytes=None if plan is None or plan.chosen is None else plan.chosen.peak,
+        notes=(*keeper.notes, *trainer.notes),
     )
 
 
@@ -188,38 +187,17 @@ def _provenance(bundle: Bundle) -> dict[str, str]:
 
 
 def _open_trainer(
-    name: str,
     bundle: Bundle,
-    coordinates: Coordinates,
+    start: Adapter,
     data: Batch,
     settings: PersonalizeSettings,
     budget: Budget,
     keeper: Keeper,
+    name: str,
     graph: str,
 ) -> Trainer:
     engine = open_engine(name, bundle, threads=settings.threads, graph=graph)
-    return Trainer(engine, coordinates, data, settings, budget, keeper, graph)
-
-
-def _calibrated(
-    make: Callable[[str], Trainer], graph: str, bundle: Bundle, settings: PersonalizeSettings
-) -> Trainer:
-    """A trainer with the micro-batch that fits, on the plain step where that fits too."""
-    trainer = make(graph)
-    trainer.calibrate()
-    if graph == "step_recompute" and _plain_fits(trainer, bundle, settings):
-        del trainer  # two sessions would hold the base twice
-        trainer = make("step")
-        trainer.calibrate()
-    return trainer
-
-
-def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:
-    """Whether the plain step may take over from the one that recomputes."""
-    blocks = bundle.manifest.recomputed_blocks
-    if settings.recompute != "auto" or blocks is None or bundle.graph("step") is None:
-        return False
-    return trainer.leaves_room(blocks)
+    return Trainer(engine, _coordinates(bundle, start, graph), data, settings, budget, keeper, graph)
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
@@ -232,6 +210,8 @@ def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
         )
     check_trainable(dataset)
     encode_targets(dataset, bundle.manifest.labels)
+    if bundle.manifest.memory is not None:
+        return  # the plan knows better, and is made before anything is loaded too
     memory, base_size = read_memory(), bundle.manifest.files[BASE_FILE].size
     budget.require(
         max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"

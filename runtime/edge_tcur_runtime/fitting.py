@@ -1,0 +1,223 @@
+"""From a plan to a trainer whose passes fit: engines are opened, measured, and planned with again.
+
+Bundles without tables (`Manifest.memory`) are measured with passes of one and two samples instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from edge_tcur_runtime.budget import Budget, read_memory
+from edge_tcur_runtime.checkpoint import Progress
+from edge_tcur_runtime.engines import ENGINES, choose_engine
+from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
+from edge_tcur_runtime.engines.session import import_onnxruntime
+from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError
+from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
+from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
+from edge_tcur_runtime.formats.weights import FP32
+from edge_tcur_runtime.guard import Guard
+from edge_tcur_runtime.heap import give_back_at_once
+from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.planner import Footprint, Load, Plan, footprint_of, make_plan, resident_rows
+from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.trainer import Batch, Trainer
+from edge_tcur_runtime.units import format_size
+
+Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer over it
+
+# Before anything was measured: bytes for each byte of the table's values, and of the session for each node
+# (tests/benchmarks/budget.py). ONNX Runtime's optimiser upsets the order of the graph that recomputes.
+FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 2.25, "train": 1.3}
+NODE_BYTES = {"ort-step": 9 * 2**10, "ort-training": 12 * 2**10}
+WARM_BYTES = 6 * 2**20  # code, buffers and small values that stay after the first pass
+_MOST_OPENED = 4  # engines that are opened in search of the fastest
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the choice is made for.
+
+    Attributes:
+        bundle, start, settings: of the run.
+        data: the samples of the run, trained on and held out.
+        default: the engine that is taken without a plan (`choose_engine`).
+    """
+
+    bundle: Bundle
+    start: Adapter
+    settings: PersonalizeSettings
+    data: tuple[Batch, ...]
+    default: str
+
+    @property
+    def load(self) -> Load:
+        """For the planner."""
+        lengths = np.concatenate([part.lengths for part in self.data])
+        trained, batch = len(self.data[0].targets), self.settings.batch_size
+        return Load(lengths, min(batch, max(1, trained)), -(-trained // batch) * self.settings.epochs)
+
+    def runs(self) -> list[tuple[str, str]]:
+        """Engines that work here, with the graphs that the settings allow; the preferred ones first."""
+        asked, found = engine_for(self.settings), []
+        for name in ENGINES if asked == "auto" else (asked,):
+            try:
+                choose_engine(name, self.bundle, find_onnxruntime(), self.start)
+            except (MissingEngineError, IncompatibleError):
+                continue
+            found += [(name, role) for role in self._roles(name)]
+        tables = self.bundle.manifest.memory
+        return [run for run in found if tables is not None and run[1] in tables.graphs]
+
+    def _roles(self, engine: str) -> tuple[str, ...]:
+        if engine == "ort-training":
+            return ("train",)
+        if self.settings.last_blocks:
+            return ("step_last",)
+        return {"on": ("step_recompute",), "off": ("step",)}.get(
+            self.settings.recompute, ("step", "step_recompute")
+        )
+
+    def rows(self, table: GraphTable) -> int:
+        """Bytes of the base's tables that the samples of the run make resident."""
+        picked: dict[str, np.ndarray] = {}
+        for part in self.data:
+            for name, value in part.picked.items():
+                picked[name] = np.union1d(picked[name], value) if name in picked else value
+        return resident_rows(table.rows, picked)
+
+
+def predict(site: Site, tables: MemoryTables, resident: int) -> list[Footprint]:
+    """Footprints of all that may run, before anything is loaded.
+
+    Args:
+        resident: bytes of this process with its libraries.
+    """
+    found = []
+    for engine, role in site.runs():
+        table = tables.graphs[role]
+        session = NODE_BYTES[engine] * table.nodes + WARM_BYTES
+        held = resident + session + table.base + site.rows(table)
+        found.append(footprint_of(tables, role, engine, held, FACTORS[role]))
+    return found
+
+
+def fit(
+    site: Site, make: Make, budget: Budget, progress: Progress | None, *, plan_only: bool = False
+) -> tuple[Trainer, Plan | None]:
+    """A trainer whose passes fit the budget, with the plan that led to it.
+
+    Args:
+        progress: what the run goes on from: its engine, graph and micro-batches are kept.
+        plan_only: plan without a budget too.
+
+    Raises:
+        BudgetError: nothing fits; the smallest budget that would do is named.
+    """
+    tables = site.bundle.manifest.memory
+    if budget.limit is None and not plan_only:
+        return _unlimited(site, make, progress), None
+    if budget.limit is not None:
+        give_back_at_once()
+    if tables is None or not site.runs():
+        return _calibrated(site, make, progress), None
+    import_onnxruntime()
+    footprints = predict(site, tables, read_memory().resident)
+    if progress is not None:
+        running = (progress.engine or site.default, progress.graph)
+        footprints = [found for found in footprints if (found.engine, found.graph) == running]
+        if not footprints:
+            return _unlimited(site, make, progress), None
+    trainer, plan = _search(site, make, budget, footprints)
+    chosen = plan.require(advice(site, plan, tables))
+    trainer.passes = chosen.passes
+    if budget.limit is not None:
+        trainer.guard = Guard(budget.limit, chosen.footprint)
+    return trainer, plan
+
+
+def _unlimited(site: Site, make: Make, progress: Progress | None) -> Trainer:
+    if progress is None:
+        return make(site.default, graph_to_try(site.default, site.bundle, site.settings))
+    return make(progress.engine or site.default, progress.graph)
+
+
+def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint]) -> tuple[Trainer, Plan]:
+    """Opens what the plan takes, measures it and plans again, until that is what it takes."""
+    load, tables = site.load, site.bundle.manifest.memory
+    assert tables is not None
+    trainer: Trainer | None = None
+    opened: tuple[str, str] | None = None
+    tried: dict[tuple[str, str], int] = {}  # what was measured, up to how many samples a pass
+    while True:
+        floor = read_memory().peak or budget.check("while it was planned").peak
+        plan = make_plan(footprints, load, budget.limit, floor)
+        chosen = plan.require(advice(site, plan, tables))
+        micro = chosen.passes.micro_batch
+        settled = tried.get(chosen.runs, 0) >= micro or len(tried) >= _MOST_OPENED
+        if settled and trainer is not None and opened == chosen.runs:
+            return trainer, plan
+        if opened != chosen.runs:
+            trainer = None  # two sessions would hold the base twice
+            trainer, opened = make(*chosen.runs), chosen.runs
+        assert trainer is not None
+        if not settled:
+            place = next(n for n, f in enumerate(footprints) if (f.engine, f.graph) == chosen.runs)
+            footprints[place] = _measured(site, trainer, footprints[place], micro)
+            tried[chosen.runs] = micro
+            footprints = _same_speed(footprints, footprints[place])
+
+
+def _measured(site: Site, trainer: Trainer, footprint: Footprint, micro: int) -> Footprint:
+    """`footprint` after passes on this machine."""
+    read = resident_rows(footprint.table.rows, trainer.longest_alone().picked)
+    return trainer.measure(footprint, micro, max(0, site.rows(footprint.table) - read))
+
+
+def _same_speed(footprints: list[Footprint], measured: Footprint) -> list[Footprint]:
+    """What was not measured is taken to compute as fast as what was."""
+    return [f if f.measured else replace(f, rate=measured.rate) for f in footprints]
+
+
+def advice(site: Site, plan: Plan, tables: MemoryTables) -> list[str]:
+    """What else would help where nothing fits."""
+    found, manifest = [], site.bundle.manifest
+    least = plan.smallest
+    if not site.settings.last_blocks and "step_last" in tables.graphs:
+        partial = footprint_of(tables, "step_last", "ort-step", least.footprint.held, FACTORS["step_last"])
+        if (peak := partial.peak(1, site.load.longest)) < least.peak:
+            found.append(f"--last-blocks, which trains the last blocks alone, takes {format_size(peak)}")
+    if "step" in tables.graphs and "step_recompute" not in tables.graphs:
+        found.append("a bundle of 'edge-tcur export --recompute' takes less")
+    if manifest.precision == FP32:
+        saved = manifest.files[BASE_FILE].size * 3 // 4
+        base = min(saved, least.footprint.table.base * 3 // 4)
+        found.append(f"a base of 'edge-tcur export --precision int8' takes about {format_size(base)} less")
+    return found
+
+
+def _calibrated(site: Site, make: Make, progress: Progress | None) -> Trainer:
+    """For bundles without tables: a trainer with the micro-batch that fits by two steps, on the plain graph
+    where that fits too."""
+    if progress is not None:
+        return _unlimited(site, make, progress)
+    graph = graph_to_try(site.default, site.bundle, site.settings)
+    trainer = make(site.default, graph)
+    trainer.calibrate()
+    if graph == "step_recompute" and _plain_fits(trainer, site.bundle, site.settings):
+        del trainer  # two sessions would hold the base twice
+        trainer = make(site.default, "step")
+        trainer.calibrate()
+    return trainer
+
+
+def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:
+    """Whether the plain step may take over from the one that recomputes."""
+    blocks = bundle.manifest.recomputed_blocks
+    if settings.recompute != "auto" or blocks is None or bundle.graph("step") is None:
+        return False
+    return trainer.leaves_room(blocks)
