@@ -106,20 +106,44 @@ def predict(site: Site, tables: MemoryTables, resident: int) -> list[Footprint]:
     return found
 
 
-def fit(
-    site: Site, make: Make, budget: Budget, progress: Progress | None, *, plan_only: bool = False
-) -> tuple[Trainer, Plan | None]:
-    """A trainer whose passes fit the budget, with the plan that led to it.
+def preview(site: Site, make: Make, budget: Budget) -> tuple[Plan, list[str]]:
+    """The plan of a run that is not begun, with what would help where nothing fits.
+
+    Where something fits by the tables, passes are run and planned with again, as `fit` does.
+
+    Raises:
+        IncompatibleError: the bundle has no tables, or no graph of it can be trained here.
+        BudgetError: by the tables it fits, by what was measured it does not.
+    """
+    tables = site.bundle.manifest.memory
+    if tables is None or not site.runs():
+        raise IncompatibleError(
+            "the bundle does not say what passes of its graphs take, so that nothing can be planned",
+            where=str(site.bundle.root),
+            hint="export it again; a run with --budget measures instead",
+        )
+    if budget.limit is not None:
+        give_back_at_once()
+    import_onnxruntime()
+    memory = read_memory()
+    footprints = predict(site, tables, memory.resident)
+    plan = make_plan(footprints, site.load, budget.limit, memory.peak)
+    if plan.chosen is not None:
+        plan = _search(site, make, budget, footprints)[1]
+    return plan, advice(site, plan, tables)
+
+
+def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tuple[Trainer, Plan | None]:
+    """A trainer whose passes fit the budget, with the plan that led to it; None where none was made.
 
     Args:
         progress: what the run goes on from: its engine, graph and micro-batches are kept.
-        plan_only: plan without a budget too.
 
     Raises:
         BudgetError: nothing fits; the smallest budget that would do is named.
     """
     tables = site.bundle.manifest.memory
-    if budget.limit is None and not plan_only:
+    if budget.limit is None:
         return _unlimited(site, make, progress), None
     if budget.limit is not None:
         give_back_at_once()
@@ -134,9 +158,7 @@ def fit(
             return _unlimited(site, make, progress), None
     trainer, plan = _search(site, make, budget, footprints)
     chosen = plan.require(advice(site, plan, tables))
-    trainer.passes = chosen.passes
-    if budget.limit is not None:
-        trainer.guard = Guard(budget.limit, chosen.footprint)
+    trainer.passes, trainer.guard = chosen.passes, Guard(budget.limit, chosen.footprint)
     return trainer, plan
 
 

@@ -23,13 +23,14 @@ from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for
 from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
-from edge_tcur_runtime.fitting import Site, fit
+from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
+from edge_tcur_runtime.planner import Plan
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
@@ -102,6 +103,34 @@ class PersonalizeResult:
         return self.scores if self.metric == ACCURACY else []
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What a personalisation would do.
+
+    Attributes:
+        plan: the candidates, and the one that is taken.
+        updates: of the whole run.
+        advice: what else would help where nothing fits.
+    """
+
+    plan: Plan
+    updates: int
+    advice: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values; sizes in bytes."""
+        plan = self.plan
+        return {
+            "fits": plan.chosen is not None,
+            "budget_bytes": plan.limit,
+            "updates": self.updates,
+            "chosen": None if plan.chosen is None else plan.chosen.to_dict(self.updates),
+            "candidates": [candidate.to_dict(self.updates) for candidate in plan.candidates],
+            "smallest_budget_bytes": plan.smallest.peak,
+            "advice": list(self.advice),
+        }
+
+
 def personalize(
     bundle: Bundle,
     dataset: Dataset,
@@ -132,18 +161,10 @@ def personalize(
     budget = Budget(settings.budget)
     _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
-    start = start or blank_adapter(bundle)
-    build_feeds(bundle.manifest, start)
-    task = find_device_task(bundle.manifest.task)
-    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
-    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
-    kept, held_out = (
-        Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
-        for part in split(dataset, settings.holdout, settings.seed)
-    )
+    site, reason = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
+    (kept, held_out), start, name = site.data, site.start, site.default
     identity = identify(bundle, start, dataset, settings, name)
     keeper = open_keeper(keep or KeepSettings(), identity)
-    site = Site(bundle, start, settings, (kept, held_out), name)
     with keeper.listening():
         progress = keeper.resume()
         make = partial(_open_trainer, bundle, start, kept, settings, budget, keeper)
@@ -170,6 +191,39 @@ def personalize(
         predicted_peak_bytes=None if plan is None or plan.chosen is None else plan.chosen.peak,
         notes=(*keeper.notes, *trainer.notes),
     )
+
+
+def plan_personalize(
+    bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, *, start: Adapter | None = None
+) -> RunPlan:
+    """What `personalize` would choose; a few passes are run, nothing is kept.
+
+    Raises:
+        IncompatibleError: the bundle has no tables.
+        BudgetError: by the tables it fits, by what was measured it does not.
+        DataError, BaseMismatchError, MissingEngineError, ConfigError: as `personalize`.
+    """
+    budget = Budget(settings.budget)
+    _refuse_early(bundle, dataset, budget)
+    site, _ = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
+    make = partial(_open_trainer, bundle, site.start, site.data[0], settings, budget, Keeper())
+    plan, advice = preview(site, make, budget)
+    return RunPlan(plan, site.load.updates, tuple(advice))
+
+
+def _prepare(
+    bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, start: Adapter
+) -> tuple[Site, str]:
+    """What the run is planned for, and why its engine is the default."""
+    build_feeds(bundle.manifest, start)
+    task = find_device_task(bundle.manifest.task)
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    kept, held_out = (
+        Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
+        for part in split(dataset, settings.holdout, settings.seed)
+    )
+    return Site(bundle, start, settings, (kept, held_out), name), reason
 
 
 def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
