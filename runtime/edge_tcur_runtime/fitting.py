@@ -17,7 +17,7 @@ from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.session import import_onnxruntime
 from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
+from edge_tcur_runtime.formats.bundle import Bundle
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.guard import Guard
@@ -34,8 +34,9 @@ Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer o
 # (tests/benchmarks/budget.py). ONNX Runtime's optimiser upsets the order of the graph that recomputes.
 FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 2.25, "train": 1.3}
 NODE_BYTES = {"ort-step": 9 * 2**10, "ort-training": 12 * 2**10}
-WARM_BYTES = 6 * 2**20  # code, buffers and small values that stay after the first pass
-_MOST_OPENED = 4  # engines that are opened in search of the fastest
+WARM_BYTES = 9 * 2**20  # code, buffers and small values that stay after the first pass
+_WORTH_SAYING = 2**20  # bytes that another precision saves
+_MOST_TRIED = 6  # engines and micro-batches that are measured in search of the fastest
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,13 @@ def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint])
     assert tables is not None
     trainer: Trainer | None = None
     opened: tuple[str, str] | None = None
-    tried: dict[tuple[str, str], int] = {}  # what was measured, up to how many samples a pass
+    tried: set[tuple[str, str, int]] = set()  # what was measured, up to how many samples a pass
     while True:
         floor = read_memory().peak or budget.check("while it was planned").peak
         plan = make_plan(footprints, load, budget.limit, floor)
         chosen = plan.require(advice(site, plan, tables))
         micro = chosen.passes.micro_batch
-        settled = tried.get(chosen.runs, 0) >= micro or len(tried) >= _MOST_OPENED
+        settled = (*chosen.runs, micro) in tried or len(tried) >= _MOST_TRIED
         if settled and trainer is not None and opened == chosen.runs:
             return trainer, plan
         if opened != chosen.runs:
@@ -190,7 +191,7 @@ def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint])
         if not settled:
             place = next(n for n, f in enumerate(footprints) if (f.engine, f.graph) == chosen.runs)
             footprints[place] = _measured(site, trainer, footprints[place], micro)
-            tried[chosen.runs] = micro
+            tried.add((*chosen.runs, micro))
             footprints = _same_speed(footprints, footprints[place])
 
 
@@ -215,9 +216,8 @@ def advice(site: Site, plan: Plan, tables: MemoryTables) -> list[str]:
             found.append(f"--last-blocks, which trains the last blocks alone, takes {format_size(peak)}")
     if "step" in tables.graphs and "step_recompute" not in tables.graphs:
         found.append("a bundle of 'edge-tcur export --recompute' takes less")
-    if manifest.precision == FP32:
-        saved = manifest.files[BASE_FILE].size * 3 // 4
-        base = min(saved, least.footprint.table.base * 3 // 4)
+    base = least.footprint.table.base * 3 // 4
+    if manifest.precision == FP32 and base >= _WORTH_SAYING:
         found.append(f"a base of 'edge-tcur export --precision int8' takes about {format_size(base)} less")
     return found
 

@@ -275,9 +275,8 @@ def sorted_passes(footprint: Footprint, load: Load, micro: int) -> Passes:
 
 
 def _growth(footprint: Footprint, load: Load, passes: Passes) -> int:
-    if not passes.limits:
-        return footprint.growth(passes.micro_batch, load.longest)
-    return max(footprint.growth(count, length) for length, count in passes.limits.items())
+    counts = passes.limits or {int(length): passes.micro_batch for length in np.unique(load.lengths)}
+    return max(footprint.growth(count, length) for length, count in counts.items())
 
 
 def _seconds(footprint: Footprint, load: Load, passes: Passes) -> float:

@@ -31,6 +31,7 @@ from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
 
 _MARGIN = 1.02  # of what a pass took, for what the next one may take
+_UNKNOWN = 1.12  # the same for a pass that is larger than what was measured
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Trainer:
         """Runs passes of one to `micro` of the longest samples; returns what they take.
 
         Args:
-            footprint: what is predicted; a pass that would cross the limit by it is left out.
+            footprint: what is predicted; a pass that might cross the limit by it is left out.
             micro: samples of the largest pass.
             unread: bytes of the base that passes of other samples than the longest will read.
 
@@ -200,10 +201,14 @@ class Trainer:
         length = int(self._data.lengths[longest[0]])
         held = self._measure(longest[:1]).resident  # it touches the base, and what is made once
         found = replace(footprint, held=held + unread, measured=True)
+        limit = self._budget.limit
         for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
-            limit = self._budget.limit
-            if limit is not None and found.peak(count, length) > limit:
-                break
+            if (
+                limit is not None
+                and found.held + _UNKNOWN * found.growth(count, length) > limit
+                and count > 1
+            ):
+                return replace(found, factor=_UNKNOWN * found.factor)
             started, before = time.perf_counter(), read_memory()
             after = self._measure(longest[:count])
             rate = (time.perf_counter() - started) / found.work(count, length)
