@@ -182,9 +182,12 @@ class Trainer:
 
     def longest_alone(self) -> Batch:
         """The longest sample, which `measure` runs before it reads what is held."""
-        chosen = self._data.longest_first()[:1]
+        chosen = self._longest()[:1]
         dataset, targets = self._data.dataset.select(chosen), self._data.targets[chosen]
         return replace(self._data, dataset=dataset, targets=targets)
+
+    def _longest(self) -> np.ndarray:
+        return np.argsort(-self._data.lengths, kind="stable")
 
     def measure(self, footprint: Footprint, micro: int, unread: int) -> Footprint:
         """Runs passes of one to `micro` of the longest samples; returns what they take.
@@ -197,25 +200,23 @@ class Trainer:
         Raises:
             BudgetError: a pass crossed the limit.
         """
-        longest = self._data.longest_first()
+        longest = self._longest()
         length = int(self._data.lengths[longest[0]])
+        loaded = read_memory().peak
         held = self._measure(longest[:1]).resident  # it touches the base, and what is made once
         found = replace(footprint, held=held + unread, measured=True)
         limit = self._budget.limit
         for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
-            if (
-                limit is not None
-                and found.held + _UNKNOWN * found.growth(count, length) > limit
-                and count > 1
-            ):
+            most = found.held + _UNKNOWN * found.growth(count, length)
+            if limit is not None and most > limit and count > 1:
                 return replace(found, factor=_UNKNOWN * found.factor)
             started, before = time.perf_counter(), read_memory()
             after = self._measure(longest[:count])
             rate = (time.perf_counter() - started) / found.work(count, length)
             factor = _MARGIN * taken(before, after) / max(1, found.values(count, length))
-            # Without a new peak a pass took that much at most. Small values lie in the heap and are held, so
-            # that a small pass takes less than its share.
-            if after.peak <= before.peak:
+            # Below the peak of loading a pass took that much at most. Small values lie in the heap and are
+            # held, so that a small pass takes less than its share.
+            if after.peak <= loaded:
                 factor = min(found.factor, factor)
             if count < min(micro, len(longest)):
                 factor = max(factor, found.factor)

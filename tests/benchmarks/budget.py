@@ -228,7 +228,10 @@ def main() -> None:
     ratios, refused, crossed = [], 0, 0
     with TemporaryDirectory() as work:
         for name in options.models:
-            data, bundles = make_bundles(name, options.precisions, (options.keep or Path(work)) / name)
+            precisions = (
+                ["fp32"] if name == "conv" else options.precisions
+            )  # only linear layers are quantised
+            data, bundles = make_bundles(name, precisions, (options.keep or Path(work)) / name)
             for precision, bundle in bundles.items():
                 for engine, recompute, budget, found in rows_of(bundle, data, options.heap):
                     head = f"{name:10}{precision:5} {engine:13}{recompute:5}{budget / MIB:7.0f}"
