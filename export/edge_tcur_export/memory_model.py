@@ -8,6 +8,7 @@ the rows that are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -16,6 +17,7 @@ import onnx
 from edge_tcur_export.shapes import tensor_bytes, value_bytes
 from edge_tcur_runtime.formats.bundle import InputSpec
 from edge_tcur_runtime.formats.memory import RowTable
+from edge_tcur_runtime.planner import FACTORS, session_bytes
 
 # Measured with tests/benchmarks/memory_model.py: Python with numpy and our import of ONNX Runtime 1.19.2, and
 # what a session keeps of each node.
@@ -167,19 +169,28 @@ def _takes_rows(node: onnx.NodeProto, name: str) -> bool:
 
 
 def estimate_memory(
-    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], *, libraries: int = LIBRARY_BYTES
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Sequence[int]],
+    *,
+    role: str | None = None,
+    libraries: int = LIBRARY_BYTES,
 ) -> MemoryEstimate:
     """Peak memory of one run of a graph.
 
     Args:
         model: the graph, without the base in memory.
         inputs: shapes of what is fed, by name.
+        role: of a training graph, for the figures that a device begins with (`edge_tcur_runtime.planner`);
+            None counts the values and nodes alone.
         libraries: bytes of the process before a graph is opened.
     """
     sizes, steps = value_bytes(model, inputs), execution_steps(model)
     fed = sum(sizes.get(name, 0) for name in inputs)
     peak = activation_peak(steps, sizes, {value.name for value in model.graph.output})
-    return MemoryEstimate(libraries, NODE_BYTES * len(steps), base_bytes(model, sizes), peak + fed)
+    session, values = NODE_BYTES * len(steps), peak + fed
+    if role in FACTORS:
+        session, values = session_bytes(role, len(steps)), math.ceil(FACTORS[role] * values)
+    return MemoryEstimate(libraries, session, base_bytes(model, sizes), values)
 
 
 def input_shapes(

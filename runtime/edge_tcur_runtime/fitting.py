@@ -23,18 +23,22 @@ from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.guard import Guard
 from edge_tcur_runtime.heap import give_back_at_once
 from edge_tcur_runtime.installed import find_onnxruntime
-from edge_tcur_runtime.planner import Footprint, Load, Plan, footprint_of, make_plan, resident_rows
+from edge_tcur_runtime.planner import (
+    FACTORS,
+    Footprint,
+    Load,
+    Plan,
+    footprint_of,
+    make_plan,
+    resident_rows,
+    session_bytes,
+)
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.trainer import Batch, Trainer
 from edge_tcur_runtime.units import format_size
 
 Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer over it
 
-# Before anything was measured: bytes for each byte of the table's values, and of the session for each node
-# (tests/benchmarks/budget.py). ONNX Runtime's optimiser upsets the order of the graph that recomputes.
-FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 2.25, "train": 1.3}
-NODE_BYTES = {"ort-step": 9 * 2**10, "ort-training": 12 * 2**10}
-WARM_BYTES = 9 * 2**20  # code, buffers and small values that stay after the first pass
 _WORTH_SAYING = 2**20  # bytes that another precision saves
 _MOST_TRIED = 6  # engines and micro-batches that are measured in search of the fastest
 
@@ -101,8 +105,7 @@ def predict(site: Site, tables: MemoryTables, resident: int) -> list[Footprint]:
     found = []
     for engine, role in site.runs():
         table = tables.graphs[role]
-        session = NODE_BYTES[engine] * table.nodes + WARM_BYTES
-        held = resident + session + table.base + site.rows(table)
+        held = resident + session_bytes(role, table.nodes) + table.base + site.rows(table)
         found.append(footprint_of(tables, role, engine, held, FACTORS[role]))
     return found
 

@@ -18,6 +18,11 @@ from edge_tcur_runtime.errors import BudgetError
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables, RowTable
 from edge_tcur_runtime.units import format_size
 
+# Before anything was measured: bytes for each byte of the table's values, and of a session for each node
+# (tests/benchmarks/budget.py). ONNX Runtime's optimiser upsets the order of the graph that recomputes.
+FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 2.25, "train": 1.3}
+NODE_BYTES = {"step": 9 * 2**10, "train": 12 * 2**10}
+WARM_BYTES = 11 * 2**20  # code, buffers and small values that stay after the first pass
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
@@ -315,3 +320,8 @@ def footprint_of(
 ) -> Footprint:
     """The footprint of one of the bundle's graphs."""
     return Footprint(engine, role, tables.graphs[role], tables.samples, tables.lengths, held, factor, rate)
+
+
+def session_bytes(role: str, nodes: int) -> int:
+    """Bytes that a session of a training graph holds, before anything was measured."""
+    return NODE_BYTES["train" if role == "train" else "step"] * nodes + WARM_BYTES

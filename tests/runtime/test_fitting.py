@@ -120,8 +120,7 @@ def faked(monkeypatch, each):
 def test_passes_are_as_large_as_what_was_measured_allows(bundle, user, monkeypatch, room, micro):
     """A sample takes a MiB; the table says a third of it and is corrected."""
     monkeypatch.setattr(fitting, "FACTORS", dict.fromkeys(fitting.FACTORS, 1.0))
-    monkeypatch.setattr(fitting, "WARM_BYTES", 0)
-    monkeypatch.setitem(fitting.NODE_BYTES, "ort-step", 0)
+    monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
     tables = replace(TABLES, graphs={"step": replace(table(each=MIB // 3), base=0)})
     bundle = replace(bundle, manifest=replace(bundle.manifest, memory=tables))
     state, limit = faked(monkeypatch, MIB), int((100 + room) * MIB)
