@@ -200,8 +200,8 @@ def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint])
 
 def _measured(site: Site, trainer: Trainer, footprint: Footprint, micro: int) -> Footprint:
     """`footprint` after passes on this machine."""
-    read = resident_rows(footprint.table.rows, trainer.longest_alone().picked)
-    return trainer.measure(footprint, micro, max(0, site.rows(footprint.table) - read))
+    alone = resident_rows(footprint.table.rows, trainer.longest_alone().picked)
+    return trainer.measure(footprint, micro, (site.rows(footprint.table), alone))
 
 
 def _same_speed(footprints: list[Footprint], measured: Footprint) -> list[Footprint]:

@@ -26,6 +26,7 @@ WARM_BYTES = 11 * 2**20  # code, buffers and small values that stay after the fi
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
+_RESERVE = 1.02
 _SIMULATED = 64  # updates that the time of one is averaged over
 
 
@@ -205,6 +206,12 @@ class Plan:
         """The candidate that needs least memory."""
         return min(self.candidates, key=lambda candidate: candidate.peak)
 
+    @property
+    def named(self) -> int:
+        """The budget in MiB that is named where nothing fits: the smallest, and a little for what differs
+        from one process to the next."""
+        return math.ceil(_RESERVE * self.smallest.peak / 2**20)
+
     def require(self, advice: Sequence[str] = ()) -> Candidate:
         """The candidate that is taken.
 
@@ -221,7 +228,7 @@ class Plan:
             f"the budget of {format_size(self.limit)} cannot be met: the least that training takes here is "
             f"about {format_size(least.peak)} ({least.footprint.engine}, graph {least.footprint.graph}, "
             f"{least.passes.micro_batch} samples at once)",
-            hint="; ".join((f"give at least --budget {-(-least.peak // 2**20)}MiB", *advice)),
+            hint="; ".join((f"give at least --budget {self.named}MiB", *advice)),
         )
 
 

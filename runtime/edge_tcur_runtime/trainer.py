@@ -189,22 +189,24 @@ class Trainer:
     def _longest(self) -> np.ndarray:
         return np.argsort(-self._data.lengths, kind="stable")
 
-    def measure(self, footprint: Footprint, micro: int, unread: int) -> Footprint:
+    def measure(self, footprint: Footprint, micro: int, rows: tuple[int, int]) -> Footprint:
         """Runs passes of one to `micro` of the longest samples; returns what they take.
 
         Args:
             footprint: what is predicted; a pass that might cross the limit by it is left out.
             micro: samples of the largest pass.
-            unread: bytes of the base that passes of other samples than the longest will read.
+            rows: bytes of the base's tables that all samples make resident, and the longest alone.
 
         Raises:
             BudgetError: a pass crossed the limit.
         """
         longest = self._longest()
         length = int(self._data.lengths[longest[0]])
-        loaded = read_memory().peak
-        held = self._measure(longest[:1]).resident  # it touches the base, and what is made once
-        found = replace(footprint, held=held + unread, measured=True)
+        before = read_memory()
+        loaded, first = before.peak, self._measure(longest[:1])  # it touches the base, and what is made once
+        mapped = first.file_backed - before.file_backed - footprint.table.base
+        unread = max(0, rows[0] - max(rows[1], mapped))  # more may be mapped around a row than a window
+        found = replace(footprint, held=first.resident + unread, measured=True)
         limit = self._budget.limit
         for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
             most = found.held + _UNKNOWN * found.growth(count, length)

@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 
 MIB = 2**20
 SHARES = (1.0, 1.1, 1.3, 1.8)
-RUNS = (("auto", "auto"), ("ort-training", "auto"), ("ort-step", "off"), ("ort-step", "on"))
+RUNS = ["auto:auto", "ort-training:auto", "ort-step:off", "ort-step:on"]
 BERTS = {  # blocks, width, heads, words, tokens of the longest text
     "bert": (4, 128, 4, 2000, 64),
     "bert-long": (2, 64, 2, 500, 256),
@@ -206,9 +206,9 @@ def make_bundles(name: str, precisions: list[str], root: Path) -> tuple[Path, di
     return data, bundles
 
 
-def rows_of(bundle: Path, data: Path, heap: str):  # type: ignore[no-untyped-def]
+def rows_of(bundle: Path, data: Path, heap: str, runs: list[str]):  # type: ignore[no-untyped-def]
     """(engine, recompute, budget, what the run said) of all runs over one bundle."""
-    for engine, recompute in RUNS:
+    for engine, recompute in (run.split(":") for run in runs):
         first = run_child(bundle, data, MIB, engine, recompute, heap=heap)
         assert "refused" in first, first
         for share in SHARES:
@@ -221,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["bert", "bert-long", "vit", "conv", "minilm"])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"])
+    parser.add_argument("--runs", nargs="+", default=RUNS, help="engine:recompute")
     parser.add_argument("--keep", type=Path, help="where models and bundles stay")
     parser.add_argument("--heap", action="store_const", const="heap", default="")
     options = parser.parse_args()
@@ -233,7 +234,7 @@ def main() -> None:
             )  # only linear layers are quantised
             data, bundles = make_bundles(name, precisions, (options.keep or Path(work)) / name)
             for precision, bundle in bundles.items():
-                for engine, recompute, budget, found in rows_of(bundle, data, options.heap):
+                for engine, recompute, budget, found in rows_of(bundle, data, options.heap, options.runs):
                     head = f"{name:10}{precision:5} {engine:13}{recompute:5}{budget / MIB:7.0f}"
                     if "refused" in found:
                         refused, crossed = refused + bool(found["before"]), crossed + (not found["before"])

@@ -143,7 +143,7 @@ def test_a_cgroup_of_the_budget_does_not_kill_the_run(tool, root, texts_csv, cap
 
 def test_the_cgroup_is_real(tool, root, texts_csv):
     """Without a budget of its own the same run is killed below what it needs."""
-    with limited(40 * MIB) as (before, _):
+    with limited(16 * MIB) as (before, _):
         evict(root, *libraries())
         with pytest.raises(RuntimeError, match=r"ended with (-9|137)"):
             tool.run_child(root, texts_csv, 0, "ort-step", "off", before=before)
