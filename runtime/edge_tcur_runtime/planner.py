@@ -26,6 +26,7 @@ WARM_BYTES = 11 * 2**20  # code, buffers and small values that stay after the fi
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
+UNKNOWN = 1.12  # of what was measured, for a pass that is larger
 _RESERVE = 1.02
 _SIMULATED = 64  # updates that the time of one is averaged over
 
@@ -41,6 +42,7 @@ class Footprint:
         factor: bytes that a pass takes for each byte of the table's values.
         rate: seconds an operation.
         measured: whether `held`, `factor` and `rate` were measured here.
+        proven: bytes of the table's values up to which `factor` was measured.
     """
 
     engine: str
@@ -52,6 +54,7 @@ class Footprint:
     factor: float
     rate: float = RATE
     measured: bool = False
+    proven: int = 0
 
     def values(self, samples: int, length: int) -> int:
         """Bytes of the table's values in a pass of so many samples of so many tokens."""
@@ -59,7 +62,9 @@ class Footprint:
 
     def growth(self, samples: int, length: int) -> int:
         """Bytes that such a pass adds to what is held."""
-        return math.ceil(self.factor * self.values(samples, length))
+        values = self.values(samples, length)
+        margin = UNKNOWN if self.measured and values > self.proven else 1.0
+        return math.ceil(margin * self.factor * values)
 
     def peak(self, samples: int, length: int) -> int:
         """Resident bytes of this process at the peak of such a pass."""

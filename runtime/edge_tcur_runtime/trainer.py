@@ -31,7 +31,6 @@ from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
 
 _MARGIN = 1.02  # of what a pass took, for what the next one may take
-_UNKNOWN = 1.12  # the same for a pass that is larger than what was measured
 
 
 @dataclass(frozen=True)
@@ -154,6 +153,7 @@ class Trainer:
         self.passes = Passes(settings.batch_size)
         self.guard: Guard | None = None
         self._growth, self._peak_two = 0, 0
+        self._mapped: int | None = None  # bytes of rows that the first pass made resident
         self.step_seconds: list[float] = []
 
     @property
@@ -204,14 +204,14 @@ class Trainer:
         length = int(self._data.lengths[longest[0]])
         before = read_memory()
         loaded, first = before.peak, self._measure(longest[:1])  # it touches the base, and what is made once
-        mapped = first.file_backed - before.file_backed - footprint.table.base
-        unread = max(0, rows[0] - max(rows[1], mapped))  # more may be mapped around a row than a window
+        if self._mapped is None:
+            self._mapped = first.file_backed - before.file_backed - footprint.table.base
+        unread = max(0, rows[0] - max(rows[1], self._mapped))  # more than a window may be mapped around a row
         found = replace(footprint, held=first.resident + unread, measured=True)
         limit = self._budget.limit
         for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
-            most = found.held + _UNKNOWN * found.growth(count, length)
-            if limit is not None and most > limit and count > 1:
-                return replace(found, factor=_UNKNOWN * found.factor)
+            if limit is not None and found.peak(count, length) > limit and count > 1:
+                break
             started, before = time.perf_counter(), read_memory()
             after = self._measure(longest[:count])
             rate = (time.perf_counter() - started) / found.work(count, length)
@@ -222,7 +222,8 @@ class Trainer:
                 factor = min(found.factor, factor)
             if count < min(micro, len(longest)):
                 factor = max(factor, found.factor)
-            found = replace(found, rate=rate, factor=factor)
+            proven = max(found.proven, found.values(count, length))
+            found = replace(found, rate=rate, factor=factor, proven=proven)
         return found
 
     def calibrate(self) -> None:
