@@ -31,6 +31,7 @@ from edge_tcur_runtime.planner import (
     footprint_of,
     make_plan,
     resident_rows,
+    room,
     session_bytes,
 )
 from edge_tcur_runtime.settings import PersonalizeSettings
@@ -162,7 +163,7 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
             return _unlimited(site, make, progress), None
     trainer, plan = _search(site, make, budget, footprints)
     chosen = plan.require(advice(site, plan, tables))
-    trainer.passes, trainer.guard = chosen.passes, Guard(budget.limit, chosen.footprint)
+    trainer.passes, trainer.guard = chosen.passes, Guard(room(budget.limit), chosen.footprint)
     return trainer, plan
 
 

@@ -27,7 +27,8 @@ NODE_WORK = 50_000  # operations that starting one operator is worth: a few micr
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
 UNKNOWN = 1.12  # of what was measured, for a pass that is larger
-_RESERVE = 1.02
+_SPARE = 32  # part of a budget that is left free: two runs of the same passes differ by a percent
+_RESERVE = 1.04  # of the smallest peak, for the budget that is named
 _SIMULATED = 64  # updates that the time of one is averaged over
 
 
@@ -237,8 +238,13 @@ class Plan:
         )
 
 
+def room(limit: int) -> int:
+    """Bytes of a budget that are planned with."""
+    return limit - limit // _SPARE
+
+
 def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, floor: int = 0) -> Plan:
-    """All candidates, and the fastest whose predicted peak is within the limit.
+    """All candidates, and the fastest whose predicted peak is within the limit (`room`).
 
     Args:
         footprints: of every engine and graph that may be used, at least one.
@@ -249,7 +255,7 @@ def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, fl
         candidate for footprint in footprints for candidate in _candidates(footprint, load, floor)
     ]  # of equals the first is taken: the order of the footprints counts, and the larger micro-batch
     ranked = sorted(found, key=lambda candidate: candidate.seconds)
-    place = next((place for place, c in enumerate(ranked) if limit is None or c.peak <= limit), None)
+    place = next((place for place, c in enumerate(ranked) if limit is None or c.peak <= room(limit)), None)
     chosen = None if place is None else ranked[place]
     told = tuple(replace(c, verdict=_verdict(c, chosen, limit)) for c in ranked)
     return Plan(told, None if place is None else told[place], limit)
@@ -258,8 +264,8 @@ def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, fl
 def _verdict(candidate: Candidate, chosen: Candidate | None, limit: int | None) -> str:
     if candidate is chosen:
         return "chosen: the fastest" + (" that fits" if limit is not None else "")
-    if limit is not None and candidate.peak > limit:
-        return f"{format_size(candidate.peak - limit)} over the budget"
+    if limit is not None and candidate.peak > room(limit):
+        return f"{format_size(candidate.peak - room(limit))} too much"
     return "slower" if chosen is not None and candidate.seconds > chosen.seconds else "as fast"
 
 
@@ -281,11 +287,11 @@ def _candidates(footprint: Footprint, load: Load, floor: int) -> list[Candidate]
 
 def sorted_passes(footprint: Footprint, load: Load, micro: int) -> Passes:
     """Micro-batches for each length that take no more memory than `micro` of the longest samples."""
-    room = footprint.growth(micro, load.longest)
+    most = footprint.growth(micro, load.longest)
     return Passes(
         micro,
         {
-            int(length): max(micro, footprint.largest(load.batch, int(length), room))
+            int(length): max(micro, footprint.largest(load.batch, int(length), most))
             for length in np.unique(load.lengths)
         },
     )

@@ -25,7 +25,7 @@ from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.guard import Guard, taken
 from edge_tcur_runtime.keeper import Keeper
 from edge_tcur_runtime.optimizer import AdamW, schedule
-from edge_tcur_runtime.planner import Footprint, Passes
+from edge_tcur_runtime.planner import Footprint, Passes, room
 from edge_tcur_runtime.preprocess import Preprocessor
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
@@ -210,7 +210,7 @@ class Trainer:
         found = replace(footprint, held=first.resident + unread, measured=True)
         limit = self._budget.limit
         for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
-            if limit is not None and found.peak(count, length) > limit and count > 1:
+            if limit is not None and found.peak(count, length) > room(limit) and count > 1:
                 break
             started, before = time.perf_counter(), read_memory()
             after = self._measure(longest[:count])

@@ -123,7 +123,7 @@ def test_passes_are_as_large_as_what_was_measured_allows(bundle, user, monkeypat
     monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
     tables = replace(TABLES, graphs={"step": replace(table(each=MIB // 3), base=0)})
     bundle = replace(bundle, manifest=replace(bundle.manifest, memory=tables))
-    state, limit = faked(monkeypatch, MIB), int((100 + room) * MIB)
+    state, limit = faked(monkeypatch, MIB), int((100 + room) * MIB * 32 / 31)
     result = personalize(bundle, user, quick(budget=limit))
     assert result.micro_batch == micro
     assert max(state["passes"]) == micro

@@ -22,6 +22,7 @@ from edge_tcur_runtime.planner import (
     interpolate,
     make_plan,
     resident_rows,
+    room,
     sorted_passes,
 )
 
@@ -65,6 +66,11 @@ LOADS = st.builds(
 LIMITS = st.integers(MIB, 2**31)
 
 
+def with_spare(size):
+    """A budget of which so much is planned with."""
+    return next(limit for limit in range(size * 32 // 31 - 2, 2**40) if room(limit) >= size)
+
+
 def footprint(each=MIB, held=50 * MIB, factor=1.0, engine="ort-step", graph="step", rate=1e-9):
     """A pass takes `each` for eight tokens of a sample."""
     values = tuple(tuple(each * count * length // 8 for count in SAMPLES) for length in LENGTHS)
@@ -100,8 +106,7 @@ def test_what_is_refused_names_a_budget_that_will_do(footprints, load, limit, fl
     assert named > limit
     assert make_plan(footprints, load, named, floor).chosen is not None
     least = plan.smallest.peak
-    assert named <= 1.02 * least + MIB
-    assert make_plan(footprints, load, least, floor).chosen is not None
+    assert named <= 1.04 * least + MIB
     assert make_plan(footprints, load, least - 1, floor).chosen is None
 
 
@@ -121,14 +126,14 @@ def test_no_pass_of_the_chosen_plan_takes_more_than_it_says(found, load, limit):
 
 def test_the_fastest_that_fits_is_taken_and_the_others_say_why_not():
     slow = footprint(each=MIB // 4, graph="step_recompute", rate=1e-8)
-    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), 70 * MIB)
+    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), with_spare(70 * MIB))
     assert (plan.chosen.runs, plan.chosen.passes) == (("ort-step", "step"), Passes(16))
-    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), 51 * MIB)
+    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), with_spare(51 * MIB))
     assert (plan.chosen.runs, plan.chosen.passes) == (("ort-step", "step"), Passes(1))
-    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), 50 * MIB + MIB // 2)
+    plan = make_plan([footprint(), slow], Load(np.full(16, 8), 16), with_spare(50 * MIB + MIB // 2))
     assert (plan.chosen.runs, plan.chosen.passes) == (("ort-step", "step_recompute"), Passes(2))
     verdicts = {(c.runs[1], c.passes.micro_batch): c.verdict for c in plan.candidates}
-    assert verdicts["step", 16] == "15.5 MiB over the budget"
+    assert verdicts["step", 16] == "15.5 MiB too much"
     assert verdicts["step_recompute", 2] == "chosen: the fastest that fits"
     assert verdicts["step_recompute", 1] == "slower"
 
@@ -143,7 +148,7 @@ def test_short_samples_are_taken_more_at_a_time():
     load = Load(np.array([64] + [8] * 15), 16)
     found = sorted_passes(footprint(), load, 2)
     assert found == Passes(2, {8: 16, 64: 2})
-    chosen = make_plan([footprint()], load, 50 * MIB + 16 * MIB).chosen
+    chosen = make_plan([footprint()], load, with_spare(50 * MIB + 16 * MIB)).chosen
     assert chosen.passes.limits[8] == 16
     assert [len(positions) for positions in chosen.passes.form(load.lengths)] == [1, 15]
 
