@@ -64,8 +64,10 @@ class Footprint:
     def growth(self, samples: int, length: int) -> int:
         """Bytes that such a pass adds to what is held."""
         values = self.values(samples, length)
-        margin = UNKNOWN if self.measured and values > self.proven else 1.0
-        return math.ceil(margin * self.factor * values)
+        if not self.measured or values <= self.proven:
+            return math.ceil(self.factor * values)
+        # The factor of small passes is too small for large ones.
+        return math.ceil(UNKNOWN * max(self.factor, FACTORS.get(self.graph, 1.0)) * values)
 
     def peak(self, samples: int, length: int) -> int:
         """Resident bytes of this process at the peak of such a pass."""
