@@ -70,7 +70,7 @@ def write_graphs(blocks: int, root: Path) -> list[str]:
     task, method = find_task("text-classification"), TCurConfig(rank=8)
     base = load_base(str(root / "model"), task, ("a", "b", "c"), {})
     groups = find_targets(base.model, method, keep=base.head).groups
-    example = make_example(base, groups, lambda _: 8, batch=3, seed=0, config=method)
+    example = make_example(base, groups, lambda _: 8, batch=3, seed=0, config=method, task=task)
     before, _ = split_blocks(adapted_blocks(base.model, groups, example.inputs), LAST)
     np.savez(root / "feeds.npz", **{name: value.detach().numpy() for name, value in example.named().items()})
     model = FactorModel(base, groups, task, method)
