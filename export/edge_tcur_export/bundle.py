@@ -25,6 +25,8 @@ from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
+from edge_tcur_export.memory_tables import make_tables
+from edge_tcur_export.operator_checks import write_checks
 from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
@@ -52,8 +54,9 @@ from edge_tcur_runtime.formats.bundle import (
 )
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
+from edge_tcur_runtime.formats.memory import MemoryTables
 from edge_tcur_runtime.formats.weights import FP32, TensorPlace
-from edge_tcur_runtime.installed import version_of
+from edge_tcur_runtime.installed import find_onnxruntime, version_of
 
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
@@ -185,6 +188,9 @@ class BundleWriter:
         roles = self.write_graphs(model, forward, converted, base_file)
         if EXECUTORCH in targets:
             self._write_programs(model, limits)
+        if find_onnxruntime() is not None:
+            stages.begin("writing the checks of single operators")
+            roles["checks"] = write_checks(self._work, roles, self.cases[0].feeds)
         stages.begin("writing the manifest")
         if self._saved:
             (self._work / EXTRAS).write_bytes(save(self._saved))
@@ -316,7 +322,13 @@ class BundleWriter:
             precision=self._settings.precision,
             recomputed_blocks=self.steps.recomputed,
             last_blocks=self.steps.learning,
+            memory=self._memory(roles),
         )
+
+    def _memory(self, roles: Mapping[str, str]) -> MemoryTables | None:
+        """Tables of the training graphs; None where there is none."""
+        lengths = self._base.preprocessing.get("buckets", ())
+        return make_tables(self._work, roles, self._base.inputs, self.groups, lengths)
 
     def _group(self, group: Group) -> BundleGroup:
         parameters = tuple(f"{name}.weight" for name in group.modules)

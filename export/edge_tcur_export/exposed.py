@@ -64,7 +64,7 @@ def first_difference(
     for _, name in produced:
         if name not in there:
             model.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    found = _run(model, graph.with_name(_COPY), feeds, [name for _, name in produced])
+    found = run_with_outputs(model, graph.with_name(_COPY), feeds, [name for _, name in produced])
     beyond = [
         {"node": node.name, "operator": node.op_type, "value": name, "error": error}
         for (node, name), value in zip(produced, found, strict=True)
@@ -75,9 +75,10 @@ def first_difference(
     return next((entry for entry in beyond if not entry["error"] <= tolerances[1]), beyond[0])
 
 
-def _run(
+def run_with_outputs(
     model: onnx.ModelProto, path: Path, feeds: Mapping[str, np.ndarray], names: list[str]
 ) -> list[np.ndarray]:
+    """Runs a changed graph from a copy at `path`, beside its external data; the copy is removed."""
     from edge_tcur_runtime.engines.session import open_session
 
     try:

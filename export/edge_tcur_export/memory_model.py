@@ -8,6 +8,7 @@ the rows that are read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -15,12 +16,16 @@ import onnx
 
 from edge_tcur_export.shapes import tensor_bytes, value_bytes
 from edge_tcur_runtime.formats.bundle import InputSpec
+from edge_tcur_runtime.formats.memory import RowTable
+from edge_tcur_runtime.planner import FACTORS, session_bytes
 
 # Measured with tests/benchmarks/memory_model.py: Python with numpy and our import of ONNX Runtime 1.19.2, and
 # what a session keeps of each node.
 LIBRARY_BYTES = 56 * 2**20
 NODE_BYTES = 10 * 2**10
 _PAGE = 4096
+_LATE = "DequantizeLinear"
+_WORTH_COUNTING = 2**18  # bytes; of smaller tables all is taken as read
 _VIEWS = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})  # the same buffer
 # Elementwise operators whose output may take the place of an input that nothing else reads.
 _IN_PLACE = frozenset({
@@ -103,25 +108,59 @@ def _owners(steps: Sequence[Step]) -> dict[str, str]:
     return owner
 
 
+def execution_steps(model: onnx.ModelProto) -> list[Step]:
+    """The nodes of a graph in the order of the file, but each DequantizeLinear as late as it may.
+
+    They stand first in most graphs and ONNX Runtime runs them where they are needed (`quantized_graph.py`).
+    """
+    nodes = list(model.graph.node)
+    steps = [Step(node.op_type, tuple(node.input), tuple(filter(None, node.output))) for node in nodes]
+    waiting = {name: step for step in steps if step.operator == _LATE for name in step.outputs}
+    ordered: list[Step] = []
+    for step in steps:
+        if step.operator != _LATE:
+            ordered += [waiting.pop(name) for name in dict.fromkeys(step.inputs) if name in waiting]
+            ordered.append(step)
+    return ordered
+
+
 def base_bytes(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
     """Bytes of the weights that a run touches.
 
     A weight that is only gathered from along its first axis is mapped page by page: each row that is read
     costs its own bytes and at most one page more.
     """
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
     total = 0
-    for tensor in model.graph.initializer:
+    for tensor, nodes in _weights(model):
         size = tensor_bytes(tensor)
-        nodes = readers.get(tensor.name, [])
         if nodes and all(_takes_rows(node, tensor.name) for node in nodes):
             rows = sum(sizes.get(node.input[1], size) // 8 for node in nodes)
             size = min(size, rows * (size // max(tensor.dims[0], 1) + _PAGE))
         total += size
     return total
+
+
+def _weights(model: onnx.ModelProto) -> list[tuple[onnx.TensorProto, list[onnx.NodeProto]]]:
+    """The weights of a graph, each with the nodes that read it."""
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return [(tensor, readers.get(tensor.name, [])) for tensor in model.graph.initializer]
+
+
+def split_base(model: onnx.ModelProto) -> tuple[int, tuple[RowTable, ...]]:
+    """Bytes of the weights that every run reads, and the tables of which a model's input picks rows."""
+    inputs = {value.name for value in model.graph.input}
+    total, tables = 0, []
+    for tensor, nodes in _weights(model):
+        size, pickers = tensor_bytes(tensor), {node.input[1] for node in nodes if len(node.input) > 1}
+        picked = bool(nodes) and all(_takes_rows(node, tensor.name) for node in nodes)
+        if picked and len(pickers) == 1 and pickers <= inputs and size >= _WORTH_COUNTING:
+            tables.append(RowTable(size, size // max(tensor.dims[0], 1), pickers.pop()))
+        else:
+            total += size
+    return total, tuple(tables)
 
 
 def _takes_rows(node: onnx.NodeProto, name: str) -> bool:
@@ -130,22 +169,28 @@ def _takes_rows(node: onnx.NodeProto, name: str) -> bool:
 
 
 def estimate_memory(
-    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]], *, libraries: int = LIBRARY_BYTES
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Sequence[int]],
+    *,
+    role: str | None = None,
+    libraries: int = LIBRARY_BYTES,
 ) -> MemoryEstimate:
     """Peak memory of one run of a graph.
 
     Args:
         model: the graph, without the base in memory.
         inputs: shapes of what is fed, by name.
+        role: of a training graph, for the figures that a device begins with (`edge_tcur_runtime.planner`);
+            None counts the values and nodes alone.
         libraries: bytes of the process before a graph is opened.
     """
-    sizes = value_bytes(model, inputs)
-    steps = [
-        Step(node.op_type, tuple(node.input), tuple(filter(None, node.output))) for node in model.graph.node
-    ]
+    sizes, steps = value_bytes(model, inputs), execution_steps(model)
     fed = sum(sizes.get(name, 0) for name in inputs)
     peak = activation_peak(steps, sizes, {value.name for value in model.graph.output})
-    return MemoryEstimate(libraries, NODE_BYTES * len(steps), base_bytes(model, sizes), peak + fed)
+    session, values = NODE_BYTES * len(steps), peak + fed
+    if role in FACTORS:
+        session, values = session_bytes(role, len(steps)), math.ceil(FACTORS[role] * values)
+    return MemoryEstimate(libraries, session, base_bytes(model, sizes), values)
 
 
 def input_shapes(

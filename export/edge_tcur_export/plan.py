@@ -27,9 +27,10 @@ from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, fi
 from edge_tcur_export.report import Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_runtime.errors import UsageError
-from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle, BundleGroup, InputSpec
+from edge_tcur_runtime.formats.bundle import BASE_FILE, STEP_VARIANTS, Bundle, BundleGroup, InputSpec
 
 _ENGINES = {"step": "ort-step", "train": "ort-training"}  # role of a graph -> the engine that runs it
+_PLANNED = ("infer", *_ENGINES, *STEP_VARIANTS)
 _TRAINING = "ort-training"
 _LENGTH = 128  # tokens that are planned for unless told otherwise, where the base takes as many
 
@@ -156,7 +157,7 @@ def plan_run(
         found = {
             role: onnx.load(str(root / name), load_external_data=False)
             for role, name in roles.items()
-            if role in ("infer", *_ENGINES)
+            if role in _PLANNED
         }
         modules = {role: writer.sources[role].modules for role in found}
         plan = _plan(found, base.inputs, writer.groups, _length(base.preprocessing, request), request, device)
@@ -182,7 +183,7 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     device = None if device_name is None else load_profile(device_name)
     manifest = bundle.manifest
     found = {}
-    for role in ("infer", *_ENGINES):
+    for role in _PLANNED:
         path = bundle.graph(role)
         if path is not None:
             found[role] = onnx.load(str(path), load_external_data=False)
@@ -239,8 +240,9 @@ def _plan(
     if budget is None and device is not None:
         budget = device.app_memory_bytes
 
-    def at(model: onnx.ModelProto, batch: int) -> MemoryEstimate:
-        return estimate_memory(model, input_shapes(model, inputs, batch, length, ranks))
+    def at(role: str, batch: int) -> MemoryEstimate:
+        model = found[role]
+        return estimate_memory(model, input_shapes(model, inputs, batch, length, ranks), role=role)
 
     return Plan(
         groups={
@@ -258,8 +260,8 @@ def _plan(
         no_gradient=(),
         no_kernel={},
         memory={
-            role: measure(lambda batch, model=model: at(model, batch), request.batch, budget)  # type: ignore[misc]
-            for role, model in found.items()
+            role: measure(lambda batch, role=role: at(role, batch), request.batch, budget)  # type: ignore[misc]
+            for role in found
         },
         batch=request.batch,
         length=length,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import onnx
 from onnx import numpy_helper, shape_inference
@@ -19,8 +21,26 @@ class UnknownSizesError(ValueError):
     """Inputs whose sizes contradict the graph."""
 
 
+@dataclass(frozen=True)
+class ValueShape:
+    """Sizes of a value's axes, and bytes of one entry."""
+
+    dims: tuple[int, ...]
+    item: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole value."""
+        return math.prod(self.dims) * self.item
+
+
 def value_bytes(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Bytes of every value of a graph whose size can be told.
+    """Bytes of every value of a graph whose size can be told; see `value_shapes`."""
+    return {name: shape.bytes for name, shape in value_shapes(model, inputs).items()}
+
+
+def value_shapes(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, ValueShape]:
+    """Shape of every value of a graph whose sizes can be told.
 
     Args:
         model: without external data in memory; it is not changed.
@@ -44,8 +64,8 @@ def value_bytes(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> 
     _declare_weights(graph, inputs)
     concrete = shape_inference.infer_shapes(concrete, data_prop=True)
     found = [*concrete.graph.value_info, *concrete.graph.output, *concrete.graph.input]
-    sizes = {value.name: _bytes(value) for value in found}
-    return {name: size for name, size in sizes.items() if size is not None}
+    shapes = {value.name: _shape(value) for value in found}
+    return {name: shape for name, shape in shapes.items() if shape is not None}
 
 
 def _bindings(values: Sequence[onnx.ValueInfoProto], inputs: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -88,9 +108,14 @@ def evaluate(expression: str, bindings: Mapping[str, int]) -> int | None:
     """The value of a size expression, or None where it holds an unknown symbol."""
     if expression in bindings:
         return bindings[expression]
+    return _evaluate(expression, tuple(bindings.items()))
+
+
+@lru_cache(maxsize=4096)  # a graph has thousands of axes and a few dozen expressions
+def _evaluate(expression: str, bindings: tuple[tuple[str, int], ...]) -> int | None:
     import sympy  # type: ignore[import-untyped]
 
-    known = {name: sympy.Integer(size) for name, size in bindings.items()}
+    known = {name: sympy.Integer(size) for name, size in bindings}
     try:
         result = sympy.sympify(expression, locals=known)
     except (sympy.SympifyError, TypeError, SyntaxError):
@@ -110,12 +135,11 @@ def _declare_weights(graph: onnx.GraphProto, fed: Collection[str]) -> None:
             graph.initializer.remove(tensor)
 
 
-def _bytes(value: onnx.ValueInfoProto) -> int | None:
+def _shape(value: onnx.ValueInfoProto) -> ValueShape | None:
     tensor = value.type.tensor_type
     if not tensor.HasField("shape") or not all(dim.HasField("dim_value") for dim in tensor.shape.dim):
         return None
-    count = math.prod(int(dim.dim_value) for dim in tensor.shape.dim)
-    return count * _item_bytes(tensor.elem_type)
+    return ValueShape(tuple(int(dim.dim_value) for dim in tensor.shape.dim), _item_bytes(tensor.elem_type))
 
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:

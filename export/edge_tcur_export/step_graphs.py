@@ -17,6 +17,7 @@ from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.graph import add_zero_gradients, to_graph
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
+from edge_tcur_export.log_softmax import write_log_softmax
 from edge_tcur_export.parity import Case
 from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
@@ -81,6 +82,7 @@ class StepGraphs:
         """
         model = to_graph(trace_step(forward, example))
         self.sources["step"] = Source.of(model, forward.signature.inputs)
+        write_log_softmax(model)
         base_file.externalize(model)
         ir.save(model, self._directory / STEP)
         roles = {"step": STEP}
@@ -117,6 +119,7 @@ class StepGraphs:
             self.cases = [make_case(model, test, partial=True) for test in tests]
         graph = to_graph(trace_step(forward, partial))
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
+        write_log_softmax(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)

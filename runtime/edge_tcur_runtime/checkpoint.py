@@ -62,7 +62,8 @@ class Progress:
         first, second: the optimiser's moments by name, float64; empty before the first update.
         losses: of every update; scores: held-out score of every epoch that ended.
         before, after: score and mean loss on the held-out part, or None.
-        micro_batch: samples per pass; graph: role of the bundle's graph that ran.
+        micro_batch: samples per pass; limits: of each length in tokens, where they differ.
+        engine: that ran, empty where it is not said; graph: role of the bundle's graph that it ran.
     """
 
     steps: int
@@ -75,6 +76,8 @@ class Progress:
     after: tuple[float, float] | None = None
     micro_batch: int = 1
     graph: str = "step"
+    limits: Mapping[int, int] = field(default_factory=dict)
+    engine: str = ""
 
 
 def identify(
@@ -114,6 +117,8 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "steps": progress.steps,
         "micro_batch": progress.micro_batch,
         "graph": progress.graph,
+        "engine": progress.engine,
+        "limits": {str(length): samples for length, samples in progress.limits.items()},
         # As text, so that every bit comes back and a loss that is no number is no bad JSON.
         **{key: [value.hex() for value in getattr(progress, key) or ()] for key in _NUMBERS},
     }
@@ -164,8 +169,19 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         after=_pair(fields, "after"),
         micro_batch=fields.integer("micro_batch", low=1),
         graph=fields.text("graph"),
+        limits=_limits(fields),
+        engine=fields.optional_text("engine") or "",
         **arrays,
     )
+
+
+def _limits(fields: Fields) -> dict[int, int]:
+    if "limits" not in fields.mapping_keys():
+        return {}
+    child = fields.child("limits")
+    if not all(key.isascii() and key.isdigit() for key in child.mapping_keys()):
+        raise FileFormatError("the field 'limits' must be keyed by lengths", where=fields.where)
+    return {int(key): child.integer(key, low=1) for key in child.mapping_keys()}
 
 
 def _checked_content(raw: bytes, where: str) -> bytes:

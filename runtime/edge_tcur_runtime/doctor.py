@@ -104,6 +104,18 @@ class BundleReport:
 
 
 @dataclass(frozen=True)
+class ProviderReport:
+    """An execution provider: whether this ONNX Runtime brings it, what it runs on, how to get it, and what
+    its self-check with the bundle says (None where it was not run)."""
+
+    name: str
+    available: bool
+    device: str
+    install: str
+    verdict: str | None
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything `examine` found."""
 
@@ -121,6 +133,7 @@ class Report:
     torch_importable: bool
     store: StoreReport
     bundle: BundleReport | None
+    providers: tuple[ProviderReport, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """The report as JSON values; sizes in bytes."""
@@ -135,6 +148,8 @@ def examine(store: Path, bundle: Path | None = None) -> Report:
     found = find_onnxruntime()
     runtime = None if found is None else _examine_onnxruntime(found)
     engines = tuple(_engine(name, runtime) for name in INSTALL)
+    examined = None if bundle is None else examine_bundle(bundle, engines)
+    whole = bundle if examined is not None and examined.ok else None  # providers are checked with one
     return Report(
         version=__version__,
         python=platform.python_version(),
@@ -151,7 +166,8 @@ def examine(store: Path, bundle: Path | None = None) -> Report:
         libraries={name: version_of(name) for name in _LIBRARIES},
         torch_importable=is_importable("torch"),
         store=examine_store(store),
-        bundle=None if bundle is None else examine_bundle(bundle, engines),
+        bundle=examined,
+        providers=() if runtime is None or whole is None else examine_providers(runtime.providers, whole),
     )
 
 
@@ -192,6 +208,34 @@ def _engine(name: str, runtime: OrtReport | None) -> EngineReport:
     if reason is not None and name == "ort-training" and not _has_training_wheels():
         reason += "; its wheels are for Python 3.10 to 3.12 on x86-64"
     return EngineReport(name, reason is None, reason, INSTALL[name])
+
+
+def examine_providers(there: tuple[str, ...], bundle: Path) -> tuple[ProviderReport, ...]:
+    """The providers that we know; those that are there check themselves with a (verified) bundle.
+
+    Args:
+        there: ONNX Runtime's names of those that it brings.
+    """
+    from edge_tcur_runtime.engines.providers import CPU, PROVIDERS
+
+    reports = []
+    for name, provider in PROVIDERS.items():
+        known = provider.ort in there
+        verdict = _self_check(bundle, name) if known and name != CPU else None
+        reports.append(ProviderReport(name, known, provider.device, provider.package, verdict))
+    return tuple(reports)
+
+
+def _self_check(root: Path, name: str) -> str:
+    """What the self-check of a provider says, in words; it runs in a process of its own."""
+    from edge_tcur_runtime.engines.providers import PROVIDERS
+    from edge_tcur_runtime.engines.selfcheck import asked, check_apart
+    from edge_tcur_runtime.formats.bundle import open_bundle
+
+    bundle = open_bundle(root, verify=False)
+    roles = tuple(role for role in ("step", "infer") if bundle.graph(role) is not None)
+    choice = asked(check_apart(bundle, PROVIDERS[name], roles, 0))
+    return "; ".join((choice.reason, *choice.notes))
 
 
 def _has_training_wheels() -> bool:
@@ -275,6 +319,8 @@ def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleRepor
 def render(report: Report) -> str:
     """The report as text."""
     parts = [_render_machine(report), _render_engines(report)]
+    if report.providers:
+        parts.append(_render_providers(report.providers))
     if report.bundle is not None:
         parts.append(_render_bundle(report.bundle))
     return "\n\n".join(parts)
@@ -318,6 +364,18 @@ def _render_engines(report: Report) -> str:
         for engine in report.engines
     ]
     return table(("engine", "available", "how to get it"), rows)
+
+
+def _render_providers(providers: tuple[ProviderReport, ...]) -> str:
+    def state(provider: ProviderReport) -> str:
+        if not provider.available:
+            return f"no: it is in {provider.install}"
+        return provider.verdict or "yes"
+
+    return table(
+        ("provider", "runs on", "here"),
+        [(provider.name, provider.device, state(provider)) for provider in providers],
+    )
 
 
 def _render_bundle(bundle: BundleReport) -> str:

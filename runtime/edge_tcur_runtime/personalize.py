@@ -21,14 +21,18 @@ from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_p
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
+from edge_tcur_runtime.engines.providers import CPU
+from edge_tcur_runtime.engines.selfcheck import Choice, choose_for_training
 from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
+from edge_tcur_runtime.planner import Plan
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
@@ -52,9 +56,11 @@ class PersonalizeResult:
         losses: mean loss of every step; scores: held-out score of every epoch.
         engine, engine_reason: which engine ran, and why.
         graph: role of the bundle's graph that it ran.
+        provider, provider_reason: which execution provider ran it, and why.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
+        predicted_peak_bytes: what the plan said; None where nothing was planned.
         base_digest_before, base_digest_after: digest of ``base.bin``.
         resumed_from: updates that an earlier process had done; notes: what happened to checkpoints.
     """
@@ -81,7 +87,10 @@ class PersonalizeResult:
     base_digest_after: str
     graph: str
     resumed_from: int
+    predicted_peak_bytes: int | None
     notes: tuple[str, ...]
+    provider: str = CPU
+    provider_reason: str = ""
 
     @property
     def accuracy_before(self) -> float | None:
@@ -97,6 +106,34 @@ class PersonalizeResult:
     def accuracies(self) -> list[float]:
         """`scores` where the metric is accuracy."""
         return self.scores if self.metric == ACCURACY else []
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a personalisation would do.
+
+    Attributes:
+        plan: the candidates, and the one that is taken.
+        updates: of the whole run.
+        advice: what else would help where nothing fits.
+    """
+
+    plan: Plan
+    updates: int
+    advice: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON values; sizes in bytes."""
+        plan = self.plan
+        return {
+            "fits": plan.chosen is not None,
+            "budget_bytes": plan.limit,
+            "updates": self.updates,
+            "chosen": None if plan.chosen is None else plan.chosen.to_dict(self.updates),
+            "candidates": [candidate.to_dict(self.updates) for candidate in plan.candidates],
+            "smallest_budget_bytes": plan.smallest.peak,
+            "advice": list(self.advice),
+        }
 
 
 def personalize(
@@ -129,35 +166,22 @@ def personalize(
     budget = Budget(settings.budget)
     _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
-    start = start or blank_adapter(bundle)
-    build_feeds(bundle.manifest, start)
-    task = find_device_task(bundle.manifest.task)
-    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start)
-    graph = graph_to_try(name, bundle, settings)
-    coordinates = _coordinates(bundle, start, graph)
-    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
-    kept, held_out = (
-        Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
-        for part in split(dataset, settings.holdout, settings.seed)
-    )
-    identity = identify(bundle, start, dataset, settings, name)
+    site, reason = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
+    (kept, held_out), start, name, chosen = site.data, site.start, site.default, site.chosen
+    identity = identify(bundle, start, dataset, settings, _runner(name, chosen))
     keeper = open_keeper(keep or KeepSettings(), identity)
     with keeper.listening():
         progress = keeper.resume()
-        make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
-        if progress is None:
-            trainer = _calibrated(make, graph, bundle, settings)
-            outcome = begin(trainer, held_out)
-        else:
-            trainer = make(progress.graph)
-            outcome = trainer.restore(progress)
+        make = partial(_open_trainer, site, settings, budget, keeper)
+        trainer, plan = fit(site, make, budget, progress)
+        outcome = begin(trainer, held_out) if progress is None else trainer.restore(progress)
         train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
+        adapter=trainer.coordinates.adapter(outcome.values, _provenance(bundle)),
         **outcome.facts(),
-        engine=name,
-        engine_reason=reason,
+        engine=trainer.engine,
+        engine_reason=reason if trainer.engine == name else "the plan: the fastest that fits the budget",
         micro_batch=trainer.micro_batch,
         step_seconds=float(np.median(trainer.step_seconds or [0.0])),
         seconds=time.perf_counter() - started,
@@ -169,8 +193,45 @@ def personalize(
         base_digest_after=_digest_again(bundle, before),
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
-        notes=keeper.notes,
+        predicted_peak_bytes=None if plan is None or plan.chosen is None else plan.chosen.peak,
+        notes=(*chosen.notes, *keeper.notes, *trainer.notes),
+        provider=chosen.placement.provider.name,
+        provider_reason=chosen.reason,
     )
+
+
+def plan_personalize(
+    bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, *, start: Adapter | None = None
+) -> RunPlan:
+    """What `personalize` would choose; a few passes are run, nothing is kept.
+
+    Raises:
+        IncompatibleError: the bundle has no tables.
+        BudgetError: by the tables it fits, by what was measured it does not.
+        DataError, BaseMismatchError, MissingEngineError, ConfigError: as `personalize`.
+    """
+    budget = Budget(settings.budget)
+    _refuse_early(bundle, dataset, budget)
+    site, _ = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
+    make = partial(_open_trainer, site, settings, budget, Keeper())
+    plan, advice = preview(site, make, budget)
+    return RunPlan(plan, site.load.updates, tuple(advice))
+
+
+def _prepare(
+    bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, start: Adapter
+) -> tuple[Site, str]:
+    """What the run is planned for, and why its engine is the default."""
+    build_feeds(bundle.manifest, start)
+    task = find_device_task(bundle.manifest.task)
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start, settings.provider)
+    chosen = choose_for_training(name, graph_to_try(name, bundle, settings), bundle, settings)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    kept, held_out = (
+        Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
+        for part in split(dataset, settings.holdout, settings.seed)
+    )
+    return Site(bundle, start, settings, (kept, held_out), name, chosen), reason
 
 
 def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
@@ -187,39 +248,20 @@ def _provenance(bundle: Bundle) -> dict[str, str]:
     return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
 
 
+def _runner(engine: str, chosen: Choice) -> str:
+    """What must be the same for a run to end with the same bits: a checkpoint belongs to it."""
+    provider = chosen.placement.provider.name
+    return engine if provider == CPU else f"{engine} on {provider}"
+
+
 def _open_trainer(
-    name: str,
-    bundle: Bundle,
-    coordinates: Coordinates,
-    data: Batch,
-    settings: PersonalizeSettings,
-    budget: Budget,
-    keeper: Keeper,
-    graph: str,
+    site: Site, settings: PersonalizeSettings, budget: Budget, keeper: Keeper, name: str, graph: str
 ) -> Trainer:
-    engine = open_engine(name, bundle, threads=settings.threads, graph=graph)
-    return Trainer(engine, coordinates, data, settings, budget, keeper, graph)
-
-
-def _calibrated(
-    make: Callable[[str], Trainer], graph: str, bundle: Bundle, settings: PersonalizeSettings
-) -> Trainer:
-    """A trainer with the micro-batch that fits, on the plain step where that fits too."""
-    trainer = make(graph)
-    trainer.calibrate()
-    if graph == "step_recompute" and _plain_fits(trainer, bundle, settings):
-        del trainer  # two sessions would hold the base twice
-        trainer = make("step")
-        trainer.calibrate()
-    return trainer
-
-
-def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:
-    """Whether the plain step may take over from the one that recomputes."""
-    blocks = bundle.manifest.recomputed_blocks
-    if settings.recompute != "auto" or blocks is None or bundle.graph("step") is None:
-        return False
-    return trainer.leaves_room(blocks)
+    bundle = site.bundle
+    engine = open_engine(name, bundle, threads=settings.threads, graph=graph, placement=site.chosen.placement)
+    return Trainer(
+        engine, _coordinates(bundle, site.start, graph), site.data[0], settings, budget, keeper, graph
+    )
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
@@ -232,6 +274,8 @@ def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:
         )
     check_trainable(dataset)
     encode_targets(dataset, bundle.manifest.labels)
+    if bundle.manifest.memory is not None:
+        return  # the plan knows better, and is made before anything is loaded too
     memory, base_size = read_memory(), bundle.manifest.files[BASE_FILE].size
     budget.require(
         max(memory.peak, memory.resident + base_size + _LIBRARIES_BYTES), "the base and the libraries"

@@ -11,6 +11,7 @@ import numpy as np
 
 from edge_tcur_runtime.canary import departs, read_canary
 from edge_tcur_runtime.data import Dataset, encode_targets
+from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.errors import DataError, EdgeError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
@@ -37,6 +38,7 @@ class Model:
         bundle: an opened (verified) bundle.
         threads: CPU threads; 0 takes all that this process may use.
         check: run the bundle's canary on the base now, and on each adapter as it is loaded.
+        placement: the provider that runs it (`edge_tcur_runtime.engines.selfcheck.choose_provider`).
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
@@ -44,7 +46,9 @@ class Model:
             not those that were exported.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, check: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, check: bool = True, placement: Placement = ON_CPU
+    ) -> None:
         graph = bundle.graph("infer")
         if graph is None:
             raise IncompatibleError(
@@ -55,7 +59,7 @@ class Model:
         self.bundle = bundle
         self.labels = bundle.manifest.labels
         self.task = find_device_task(bundle.manifest.task)
-        self._session = open_session(graph, threads=threads)
+        self._session = open_session(graph, threads=threads, placement=placement)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
         require_names(graph, "default for", names, bundle.manifest.inputs)

@@ -52,6 +52,7 @@ class PersonalizeSettings:
         holdout: part of the data kept apart to decide whether the new adapter is better.
         budget: peak resident memory of the whole process in bytes; None for no limit.
         engine: ``auto``, ``ort-training`` or ``ort-step``.
+        provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
         threads: CPU threads; 0 takes all that this process may use.
         seed: of the split and the order of the data.
         recompute: ``on`` runs the step graph that keeps only each block's input (less memory, more time),
@@ -65,6 +66,7 @@ class PersonalizeSettings:
     holdout: float = 0.2
     budget: int | None = None
     engine: str = "auto"
+    provider: str = "auto"
     threads: int = 0
     seed: int = 0
     recompute: str = "auto"

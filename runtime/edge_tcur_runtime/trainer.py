@@ -7,8 +7,9 @@ peak memory between passes, and a keeper is told of every update.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,15 @@ from edge_tcur_runtime.engines import StepResult, TrainingEngine
 from edge_tcur_runtime.engines.graphs import keeps_within
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
+from edge_tcur_runtime.guard import Guard, taken
 from edge_tcur_runtime.keeper import Keeper
 from edge_tcur_runtime.optimizer import AdamW, schedule
+from edge_tcur_runtime.planner import Footprint, Passes, room
 from edge_tcur_runtime.preprocess import Preprocessor
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
+
+_MARGIN = 1.02  # of what a pass took, for what the next one may take
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,27 @@ class Batch:
         if isinstance(samples, np.ndarray):  # pictures are all of one size
             return np.arange(len(samples))
         return np.argsort([-len(text) for text in samples], kind="stable")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample as it is padded, int64 [n]; zeros where samples have no length."""
+        return self._survey[0]
+
+    @cached_property
+    def picked(self) -> dict[str, np.ndarray]:
+        """Model input -> the numbers in it, each once and sorted, over all samples."""
+        return self._survey[1]
+
+    @cached_property
+    def _survey(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        lengths, picked = np.zeros(len(self.targets), np.int64), dict[str, np.ndarray]()
+        if isinstance(self.dataset.samples, np.ndarray):
+            return lengths, picked
+        for place in range(len(lengths)):
+            for name, value in self.preprocess(self.dataset.samples[place : place + 1]).items():
+                lengths[place] = value.shape[1]
+                picked[name] = np.union1d(picked[name], value) if name in picked else np.unique(value)
+        return lengths, picked
 
 
 @dataclass
@@ -124,9 +150,81 @@ class Trainer:
         }
         self._optimizer = AdamW(settings.optimizer)
         self._move(coordinates.initial())
-        self.micro_batch = settings.batch_size
+        self.passes = Passes(settings.batch_size)
+        self.guard: Guard | None = None
         self._growth, self._peak_two = 0, 0
+        self._mapped: int | None = None  # bytes of rows that the first pass made resident
         self.step_seconds: list[float] = []
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine."""
+        return self._engine.name
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """Of the adapter that training started from."""
+        return self._coordinates
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the guard did."""
+        return () if self.guard is None else tuple(self.guard.notes)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples of a pass, of the longest ones where `passes` differ."""
+        return self.passes.micro_batch
+
+    @micro_batch.setter
+    def micro_batch(self, samples: int) -> None:
+        self.passes = Passes(samples)
+
+    def longest_alone(self) -> Batch:
+        """The longest sample, which `measure` runs before it reads what is held."""
+        chosen = self._longest()[:1]
+        dataset, targets = self._data.dataset.select(chosen), self._data.targets[chosen]
+        return replace(self._data, dataset=dataset, targets=targets)
+
+    def _longest(self) -> np.ndarray:
+        return np.argsort(-self._data.lengths, kind="stable")
+
+    def measure(self, footprint: Footprint, micro: int, rows: tuple[int, int]) -> Footprint:
+        """Runs passes of one to `micro` of the longest samples; returns what they take.
+
+        Args:
+            footprint: what is predicted; a pass that might cross the limit by it is left out.
+            micro: samples of the largest pass.
+            rows: bytes of the base's tables that all samples make resident, and the longest alone.
+
+        Raises:
+            BudgetError: a pass crossed the limit.
+        """
+        longest = self._longest()
+        length = int(self._data.lengths[longest[0]])
+        before = read_memory()
+        loaded, first = before.peak, self._measure(longest[:1])  # it touches the base, and what is made once
+        if self._mapped is None:
+            self._mapped = first.file_backed - before.file_backed - footprint.table.base
+        unread = max(0, rows[0] - max(rows[1], self._mapped))  # more than a window may be mapped around a row
+        found = replace(footprint, held=first.resident + unread, measured=True)
+        limit = self._budget.limit
+        for count in sorted({1, max(1, micro // 4), min(micro, len(longest))}):
+            if limit is not None and found.peak(count, length) > room(limit) and count > 1:
+                break
+            started, before = time.perf_counter(), read_memory()
+            after = self._measure(longest[:count])
+            rate = (time.perf_counter() - started) / found.work(count, length)
+            factor = _MARGIN * taken(before, after) / max(1, found.values(count, length))
+            # Below the peak of loading a pass took that much at most. Small values lie in the heap and are
+            # held, so that a small pass takes less than its share.
+            if after.peak <= loaded:
+                factor = min(found.factor, factor)
+            if count < min(micro, len(longest)):
+                factor = max(factor, found.factor)
+            proven = max(found.proven, found.values(count, length))
+            found = replace(found, rate=rate, factor=factor, proven=proven)
+        return found
 
     def calibrate(self) -> None:
         """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits.
@@ -172,14 +270,33 @@ class Trainer:
         self._keeper.check()
         return result, targets
 
+    def _each(self, indices: np.ndarray, data: Batch, what: str) -> Iterator[tuple[StepResult, np.ndarray]]:
+        """Results and targets of the passes over these samples; the guard may make them smaller."""
+        known = self.guard is not None or bool(self.passes.limits)
+        lengths = data.lengths[indices] if known else np.zeros(len(indices), np.int64)
+        waiting = self.passes.form(lengths)
+        while waiting:
+            positions = waiting.pop(0)
+            if self.guard is None:
+                yield self._run(indices[positions], data, what)
+                continue
+            length, before = int(lengths[positions].max()), read_memory()
+            fewer = self.guard.allow(len(positions), length, before)
+            if fewer < len(positions):
+                self.passes = self.passes.lowered(length, fewer)
+                rest = np.concatenate([positions, *waiting])
+                waiting = [rest[places] for places in self.passes.form(lengths[rest])]
+                continue
+            found = self._run(indices[positions], data, what)
+            self.guard.saw(len(positions), length, before, read_memory())
+            yield found
+
     def _accumulate(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
         """Mean loss and its gradients over all samples, micro-batch by micro-batch: each counts by its
         weight, so that the update is that of one batch of all of them."""
         loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
         weights = 0
-        for start in range(0, len(indices), self.micro_batch):
-            chosen = indices[start : start + self.micro_batch]
-            result, targets = self._run(chosen, self._data, "by a training step")
+        for result, targets in self._each(indices, self._data, "by a training step"):
             weight = self._data.task.weight(targets)
             weights += weight
             loss += result.loss * weight
@@ -233,6 +350,8 @@ class Trainer:
             before=outcome.before,
             after=outcome.after,
             micro_batch=self.micro_batch,
+            limits=self.passes.limits,
+            engine=self._engine.name,
             graph=self.graph,
         )
         self._keeper.reached(progress)
@@ -243,7 +362,7 @@ class Trainer:
         self._optimizer = AdamW(
             self._settings.optimizer, dict(progress.first), dict(progress.second), progress.steps
         )
-        self.micro_batch = progress.micro_batch
+        self.passes = Passes(progress.micro_batch, dict(progress.limits))
         return Outcome(
             self._data.task,
             self.values,
@@ -259,9 +378,8 @@ class Trainer:
         The training graph answers too: a second session would hold the base twice.
         """
         metrics, losses, weights = [], [], []
-        for start in range(0, len(data.targets), self.micro_batch):
-            indices = np.arange(start, min(start + self.micro_batch, len(data.targets)))
-            result, targets = self._run(indices, data, "by scoring held-out samples")
+        everything = np.arange(len(data.targets))
+        for result, targets in self._each(everything, data, "by scoring held-out samples"):
             scored = data.task.score(result.outputs, targets) if result.metric is None else result.metric
             metrics.append(scored)
             losses.append(result.loss)

@@ -57,7 +57,8 @@ def predict(root: Path, role: str, batch: int, length: int):
     bundle = open_bundle(root, verify=False)
     model = onnx.load(str(bundle.graph(role)), load_external_data=False)
     ranks = {name: group.rank for name, group in bundle.manifest.groups.items()}
-    return estimate_memory(model, input_shapes(model, bundle.manifest.inputs, batch, length, ranks))
+    shapes = input_shapes(model, bundle.manifest.inputs, batch, length, ranks)
+    return estimate_memory(model, shapes, role=role)
 
 
 def main() -> None:

@@ -118,7 +118,7 @@ def test_the_manifest_lists_every_file(exported):
     for name, entry in manifest.files.items():
         assert (entry.size, entry.sha256) == ((root / name).stat().st_size, digest_file(root / name))
     assert manifest.graphs == {
-        **{role: f"{role}.onnx" for role in ("infer", "step", "train", "eval", "optimizer")},
+        **{role: f"{role}.onnx" for role in ("infer", "step", "train", "eval", "optimizer", "checks")},
         "checkpoint": "checkpoint",
     }
     assert (root / manifest.adapter).read_bytes() == exported.run.adapter_path.read_bytes()

@@ -15,6 +15,7 @@ from edge_tcur_runtime.cli.framework import (
     output_options,
     store_option,
 )
+from edge_tcur_runtime.cli.plan import show_plan
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.settings import (
     RECOMPUTE,
@@ -48,6 +49,7 @@ _OPTIONS = (
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
+    ("--provider", _DEFAULT.provider, str, "What runs the graph: auto, cpu, webgpu, cuda, coreml, ..."),
     (
         "--recompute",
         _DEFAULT.recompute,
@@ -91,6 +93,7 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--start", default="active", show_default=True, metavar="REF",
               help="Start from: base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
+@click.option("--dry-run", is_flag=True, help="Show what would run, with memory and time; change nothing.")
 @click.option("--keep-active", is_flag=True, help="Install the adapter, but leave the active one in use.")
 @_training_options
 @_keeping_options
@@ -119,9 +122,12 @@ def personalize(
     from edge_tcur_runtime.store import check_name
 
     check_name(name)
-    keep_active = bool(training.pop("keep_active"))
+    keep_active, dry_run = bool(training.pop("keep_active")), bool(training.pop("dry_run"))
     keep = _keep(training, store / CHECKPOINTS / name)
     settings = _settings(training, budget)
+    if dry_run:
+        show_plan(bundle, data, columns, (start, store), settings, sink)
+        return
     result = _run(bundle, data, columns, (start, store), settings, keep, sink)
     digest = _install(result, store, name, keep_active) if result.better else None
     clear_checkpoints(keep)
@@ -214,10 +220,12 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
         ("graph", result.graph),
+        ("provider", f"{result.provider} ({result.provider_reason})"),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
+        *([("predicted", format_size(predicted))] if (predicted := result.predicted_peak_bytes) else []),
         ("micro-batch", str(result.micro_batch)),
         ("seconds a step", f"{result.step_seconds:.4f}"),
         *([("gone on from update", str(result.resumed_from))] if result.resumed_from else []),

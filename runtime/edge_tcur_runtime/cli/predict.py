@@ -13,6 +13,7 @@ from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 
 if TYPE_CHECKING:
+    from edge_tcur_runtime.formats.bundle import Bundle
     from edge_tcur_runtime.predict import Model
     from edge_tcur_runtime.tasks import Answer, Mask
 
@@ -32,6 +33,9 @@ Examples:
               help="base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
 @click.option("--masks", type=click.Path(path_type=Path), metavar="FILE",
               help="Of a segmentation: write the masks to this .npz file.")  # fmt: skip
+@click.option(
+    "--provider", default="auto", show_default=True, help="What runs the graph: auto, cpu, webgpu, ..."
+)
 @data_options(required=False)
 @store_option
 @output_options
@@ -44,16 +48,16 @@ def predict(
     columns: dict[str, str],
     store: Path,
     sink: Sink,
+    **running: str,
 ) -> None:
     """Answer texts or a data set with BUNDLE and an adapter."""
     from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
-    from edge_tcur_runtime.predict import Model
 
     if bool(texts) == (data is not None):
         raise UsageError("give either --text or --data")
     opened = open_bundle(bundle)
-    model = Model(opened)
+    model = _model(opened, running["provider"], store, sink)
     _check_masks(model, masks)
     chosen = load_reference(adapter, opened, store)
     if chosen is not None:
@@ -63,6 +67,20 @@ def predict(
             _answer(model, list(texts), sink)
         else:
             _answer_data(model, data, columns, masks, sink)
+
+
+def _model(bundle: Bundle, provider: str, store: Path, sink: Sink) -> Model:
+    """The model on the provider that is chosen; verdicts of self-checks are kept in the store."""
+    from edge_tcur_runtime.engines.selfcheck import VERDICTS, choose_provider
+    from edge_tcur_runtime.predict import Model
+
+    cache = store / VERDICTS if store.is_dir() else None
+    chosen = choose_provider(provider, bundle, ("infer",), cache=cache)
+    for note in chosen.notes:
+        sink.note(note)
+    if provider not in ("auto", "cpu") or chosen.placement.provider.name != "cpu":
+        sink.note(f"provider {chosen.placement.provider.name}: {chosen.reason}")
+    return Model(bundle, placement=chosen.placement)
 
 
 def _check_masks(model: Model, masks: Path | None) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from edge_tcur_runtime.engines.providers import AUTO, CPU, ON_CPU, Placement
 from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError, UsageError
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle
@@ -18,6 +19,7 @@ ENGINES = {  # name -> roles of the graphs that it needs
     "ort-training": ("train", "eval", "checkpoint"),
     "ort-step": ("step",),
 }
+_TRAINING_PROVIDERS = (AUTO, CPU, "cuda")  # of ``ort-training``; ``ort-step`` runs on any
 _EXPORT = {"step_recompute": "--recompute", "step_last": "--last-blocks"}
 _INSTALL = {
     "ort-training": "pip install 'edge-tcur-runtime[ort-training]' (Python 3.10 to 3.12, x86-64)",
@@ -61,7 +63,11 @@ class TrainingEngine(Protocol):
 
 
 def choose_engine(
-    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None = None
+    name: str,
+    bundle: Bundle,
+    installed: OnnxRuntimeInstall | None,
+    adapter: Adapter | None = None,
+    provider: str = AUTO,
 ) -> tuple[str, str]:
     """The engine to use and the reason.
 
@@ -69,22 +75,24 @@ def choose_engine(
         name: ``auto``, or the engine that must be used.
         installed: the ONNX Runtime of this environment.
         adapter: what is to be trained; None leaves its rank out of the choice.
+        provider: the execution provider that the engine must run on.
 
     Raises:
         MissingEngineError: the library is not installed; says how to get it.
-        IncompatibleError: the bundle was exported without the engine's graphs, or for another rank.
+        IncompatibleError: the bundle was exported without the engine's graphs, or for another rank, or the
+            engine does not run on the provider.
         UsageError: no such engine.
     """
     if name != "auto":
         if name not in ENGINES:
             raise _unknown(name)
-        problem = _problem(name, bundle, installed, adapter)
+        problem = _problem(name, bundle, installed, adapter, provider)
         if problem is not None:
             raise problem
         return name, "asked for"
     problems: list[str] = []
     for candidate in ENGINES:
-        problem = _problem(candidate, bundle, installed, adapter)
+        problem = _problem(candidate, bundle, installed, adapter, provider)
         if problem is None:
             reasons = "; ".join(problems) or "the default where it is installed"
             return candidate, reasons
@@ -102,12 +110,14 @@ def _unknown(name: str) -> UsageError:
 
 
 def _problem(
-    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None
+    name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None, provider: str
 ) -> MissingEngineError | IncompatibleError | None:
     if installed is None:
         return MissingEngineError("ONNX Runtime is not installed", hint=_INSTALL[name])
     if name == "ort-training" and not installed.training:
         return no_training_interface(installed)
+    if name == "ort-training" and provider not in _TRAINING_PROVIDERS:
+        return IncompatibleError(f"it does not run on {provider}", hint="use --engine ort-step")
     missing = [role for role in ENGINES[name] if bundle.graph(role) is None]
     if missing:
         return _no_graph(bundle, ", ".join(missing), name)
@@ -167,12 +177,15 @@ def forward_outputs(bundle: Bundle) -> tuple[str, ...]:
     return ("loss", "logits") + (() if bundle.manifest.metric is None else ("metric",))
 
 
-def open_engine(name: str, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> TrainingEngine:
+def open_engine(
+    name: str, bundle: Bundle, *, threads: int = 0, graph: str = "step", placement: Placement = ON_CPU
+) -> TrainingEngine:
     """Loads an engine by its name (as `choose_engine` returned it).
 
     Args:
         graph: role of the graph that ``ort-step`` runs.
         threads: CPU threads; 0 takes all that this process may use.
+        placement: the provider that runs it (`edge_tcur_runtime.engines.selfcheck.choose_provider`).
 
     Raises:
         UsageError: no such engine.
@@ -184,10 +197,10 @@ def open_engine(name: str, bundle: Bundle, *, threads: int = 0, graph: str = "st
     if name == "ort-training":
         from edge_tcur_runtime.engines.ort_training import OrtTrainingEngine
 
-        return OrtTrainingEngine(bundle, threads=threads)
+        return OrtTrainingEngine(bundle, threads=threads, placement=placement)
     from edge_tcur_runtime.engines.ort_step import OrtStepEngine
 
-    return OrtStepEngine(bundle, threads=threads, graph=graph)
+    return OrtStepEngine(bundle, threads=threads, graph=graph, placement=placement)
 
 
 def require_onnxruntime() -> OnnxRuntimeInstall:

@@ -12,6 +12,7 @@ from edge_tcur_runtime.engines.engine import (
     require_graph,
     trained_names,
 )
+from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.formats.bundle import Bundle
 
@@ -20,15 +21,18 @@ _SUFFIX = ".grad"
 
 
 class OrtStepEngine:
-    """Runs a step graph (role ``step`` or one of `STEP_VARIANTS`), standard operators only, on the CPU."""
+    """Runs a step graph (role ``step`` or one of `STEP_VARIANTS`): standard operators, any provider."""
 
     name = "ort-step"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0, graph: str = "step") -> None:
+    def __init__(
+        self, bundle: Bundle, *, threads: int = 0, graph: str = "step", placement: Placement = ON_CPU
+    ) -> None:
         path = require_graph(bundle, graph, self.name)
         # What is recomputed must wait for the backward pass; ONNX Runtime's own order suits the others, whose
         # quantised weights stand first in the file.
-        self._session = open_session(path, threads=threads, in_order=graph == "step_recompute")
+        in_order = graph == "step_recompute"
+        self._session = open_session(path, threads=threads, in_order=in_order, placement=placement)
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]

@@ -19,6 +19,7 @@ from edge_tcur_runtime.engines.engine import (
     require_onnxruntime,
     trained_names,
 )
+from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.session import (
     cannot_load,
     import_onnxruntime,
@@ -53,14 +54,15 @@ class OrtTrainingEngine:
 
     name = "ort-training"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, placement: Placement = ON_CPU) -> None:
         train, checkpoint = (require_graph(bundle, role, self.name) for role in ("train", "checkpoint"))
         api, options = import_training_api(), session_options(threads)
         reading = checkpoint
         try:
             self._state = api.CheckpointState.load_checkpoint(str(checkpoint))
             reading = train
-            self._module = api.Module(str(train), self._state, session_options=options)
+            device = placement.provider.name  # "cpu", or "cuda" in the CUDA build
+            self._module = api.Module(str(train), self._state, device=device, session_options=options)
         except Exception as error:
             raise cannot_load(error, reading) from error
         self._inputs = self._module.input_names()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_tcur_runtime.engines.engine import require_onnxruntime
+from edge_tcur_runtime.engines.providers import ON_CPU, Placement, session_providers
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
 
 _NOTHING = 4  # ONNX Runtime's log severity: its errors are raised, and shown once
@@ -88,24 +89,49 @@ def session_options(threads: int) -> Any:
     return options
 
 
-def open_session(path: Path, *, threads: int, in_order: bool = False) -> Any:
-    """An inference session on the CPU.
+def open_session(
+    path: Path,
+    *,
+    threads: int,
+    in_order: bool = False,
+    placement: Placement = ON_CPU,
+    optimized: bool = True,
+) -> Any:
+    """An inference session, on the CPU where nothing else is said.
 
     Args:
         in_order: run the nodes in the order of the file. ONNX Runtime's own order walks back from the last
             output, which puts off all gradients but one and may keep what is to be computed again.
+        placement: the provider that runs it.
+        optimized: False runs every node as it is in the file.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
-        IncompatibleError: this ONNX Runtime cannot load the graph.
+        IncompatibleError: this ONNX Runtime cannot load the graph, or the provider does not start.
     """
     onnxruntime, options = import_onnxruntime(), session_options(threads)
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    providers = session_providers(onnxruntime, options, placement)
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(path), options, **providers)
     except Exception as error:
         raise cannot_load(error, path) from error
+    _require_started(session, placement)
+    return session
+
+
+def _require_started(session: Any, placement: Placement) -> None:
+    """Refuses a session whose provider did not start: ONNX Runtime's Python goes on with the CPU then, and
+    would again after a run that failed."""
+    session.disable_fallback()
+    if placement.provider.ort not in session.get_providers():
+        raise IncompatibleError(
+            f"the provider {placement.provider.name!r} does not start here",
+            hint="install the device's driver, or use --provider cpu",
+        )
 
 
 def cannot_load(error: Exception, path: Path) -> IncompatibleError:

@@ -17,6 +17,7 @@ from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityEr
 from edge_tcur_runtime.formats.adapter import check_version, parse_group, read_bounded
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import COUPLINGS, INDEX_PARTS, SKETCH, factor_parts
+from edge_tcur_runtime.formats.memory import MemoryTables, parse_tables
 from edge_tcur_runtime.formats.schema import Fields, parse_document
 from edge_tcur_runtime.formats.weights import FP32, PRECISIONS, TensorPlace, parse_place
 from edge_tcur_runtime.transform import TRANSFORMS
@@ -28,10 +29,13 @@ MAX_MANIFEST_BYTES = 4 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
+CHECKS = "checks"  # role of the graph of single operators, for the self-check of a device
 STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are there when asked for
 
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
-_OPTIONAL = ("programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks", "verified")
+_OPTIONAL = (
+    "programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks", "verified", "memory",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Manifest:
     Attributes:
         base_digest: canonical digest of the base's tensors (`digest_state`).
         files: file name -> size and digest, every file but the manifest.
-        graphs: role (`GRAPHS`, `STEP_VARIANTS`) -> file name; roles that were not exported are absent.
+        graphs: role (`GRAPHS`, `STEP_VARIANTS`, `CHECKS`) -> file name; others are absent.
         inputs: model input name -> dtype and shape, in graph order, factors not included.
         groups: adapted groups; the graphs take ``<group>.<part>`` of each of `parts` as inputs.
         tensors: parameter name -> place in `base.bin`, for the adapted weights.
@@ -142,6 +146,7 @@ class Manifest:
         recomputed_blocks: how many blocks the graph ``step_recompute`` computes again; None without it.
         last_blocks: what learns in the graph ``step_last``; None without it.
         verified: what was compared with torch; None where the bundle does not say.
+        memory: what passes of the training graphs take; None where the bundle does not say.
     """
 
     base_digest: str
@@ -171,6 +176,7 @@ class Manifest:
     recomputed_blocks: int | None = None
     last_blocks: LastBlocks | None = None
     verified: Verified | None = None
+    memory: MemoryTables | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -215,7 +221,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     check_version(fields, FORMAT_VERSION)
     fields.only("format_version", "kind", *Manifest.__dataclass_fields__)
     fields.choice("kind", ("edge-tcur-bundle",))
-    graphs, versions = fields.child("graphs").only(*GRAPHS, *STEP_VARIANTS), fields.child("versions")
+    graphs, versions = fields.child("graphs").only(*GRAPHS, *STEP_VARIANTS, CHECKS), fields.child("versions")
     manifest = Manifest(
         base_digest=fields.text("base_digest"),
         files={name: _parse_file(name, child) for name, child in fields.children("files").items()},
@@ -244,6 +250,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         recomputed_blocks=_recomputed_blocks(fields),
         last_blocks=_parse_last_blocks(fields),
         verified=_parse_verified(fields.child("verified")) if "verified" in fields.mapping_keys() else None,
+        memory=parse_tables(fields.child("memory")) if "memory" in fields.mapping_keys() else None,
     )
     _check_references(manifest, where)
     _check_variants(manifest, where)
@@ -334,6 +341,8 @@ def _parse_last_blocks(fields: Fields) -> LastBlocks | None:
 
 def _check_variants(manifest: Manifest, where: str) -> None:
     """The fields of the variants are there where their graphs are, and name what the bundle has."""
+    if manifest.memory is not None and set(manifest.memory.graphs) - set(manifest.graphs):
+        raise FileFormatError("'memory' has tables of graphs that the bundle does not have", where=where)
     learning = manifest.last_blocks
     for role, found in (("step_recompute", manifest.recomputed_blocks), ("step_last", learning)):
         if (role in manifest.graphs) != (found is not None):

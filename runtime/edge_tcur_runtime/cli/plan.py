@@ -1,0 +1,100 @@
+"""`personalize --dry-run`: the candidates of a run, what each takes, and which one is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from edge_tcur_runtime.errors import ExitCode
+from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.units import format_size
+
+if TYPE_CHECKING:
+    from edge_tcur_runtime.personalize import RunPlan
+    from edge_tcur_runtime.planner import Candidate
+
+HEADER = ("Engine", "Graph", "Samples a pass", "Peak", "Seconds an update", "In all", "")
+
+
+def show_plan(
+    root: Path,
+    data: Path,
+    columns: dict[str, str],
+    start: tuple[str, Path],
+    settings: PersonalizeSettings,
+    sink: Sink,
+) -> None:
+    """Prints the plan of a run; ends with exit code 5 where nothing fits the budget.
+
+    Args:
+        start: the reference of the adapter to start from, and the store that it may lie in.
+    """
+    from edge_tcur_runtime.cli.inputs import load_for
+    from edge_tcur_runtime.cli.references import load_reference
+    from edge_tcur_runtime.formats.bundle import open_bundle
+    from edge_tcur_runtime.personalize import plan_personalize
+
+    bundle = open_bundle(root)
+    dataset = load_for(bundle, data, columns, require_labels=True)
+    begin = load_reference(start[0], bundle, start[1])
+    found = plan_personalize(bundle, dataset, settings, start=begin)
+    sink.result(found.to_dict(), describe(found))
+    if found.plan.chosen is None:
+        click.get_current_context().exit(ExitCode.BUDGET)
+
+
+def describe(found: RunPlan) -> str:
+    """A plan as text: of each engine and graph the fastest that fits, and what is faster and does not."""
+    rows = [
+        (
+            candidate.footprint.engine,
+            candidate.footprint.graph,
+            micro_batches(candidate),
+            format_size(candidate.peak),
+            f"{candidate.seconds:.3f}",
+            duration(candidate.seconds * found.updates),
+            candidate.verdict,
+        )
+        for candidate in shown(found)
+    ]
+    limit = "no budget" if found.plan.limit is None else f"budget {format_size(found.plan.limit)}"
+    lines = [f"{limit}, {found.updates} updates; nothing was changed", table(HEADER, rows)]
+    if found.plan.chosen is None:
+        least = -(-found.plan.smallest.peak // 2**20)
+        lines += [
+            f"NOTHING FITS: give at least --budget {least}MiB",
+            *(f"or: {text}" for text in found.advice),
+        ]
+    elif not found.plan.chosen.footprint.measured:
+        lines.append("nothing was measured: figures are of the bundle's tables")
+    return "\n".join(lines)
+
+
+def shown(found: RunPlan) -> list[Candidate]:
+    """Without those that a faster one makes pointless: of the same engine and graph, with no less memory."""
+    plan, kept = found.plan, list[tuple[tuple[str, str], int]]()
+    rows = []
+    for candidate in plan.candidates:  # the fastest first
+        known = [peak for runs, peak in kept if runs == candidate.runs]
+        fitted = plan.limit is None or any(peak <= plan.limit for peak in known)
+        if known and (fitted or candidate.peak >= min(known)):
+            continue
+        kept.append((candidate.runs, candidate.peak))
+        rows.append(candidate)
+    return rows
+
+
+def micro_batches(candidate: Candidate) -> str:
+    """Samples of a pass, of each length where they differ."""
+    limits = candidate.passes.limits
+    if not limits:
+        return str(candidate.passes.micro_batch)
+    return ", ".join(f"{count} x {length}" for length, count in sorted(limits.items(), reverse=True))
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds."""
+    return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

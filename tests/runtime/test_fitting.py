@@ -1,0 +1,314 @@
+"""From the bundle's tables to a run within its budget: what is opened, measured, chosen, kept and shown."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edge_tcur_runtime import fitting, heap
+from edge_tcur_runtime import personalize as module
+from edge_tcur_runtime.budget import Memory, read_memory
+from edge_tcur_runtime.checkpoint import parse_checkpoint
+from edge_tcur_runtime.cli import device
+from edge_tcur_runtime.cli.framework import run
+from edge_tcur_runtime.data import load_dataset
+from edge_tcur_runtime.engines import open_engine
+from edge_tcur_runtime.errors import BudgetError, PausedError
+from edge_tcur_runtime.formats.bundle import open_bundle, serialize_manifest
+from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
+from edge_tcur_runtime.guard import Guard
+from edge_tcur_runtime.personalize import personalize, plan_personalize
+from edge_tcur_runtime.planner import Footprint, Passes
+from edge_tcur_runtime.settings import KeepSettings
+
+
+def neighbour(name):
+    """A test module of this folder, for what it makes."""
+    spec = importlib.util.spec_from_file_location(f"{name}_parts", Path(__file__).with_name(f"{name}.py"))
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+parts = neighbour("test_personalize")
+ENGINE, INSTALLED, MIB, USER, V1 = parts.ENGINE, parts.INSTALLED, parts.MIB, parts.USER, parts.V1
+Quadratic, quadratic_trainer, quick = parts.Quadratic, parts.quadratic_trainer, parts.quick
+pytestmark = pytest.mark.skipif(INSTALLED is None, reason="ONNX Runtime is not installed")
+SAMPLES = (1, 2, 64)
+
+
+def table(nodes=600, each=2**14):
+    line = tuple(each * count for count in SAMPLES)
+    return GraphTable(nodes, 2**16, (), (line,), (line,))
+
+
+TABLES = MemoryTables(SAMPLES, (0,), {"step": table(), "train": table(400)})
+
+
+@pytest.fixture(scope="module")
+def user():
+    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
+
+
+@pytest.fixture
+def bundle():
+    found = open_bundle(V1)
+    return replace(found, manifest=replace(found.manifest, memory=TABLES))
+
+
+def roomy():
+    return read_memory().peak + 200 * MIB
+
+
+# --- the run -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_a_budget_with_room_gives_the_whole_batch_and_the_same_adapter(bundle, user, name):
+    free = personalize(bundle, user, quick(engine=name))
+    result = personalize(bundle, user, quick(engine=name, budget=roomy()))
+    assert (result.engine, result.micro_batch) == (name, 16)
+    assert free.predicted_peak_bytes is None
+    assert result.peak_rss_bytes <= result.budget_bytes
+    assert result.predicted_peak_bytes <= result.budget_bytes
+    assert result.losses == free.losses
+
+
+def test_nothing_is_opened_where_nothing_fits(bundle, user, monkeypatch):
+    monkeypatch.setattr(module, "open_engine", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(BudgetError, match="the least that training takes here is about") as caught:
+        personalize(bundle, user, quick(budget=MIB))
+    assert "give at least --budget" in caught.value.hint
+
+
+def faked(monkeypatch, each):
+    """Memory that grows by `each` bytes for a sample of the pass that runs; returns the passes."""
+    state = {"peak": 100 * MIB, "passes": []}
+    real = open_engine
+
+    def opened(*arguments, **options):
+        engine = real(*arguments, **options)
+        step = engine.step
+
+        def counted(inputs, targets, feeds):
+            state["passes"].append(len(targets))
+            state["peak"] = max(state["peak"], 100 * MIB + each * len(targets))
+            return step(inputs, targets, feeds)
+
+        engine.step = counted
+        return engine
+
+    def memory():
+        return Memory(state["peak"], 100 * MIB, 0, 0)
+
+    monkeypatch.setattr(module, "open_engine", opened)
+    for part in ("fitting", "trainer", "budget", "personalize"):
+        monkeypatch.setattr(f"edge_tcur_runtime.{part}.read_memory", memory)
+    return state
+
+
+@pytest.mark.parametrize(("room", "micro"), [(40, 16), (12, 8), (6, 4), (1.5, 1)])
+def test_passes_are_as_large_as_what_was_measured_allows(bundle, user, monkeypatch, room, micro):
+    """A sample takes a MiB; the table says a third of it and is corrected."""
+    monkeypatch.setattr(fitting, "FACTORS", dict.fromkeys(fitting.FACTORS, 1.0))
+    monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
+    tables = replace(TABLES, graphs={"step": replace(table(each=MIB // 3), base=0)})
+    bundle = replace(bundle, manifest=replace(bundle.manifest, memory=tables))
+    state, limit = faked(monkeypatch, MIB), int((100 + room) * MIB * 32 / 31)
+    result = personalize(bundle, user, quick(budget=limit))
+    assert result.micro_batch == micro
+    assert max(state["passes"]) == micro
+    assert state["peak"] <= limit
+
+
+def test_auto_takes_the_engine_that_fits(bundle, user, monkeypatch):
+    """The preferred engine's graph takes far more than the limit by its table."""
+    large = {"train": table(each=2**30), "step": table()}
+    bundle = replace(bundle, manifest=replace(bundle.manifest, memory=replace(TABLES, graphs=large)))
+    result = personalize(bundle, user, quick(engine="auto", budget=roomy()))
+    assert (result.engine, result.graph) == ("ort-step", "step")
+    if INSTALLED.training:
+        assert result.engine_reason == "the plan: the fastest that fits the budget"
+
+
+# --- the guard, and going on -----------------------------------------------------------------------------
+
+
+def footprint(each):
+    return Footprint("ort-step", "step", table(each=each), SAMPLES, (0,), 0, 1.0)
+
+
+def test_the_guard_splits_what_is_left_of_an_update(monkeypatch):
+    """Seven samples, of which two fit at once from the second pass on: the update is the same."""
+    whole, parts = (quadratic_trainer(Quadratic(), quick()) for _ in range(2))
+    engine = parts._engine
+    parts.passes, parts.guard = Passes(3), Guard(100 * MIB, footprint(10 * MIB))
+    monkeypatch.setattr(
+        "edge_tcur_runtime.trainer.read_memory",
+        lambda: Memory(90 * MIB, (60 if not engine.sizes else 80) * MIB, 0, 0),
+    )
+    assert whole.step(np.arange(7), 1.0) == pytest.approx(parts.step(np.arange(7), 1.0), rel=1e-6)
+    assert engine.sizes == [3, 2, 2]
+    assert parts.micro_batch == 2
+    assert len(parts.notes) == 1
+    for key, value in whole.values.items():
+        np.testing.assert_allclose(parts.values[key], value, atol=1e-6)
+
+
+@pytest.mark.parametrize("limits", [{8: 7, 16: 2}, {8: 1, 16: 1}, {8: 3}])
+def test_samples_sorted_by_length_give_the_same_update(limits):
+    whole, parts = (quadratic_trainer(Quadratic(), quick()) for _ in range(2))
+    parts._data.__dict__["lengths"] = np.array([8, 16, 8, 8, 16, 16, 8])
+    parts.passes = Passes(2, limits)
+    for number in range(5):
+        assert whole.step(np.arange(7), 1.0) == pytest.approx(parts.step(np.arange(7), 1.0), rel=1e-6), number
+    assert len(parts._engine.sizes) > 5
+    for key, value in whole.values.items():
+        np.testing.assert_allclose(parts.values[key], value, atol=1e-6)
+
+
+def test_a_run_goes_on_with_its_engine_graph_and_passes(bundle, user, tmp_path, monkeypatch):
+    """More memory, and another engine that would now be chosen: still the same run, bit for bit."""
+    settings = quick(engine="auto", budget=roomy())
+    only = {"step": table()}
+    narrow = replace(bundle, manifest=replace(bundle.manifest, memory=replace(TABLES, graphs=only)))
+    real = fitting.make_plan
+
+    def small(*arguments):
+        found = real(*arguments)
+        chosen = next(c for c in found.candidates if c.passes.micro_batch == 4)
+        return replace(found, chosen=chosen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "make_plan", small)
+        whole = personalize(narrow, user, settings)
+        assert (whole.engine, whole.micro_batch) == ("ort-step", 4)
+        left = [3]
+
+        def gate():
+            left[0] -= 1
+            return "enough" if left[0] < -20 else None
+
+        patch.setattr("edge_tcur_runtime.keeper.GATE_SECONDS", 0.0)
+        with pytest.raises(PausedError):
+            personalize(narrow, user, settings, keep=KeepSettings(tmp_path, 1e9, gates=(gate,)))
+    kept = max(
+        (parse_checkpoint(p.read_bytes(), "c") for p in tmp_path.iterdir()), key=lambda found: found[2]
+    )
+    assert (kept[0].engine, kept[0].micro_batch) == ("ort-step", 4)
+    result = personalize(narrow, user, replace(settings, budget=roomy()), keep=KeepSettings(tmp_path))
+    assert result.resumed_from > 0
+    assert (result.engine, result.micro_batch) == ("ort-step", 4)
+    assert result.losses == whole.losses
+    for group, part in whole.adapter.factors.items():
+        np.testing.assert_array_equal(result.adapter.factors[group].core, part.core)
+
+
+# --- the dry run -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cli(tmp_path, capsys, bundle):
+    root = shutil.copytree(V1, tmp_path / "bundle")
+    (root / "manifest.json").write_bytes(serialize_manifest(bundle.manifest))
+
+    def call(*arguments, source=root):
+        command = ["personalize", str(source), "--data", str(USER), "--store", str(tmp_path / "store")]
+        with pytest.raises(SystemExit) as caught:
+            run(device, [*command, "--threads", "1", "--dry-run", *arguments])
+        assert not (tmp_path / "store").exists()
+        return caught.value.code, capsys.readouterr().out
+
+    return call
+
+
+def test_a_dry_run_shows_every_candidate_and_changes_nothing(cli):
+    code, out = cli("--json", "--budget", f"{roomy() // MIB}MiB")
+    found = json.loads(out)
+    assert code == 0
+    assert found["fits"]
+    assert found["chosen"]["verdict"] == "chosen: the fastest that fits"
+    assert found["chosen"]["measured"]
+    assert found["updates"] == 80
+    runs = {(c["engine"], c["graph"], c["micro_batch"]) for c in found["candidates"]}
+    engines = [("ort-step", "step"), *([("ort-training", "train")] if INSTALLED.training else [])]
+    assert runs == {(*pair, micro) for pair in engines for micro in (16, 8, 4, 2, 1)}
+    for candidate in found["candidates"]:
+        assert candidate["predicted_seconds"] == pytest.approx(80 * candidate["predicted_step_seconds"])
+    code, out = cli()
+    assert code == 0
+    assert "no budget, 80 updates; nothing was changed" in out
+
+
+def test_a_dry_run_that_nothing_fits_says_what_would(cli):
+    code, out = cli("--budget", "1MiB")
+    assert code == 5
+    assert "NOTHING FITS: give at least --budget" in out
+    code, out = cli("--budget", "1MiB", "--json")
+    assert code == 5
+    found = json.loads(out)
+    assert found["fits"] is False
+    assert found["smallest_budget_bytes"] == min(c["predicted_peak_bytes"] for c in found["candidates"])
+
+
+def test_a_bundle_without_tables_cannot_be_planned(cli, user):
+    code, out = cli("--json", source=V1)
+    assert code == 4
+    assert "nothing can be planned" in json.loads(out)["error"]["message"]
+
+
+def test_the_plan_is_that_of_the_run(bundle, user):
+    settings = quick(budget=roomy())
+    plan = plan_personalize(bundle, user, settings)
+    assert plan.plan.chosen.passes.micro_batch == personalize(bundle, user, settings).micro_batch
+
+
+# --- the heap ----------------------------------------------------------------------------------------
+
+
+HEAP = """
+import ctypes, sys
+from edge_tcur_runtime.budget import read_memory
+from edge_tcur_runtime.heap import give_back_at_once
+if sys.argv[1] == "on":
+    assert give_back_at_once()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def block(size):
+    place = c.malloc(size)
+    ctypes.memset(place, 1, size)
+    return place
+c.free(block(8 * 2**20))  # glibc now keeps blocks up to this size
+before = read_memory().resident
+blocks = [block(2**20) for _ in range(32)]
+for place in blocks[:-1]:
+    c.free(place)
+print(read_memory().resident - before)
+"""
+
+
+@pytest.mark.skipif(not heap.give_back_at_once(), reason="needs glibc on Linux")
+def test_what_is_freed_is_given_back_at_once():
+    kept, given = (
+        int(subprocess.run([sys.executable, "-c", HEAP, way], capture_output=True, check=True).stdout)
+        for way in ("off", "on")
+    )
+    assert kept > 24 * MIB  # the last block holds what lies below it
+    assert given < 4 * MIB
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(heap.os, "confstr_names", {})
+    assert not heap.give_back_at_once()
+    monkeypatch.setattr(heap.sys, "platform", "darwin")
+    assert not heap.give_back_at_once()
