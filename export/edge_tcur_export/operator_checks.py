@@ -25,7 +25,7 @@ CHECKS = "checks.onnx"
 _ROLES = ("infer", "step", "step_recompute", "step_last")
 _COPY = ".example.onnx"  # beside the graph: its external data lies in the same directory
 _STORED = 4096  # integers of an input that are written as they are; of a longer one only the range
-_CONSTANT = 1024  # numbers of a constant that stays one
+CONSTANT = 1024  # numbers of a constant that stays one
 _ROWS = 1024  # of a table that is gathered from
 _FINITE = 3.0e38
 
@@ -173,7 +173,7 @@ class _Writer:
     def _put(self, name: str, array: np.ndarray, *, constant: bool) -> None:
         """An input with its range, or with a default where that is short: all integers, and constants."""
         kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-        if constant and array.size <= _CONSTANT:
+        if constant and array.size <= CONSTANT:
             self._initializers.append(numpy_helper.from_array(array, name))
             return
         self._inputs.append(helper.make_tensor_value_info(name, kind, list(array.shape)))

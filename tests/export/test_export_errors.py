@@ -180,7 +180,7 @@ def test_an_output_that_is_there(run_of, tmp_path):
     (out / "manifest.json").write_text("an earlier bundle")
     report = export_run(run, out, ExportSettings(("onnx",), verify=False), force=True)
     assert report.parity == {}
-    assert open_bundle(out).manifest.graphs == {"infer": "infer.onnx"}
+    assert open_bundle(out).manifest.graphs == {"checks": "checks.onnx", "infer": "infer.onnx"}
     assert not (out / "precious.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "run-plain"]
 
