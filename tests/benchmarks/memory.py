@@ -2,7 +2,8 @@
 ``python tests/benchmarks/memory.py [--side 2048] [--layers 24]``, or ``--run RUN`` for a run of your own.
 
 The documented path: the base in ``frozen_params`` of `generate_artifacts`, a checkpoint that holds it,
-defaults everywhere, its own AdamW. Ours: a bundle (fp32 and int8) with either engine. The model is a stack of
+defaults everywhere, its own AdamW. Ours: a bundle (fp32 and int8) with either engine, the heap set as it is
+for a run with a budget; with a run of your own also the step graph that recomputes. The model is a stack of
 linear layers with random weights, rank 8, coupling none, or the base of a run. Each figure is VmHWM of a
 fresh process on one thread after three steps, less what it was after the imports. Writes three bases to the
 temporary folder.
@@ -111,7 +112,8 @@ def batch_of(manifest):  # type: ignore[no-untyped-def]
     return inputs, np.zeros(BATCH, np.int64)
 
 
-def run_ours(root: Path, engine: str) -> tuple[int, int]:
+def run_ours(root: Path, engine: str, graph: str) -> tuple[int, int]:
+    from edge_tcur_runtime import heap
     from edge_tcur_runtime.budget import read_memory
     from edge_tcur_runtime.engines import open_engine
     from edge_tcur_runtime.feeds import build_feeds
@@ -121,8 +123,9 @@ def run_ours(root: Path, engine: str) -> tuple[int, int]:
     bundle = open_bundle(root, verify=False)
     feeds = build_feeds(bundle.manifest, bundle_adapter(bundle))
     inputs, targets = batch_of(bundle.manifest)
+    heap.give_back_at_once()
     imported = read_memory().peak
-    opened = open_engine(engine, bundle, threads=1)
+    opened = open_engine(engine, bundle, threads=1, graph=graph)
     for _ in range(STEPS):
         opened.step(inputs, targets, feeds)
     return imported, read_memory().peak
@@ -168,26 +171,28 @@ def measure(*arguments: str) -> tuple[int, int]:
     return imported, peak
 
 
-def compare(run_root: Path, work: Path) -> None:
+def compare(run_root: Path, work: Path, recompute: bool) -> None:
     from edge_tcur.training import open_run
     from edge_tcur_export.bundle import export_run
     from edge_tcur_export.settings import ExportSettings
 
-    settings = ExportSettings(("onnx", "step", "ort-training"), verify=False)
+    settings = ExportSettings(("onnx", "step", "ort-training"), verify=False, recompute=recompute)
+    ways = [("ort-step", "step"), ("ort-training", "step")]
+    ways += [("ort-step", "step_recompute")] if recompute else []
     for precision in ("fp32", "int8"):
         export_run(open_run(run_root), work / precision, replace(settings, precision=precision))
     (work / "documented").mkdir()
     subprocess.run([sys.executable, __file__, "--write", str(run_root), str(work / "documented")], check=True)
     rows = [("documented", measure("--documented", str(work / "fp32"), str(work / "documented")))]
     rows += [
-        (f"{precision}, {engine}", measure("--ours", str(work / precision), engine))
+        (f"{precision}, {engine}, {graph}", measure("--ours", str(work / precision), engine, graph))
         for precision in ("fp32", "int8")
-        for engine in ("ort-step", "ort-training")
+        for engine, graph in ways
     ]
     reference = rows[0][1][1] - rows[0][1][0]
     for name, (imported, peak) in rows:
         sys.stdout.write(
-            f"{name:<22} peak {peak / 2**20:6.0f} MiB, over the imports "
+            f"{name:<30} peak {peak / 2**20:6.0f} MiB, over the imports "
             f"{(peak - imported) / 2**20:6.0f} MiB, "
             f"{(peak - imported) / reference:.3f} of the documented path\n"
         )
@@ -199,12 +204,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--run", type=Path, help="a run with one label a sample, in the place of the stack")
     for name in ("--ours", "--documented", "--write"):
-        parser.add_argument(name, nargs=2, help=argparse.SUPPRESS)
+        parser.add_argument(name, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write:
         write_documented(Path(options.write[0]), Path(options.write[1]))
     elif options.ours:
-        sys.stdout.write(json.dumps(run_ours(Path(options.ours[0]), options.ours[1])) + "\n")
+        sys.stdout.write(json.dumps(run_ours(Path(options.ours[0]), *options.ours[1:])) + "\n")
     elif options.documented:
         sys.stdout.write(json.dumps(run_documented(*map(Path, options.documented))) + "\n")
     else:
@@ -212,7 +217,7 @@ def main() -> None:
             os.environ["PYTHONPATH"] = os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])
             sys.path.insert(0, folder)
             run_root = options.run or make_run(Path(folder), options.side, options.layers)
-            compare(run_root, Path(folder))
+            compare(run_root, Path(folder), options.run is not None)
 
 
 if __name__ == "__main__":
