@@ -207,13 +207,19 @@ def input_shapes(
         ranks: of each group.
     """
     axes = {"batch": batch, "sequence": length}
-    shapes = {}
+    symbols: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
     for value in model.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        spec, (group, _, _) = inputs.get(value.name), value.name.rpartition(".")
+        spec = inputs.get(value.name)
         if spec is not None:
             shapes[value.name] = [axes[axis] if isinstance(axis, str) else axis for axis in spec.shape]
-        else:
-            free = ranks.get(group, batch)  # the targets have one free axis, the batch
-            shapes[value.name] = [free if dim.dim_param else dim.dim_value for dim in dims]
-    return shapes
+            dims = value.type.tensor_type.shape.dim
+            symbols |= {dim.dim_param: size for dim, size in zip(dims, shapes[value.name], strict=True)}
+    for value in model.graph.input:
+        if value.name not in shapes:  # targets share the axes of the inputs; a factor has its group's rank
+            free = ranks.get(value.name.rpartition(".")[0])
+            shapes[value.name] = [
+                (free or symbols.get(dim.dim_param, batch)) if dim.dim_param else dim.dim_value
+                for dim in value.type.tensor_type.shape.dim
+            ]
+    return {value.name: shapes[value.name] for value in model.graph.input}

@@ -150,9 +150,7 @@ def test_the_graphs_hold_each_weight_once_and_none_of_them_unfolded(case):
                 if kind in WEIGHTS:  # and not the constants of the coupling
                     blocks[offset] = block
             else:
-                most = (
-                    8 * CONSTANT if role == "checks" else 256
-                )  # small constants of its operators
+                most = 8 * CONSTANT if role == "checks" else 256  # small constants of its operators
                 assert tensor.ByteSize() < most + 100 or tensor.name in defaults, (role, tensor.name)
         assert case.bundle.graph(role).stat().st_size < 2**20
     digests = [hashlib.sha256(block).digest() for block in blocks.values() if len(block) > 512]
