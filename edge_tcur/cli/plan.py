@@ -110,7 +110,7 @@ def describe(found: Plan) -> str:
         for name, group in found.groups.items()
     ]
     files = [(name, format_size(size)) for name, size in found.files.items()]
-    files += [(name, "known after lowering") for name in found.open_files]
+    files += [(name, "known after the export") for name in found.open_files]
     parts = [
         table(("Adapted weights", "Count", "n1", "n2", "Rank", "Trained"), groups),
         table(("File", "Size"), files),

@@ -21,6 +21,7 @@ from edge_tcur_devices import DeviceProfile, load_profile
 from edge_tcur_export.bundle import BundleWriter
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
+from edge_tcur_export.operator_checks import CHECKS
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
 from edge_tcur_export.ort_training import require_training
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
@@ -83,7 +84,7 @@ class Plan:
     Attributes:
         groups: adapted weights by group: count, n1, n2, rank, trained numbers.
         files: file -> bytes.
-        open_files: files whose size is known after ExecuTorch's lowering only.
+        open_files: files whose size is known only when an export writes them.
         no_gradient: nodes that ONNX Runtime Training cannot differentiate.
         no_kernel: provider -> role of a graph -> nodes without a kernel in it.
         memory: role of a graph -> its peak.
@@ -167,7 +168,7 @@ def plan_run(
     return replace(
         plan,
         files=dict(sorted(files.items())),
-        open_files=_PROGRAM_FILES if lowered else (),
+        open_files=(*(_PROGRAM_FILES if lowered else ()), CHECKS),
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
         notes=(*plan.notes, *(_program_notes(model) if lowered else ())),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from edge_tcur_export.parity import (
     verify_bundle,
 )
 from edge_tcur_runtime.formats.bundle import BASE_PTD, MANIFEST, Manifest, Verified, serialize_manifest
+from edge_tcur_runtime.formats.memory import MemoryTables
 
 ADAPTER_PTD = "adapter.ptd"
 # Roles of the graphs that make up a target, by the role that is compared.
@@ -128,7 +129,15 @@ def _without(root: Path, manifest: Manifest, failed: Mapping[str, str]) -> Manif
         programs=programs,
         recomputed_blocks=None if "step_recompute" in roles else manifest.recomputed_blocks,
         last_blocks=None if LAST in roles else manifest.last_blocks,
+        memory=_tables_without(manifest.memory, roles),
     )
+
+
+def _tables_without(tables: MemoryTables | None, roles: Collection[str]) -> MemoryTables | None:
+    if tables is None:
+        return None
+    kept = {role: table for role, table in tables.graphs.items() if role not in roles}
+    return replace(tables, graphs=kept) if kept else None
 
 
 def _explain(
