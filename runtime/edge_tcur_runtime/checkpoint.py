@@ -3,7 +3,7 @@
 Layout of a checkpoint file (format version 1), never pickle
     first line   ``edge-tcur-checkpoint 1 sha256:<hex> <bytes>``: digest and size of what follows
     the rest     safetensors: ``values.*``, ``first.*``, ``second.*`` f64 (trained values and the optimiser's
-                 moments), and one JSON document
+                 state), ``best.*`` f64 (the values to keep, where they are others), and one JSON document
 
 The order of the data needs no place in it: it follows from the seed and the number of updates done.
 
@@ -43,12 +43,12 @@ from edge_tcur_runtime.settings import PersonalizeSettings
 
 FORMAT_VERSION = 1
 FILES = ("checkpoint-0", "checkpoint-1")
-MAX_FILE_BYTES = 512 * 2**20  # three float64 copies of the largest adapter, and what is around them
+MAX_FILE_BYTES = 512 * 2**20  # four float64 copies of the largest adapter, and what is around them
 _MAGIC = "edge-tcur-checkpoint"
 _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
-_ARRAYS = ("values", "first", "second")
-_NUMBERS = ("losses", "scores", "before", "after")
+_ARRAYS = ("values", "first", "second", "best")
+_NUMBERS = ("losses", "scores", "held_out_losses", "before", "after")
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
 
@@ -59,9 +59,10 @@ class Progress:
     Attributes:
         steps: updates done.
         values: trained values by name, float64, in the frame's coordinates.
-        first, second: the optimiser's moments by name, float64; empty before the first update.
-        losses: of every update; scores: held-out score of every epoch that ended.
-        before, after: score and mean loss on the held-out part, or None.
+        first, second: the optimiser's state by name, float64; empty before the first update.
+        best: the values to keep so far, by name, float64; empty where those are `values`.
+        losses: of every update; scores, held_out_losses: on the held-out part, of every epoch that ended.
+        before, after: score and mean loss on the held-out part, of the start and of what is kept, or None.
         micro_batch: samples per pass; graph: role of the bundle's graph that ran.
     """
 
@@ -69,8 +70,10 @@ class Progress:
     values: Mapping[str, np.ndarray]
     first: Mapping[str, np.ndarray]
     second: Mapping[str, np.ndarray]
+    best: Mapping[str, np.ndarray] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
+    held_out_losses: tuple[float, ...] = ()
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
     micro_batch: int = 1
@@ -160,6 +163,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         steps=fields.integer("steps"),
         losses=_numbers(fields, "losses"),
         scores=_numbers(fields, "scores"),
+        held_out_losses=_numbers(fields, "held_out_losses"),
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
         micro_batch=fields.integer("micro_batch", low=1),

@@ -49,7 +49,9 @@ class PersonalizeResult:
         metric: name of the score (`edge_tcur_runtime.tasks`).
         score_before, score_after: on the held-out part; None without one.
         loss_before, loss_after: mean loss on the held-out part; None without one.
-        losses: mean loss of every step; scores: held-out score of every epoch.
+        losses: mean loss of every step; scores, held_out_losses: on the held-out part, of every epoch.
+        kept_epoch: number (from 1) of the epoch whose values the adapter has (`edge_tcur_runtime.outcome`);
+            None without a held-out part, where it is the last one. stopped_early: epochs were left out.
         engine, engine_reason: which engine ran, and why.
         graph: role of the bundle's graph that it ran.
         micro_batch: samples per pass that the budget allowed.
@@ -68,6 +70,9 @@ class PersonalizeResult:
     loss_after: float | None
     losses: list[float]
     scores: list[float]
+    held_out_losses: list[float]
+    kept_epoch: int | None
+    stopped_early: bool
     engine: str
     engine_reason: str
     micro_batch: int

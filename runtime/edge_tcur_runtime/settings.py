@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,21 +15,18 @@ RECOMPUTE = ("auto", "on", "off")
 
 
 @dataclass(frozen=True)
-class AdamWSettings:
-    """Settings of AdamW (Loshchilov and Hutter 2019) with clipping of the global gradient norm.
+class OptimizerSettings:
+    """What every optimiser has.
 
     Attributes:
         learning_rate: peak learning rate of the cores, in their frame's coordinates.
         head_learning_rate: peak learning rate of trained extras (a head).
-        weight_decay: decoupled weight decay.
+        weight_decay: of AdamW decoupled; of SGD added to the gradient.
         max_gradient_norm: gradients are scaled down to this global norm; 0 switches clipping off.
     """
 
-    learning_rate: float = 0.02
-    head_learning_rate: float = 0.005
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    learning_rate: float
+    head_learning_rate: float
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
 
@@ -42,14 +39,52 @@ class AdamWSettings:
 
 
 @dataclass(frozen=True)
+class AdamWSettings(OptimizerSettings):
+    """Settings of AdamW (Loshchilov and Hutter 2019); see `OptimizerSettings`."""
+
+    learning_rate: float = 0.02
+    head_learning_rate: float = 0.005
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True)
+class SGDSettings(OptimizerSettings):
+    """Settings of gradient descent with momentum; see `OptimizerSettings`.
+
+    Attributes:
+        momentum: part of the last velocity that is kept; 0 for none, and no state.
+    """
+
+    learning_rate: float = 0.05
+    head_learning_rate: float = 0.05
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"{self.momentum}; expected 0 or more and less than 1", where="momentum")
+
+
+OPTIMIZERS: Mapping[str, type[AdamWSettings] | type[SGDSettings]] = {
+    "adamw": AdamWSettings,
+    "sgd": SGDSettings,
+}
+
+
+@dataclass(frozen=True)
 class PersonalizeSettings:
     """Settings of a personalisation.
 
     Attributes:
         epochs: passes over the user's data.
         batch_size: samples per update, whatever the micro-batch.
-        optimizer: learning rates and the rest.
+        optimizer: learning rates and the rest; which optimiser, its class says.
         holdout: part of the data kept apart to decide whether the new adapter is better.
+        patience: epochs without a lower held-out loss that end the run; the values of the epoch with the
+            lowest are kept. 0 runs all epochs and keeps the last one's values, and so does a held-out part
+            of fewer than `edge_tcur_runtime.outcome.MIN_HELD_OUT` samples.
         budget: peak resident memory of the whole process in bytes; None for no limit.
         engine: ``auto``, ``ort-training`` or ``ort-step``.
         threads: CPU threads; 0 takes all that this process may use.
@@ -61,8 +96,9 @@ class PersonalizeSettings:
 
     epochs: int = 20
     batch_size: int = 16
-    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
+    optimizer: OptimizerSettings = field(default_factory=AdamWSettings)
     holdout: float = 0.2
+    patience: int = 5
     budget: int | None = None
     engine: str = "auto"
     threads: int = 0
@@ -71,7 +107,8 @@ class PersonalizeSettings:
     last_blocks: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("threads", 0), ("seed", 0)):
+        lowest = {"epochs": 1, "batch_size": 1, "threads": 0, "seed": 0, "patience": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         if not 0 <= self.holdout < 1:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,10 +21,11 @@ from edge_tcur_runtime.engines.graphs import keeps_within
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.keeper import Keeper
-from edge_tcur_runtime.optimizer import AdamW, schedule
+from edge_tcur_runtime.optimizer import build_optimizer, schedule
+from edge_tcur_runtime.outcome import Outcome, patience_for
 from edge_tcur_runtime.preprocess import Preprocessor
 from edge_tcur_runtime.settings import PersonalizeSettings
-from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
+from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight
 
 
 @dataclass(frozen=True)
@@ -48,43 +48,6 @@ class Batch:
         if isinstance(samples, np.ndarray):  # pictures are all of one size
             return np.arange(len(samples))
         return np.argsort([-len(text) for text in samples], kind="stable")
-
-
-@dataclass
-class Outcome:
-    """Values of the last epoch, and scores (metric, loss) on the held-out part."""
-
-    task: DeviceTask
-    values: dict[str, np.ndarray]
-    before: tuple[float, float] | None = None
-    after: tuple[float, float] | None = None
-    losses: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-
-    @property
-    def better(self) -> bool:
-        """A better metric than before, or the same at a lower loss, which must be a number."""
-        if self.before is None or self.after is None:
-            return True
-        return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
-            self.task, *self.before
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """What a result tells of it: name of the metric, scores and losses."""
-        (score_before, loss_before), (score_after, loss_after) = (
-            pair or (None, None) for pair in (self.before, self.after)
-        )
-        return {
-            "better": self.better,
-            "metric": self.task.metric.name,
-            "score_before": score_before,
-            "score_after": score_after,
-            "loss_before": loss_before,
-            "loss_after": loss_after,
-            "losses": self.losses,
-            "scores": self.scores,
-        }
 
 
 class Trainer:
@@ -122,7 +85,7 @@ class Trainer:
             for name, value in coordinates.start.feeds().items()
             if name.rpartition(".")[2] in FACTOR_PARTS[1:] and name not in coordinates.start.extras
         }
-        self._optimizer = AdamW(settings.optimizer)
+        self._optimizer = build_optimizer(settings.optimizer)
         self._move(coordinates.initial())
         self.micro_batch = settings.batch_size
         self._growth, self._peak_two = 0, 0
@@ -228,8 +191,10 @@ class Trainer:
             values=self.values,
             first=dict(self._optimizer.first),
             second=dict(self._optimizer.second),
+            best={} if not outcome.scores or outcome.values is self.values else outcome.values,
             losses=tuple(outcome.losses),
             scores=tuple(outcome.scores),
+            held_out_losses=tuple(outcome.held_out_losses),
             before=outcome.before,
             after=outcome.after,
             micro_batch=self.micro_batch,
@@ -240,17 +205,18 @@ class Trainer:
     def restore(self, progress: Progress) -> Outcome:
         """Goes back to where a run stood."""
         self._move(dict(progress.values))
-        self._optimizer = AdamW(
-            self._settings.optimizer, dict(progress.first), dict(progress.second), progress.steps
+        self._optimizer = build_optimizer(
+            self._settings.optimizer, progress.first, progress.second, progress.steps
         )
         self.micro_batch = progress.micro_batch
         return Outcome(
             self._data.task,
-            self.values,
+            dict(progress.best) or self.values,
             progress.before,
             progress.after,
             list(progress.losses),
             list(progress.scores),
+            list(progress.held_out_losses),
         )
 
     def score(self, data: Batch) -> tuple[float, float]:
@@ -288,6 +254,7 @@ def train(
     have had in a run without a break.
     """
     generator = np.random.Generator(np.random.PCG64(settings.seed))
+    outcome.patience = patience_for(settings.patience, len(held_out.targets))
     count = len(kept.targets)
     starts = range(0, count, settings.batch_size)
     total = settings.epochs * len(starts)
@@ -301,9 +268,10 @@ def train(
             if on_step is not None:
                 on_step(done + 1, total, loss)
         if outcome.before is not None and len(outcome.scores) <= epoch:
-            outcome.after = trainer.score(held_out)
-            outcome.scores.append(outcome.after[0])
+            outcome.scored(trainer.values, trainer.score(held_out))
             trainer.keep(outcome)
-    # The last epoch, where the learning rate has come down to zero: picking the best of many epochs on
-    # a few held-out samples picks the luckiest one.
-    outcome.values = trainer.values
+        if outcome.stalled and len(outcome.scores) < settings.epochs:
+            outcome.stopped_early = True
+            break
+    if not outcome.scores:
+        outcome.values = trainer.values

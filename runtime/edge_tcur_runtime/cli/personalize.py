@@ -15,11 +15,12 @@ from edge_tcur_runtime.cli.framework import (
     output_options,
     store_option,
 )
+from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.settings import (
+    OPTIMIZERS,
     RECOMPUTE,
     RESUME,
-    AdamWSettings,
     Gate,
     KeepSettings,
     PersonalizeSettings,
@@ -43,10 +44,14 @@ _ENGINES = click.Choice(("auto", "ort-training", "ort-step"))
 _OPTIONS = (
     ("--epochs", _DEFAULT.epochs, int, "Passes over the data."),
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),
-    ("--learning-rate", _DEFAULT.optimizer.learning_rate, float, "Peak learning rate of the cores."),
-    ("--head-learning-rate", _DEFAULT.optimizer.head_learning_rate, float, "Peak for a trained head."),
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
     ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
+    (
+        "--patience",
+        _DEFAULT.patience,
+        int,
+        "Epochs without a lower held-out loss that end the run; 0: run all, keep the last.",
+    ),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
     (
         "--recompute",
@@ -56,6 +61,11 @@ _OPTIONS = (
     ),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
+)
+_RATES = (
+    ("--learning-rate", "Peak learning rate of the cores."),
+    ("--head-learning-rate", "Peak for a trained head."),
+    ("--momentum", "Part of the last update that goes on."),
 )
 _KEEP = KeepSettings()
 
@@ -80,7 +90,18 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that become `PersonalizeSettings`; collected under ``training``."""
     for name, default, kind, text in reversed(_OPTIONS):
         command = click.option(name, default=default, type=kind, show_default=True, help=text)(command)
-    return command
+    for name, text in reversed(_RATES):
+        command = click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")(command)
+    optimizers = click.Choice(tuple(OPTIMIZERS))
+    return click.option("--optimizer", default="adamw", type=optimizers, show_default=True,
+                        help="What moves the factors.")(command)  # fmt: skip
+
+
+def _by_optimizer(name: str) -> str:
+    """The default of an option of the optimisers, as the help tells it."""
+    key = name.removeprefix("--").replace("-", "_")
+    found = {optimizer: getattr(kind(), key, None) for optimizer, kind in OPTIMIZERS.items()}
+    return ", ".join(f"{optimizer} {value:g}" for optimizer, value in found.items() if value is not None)
 
 
 @click.command(epilog=EPILOG)
@@ -129,11 +150,12 @@ def personalize(
 
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
-    optimizer = AdamWSettings(
-        learning_rate=training.pop("learning_rate"),
-        head_learning_rate=training.pop("head_learning_rate"),
-        weight_decay=training.pop("weight_decay"),
-    )
+    kind = training.pop("optimizer")
+    rates = {name: training.pop(name) for name in ("learning_rate", "head_learning_rate", "momentum")}
+    if rates["momentum"] is not None and kind != "sgd":
+        raise UsageError("--momentum is for gradient descent", hint="add --optimizer sgd")
+    given = {name: value for name, value in rates.items() if value is not None}
+    optimizer = OPTIMIZERS[kind](weight_decay=training.pop("weight_decay"), **given)
     return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)
 
 
