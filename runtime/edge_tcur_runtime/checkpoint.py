@@ -48,7 +48,7 @@ _MAGIC = "edge-tcur-checkpoint"
 _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
 _ARRAYS = ("values", "first", "second", "best")
-_NUMBERS = ("losses", "scores", "held_out_losses", "before", "after")
+_NUMBERS = ("losses", "scores", "held_out_losses", "before", "after", "reference_before")
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
 
@@ -63,6 +63,7 @@ class Progress:
         best: the values to keep so far, by name, float64; empty where those are `values`.
         losses: of every update; scores, held_out_losses: on the held-out part, of every epoch that ended.
         before, after: score and mean loss on the held-out part, of the start and of what is kept, or None.
+        reference_before: score and mean loss of the start on the bundle's reference set, or None.
         micro_batch: samples per pass; graph: role of the bundle's graph that ran.
     """
 
@@ -76,6 +77,7 @@ class Progress:
     held_out_losses: tuple[float, ...] = ()
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
+    reference_before: tuple[float, float] | None = None
     micro_batch: int = 1
     graph: str = "step"
 
@@ -166,6 +168,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         held_out_losses=_numbers(fields, "held_out_losses"),
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
+        reference_before=_pair(fields, "reference_before"),
         micro_batch=fields.integer("micro_batch", low=1),
         graph=fields.text("graph"),
         **arrays,

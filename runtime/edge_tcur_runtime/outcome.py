@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.tasks import DeviceTask, ranks
 
 MIN_HELD_OUT = 8  # samples; the loss of fewer says too little to choose an epoch by
@@ -21,6 +22,38 @@ MIN_HELD_OUT = 8  # samples; the loss of fewer says too little to choose an epoc
 def patience_for(patience: int, held_out: int) -> int:
     """The patience of a run with that many held-out samples; 0 keeps the last epoch's values."""
     return patience if held_out >= MIN_HELD_OUT else 0
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """The bundle's reference set with what the start and the kept values score on it (metric and loss), and
+    how far these may fall behind; see `ReferenceSet.forgot`."""
+
+    reference: ReferenceSet
+    allowed: float
+    before: tuple[float, float]
+    after: tuple[float, float]
+
+    @property
+    def forgot(self) -> bool:
+        """Whether the kept values fall behind too far."""
+        return self.reference.forgot(self.after, self.allowed)
+
+    def facts(self) -> dict[str, Any]:
+        """What a result tells of it."""
+        spec = self.reference.spec
+        return {
+            "samples": spec.samples,
+            "measure": spec.measure,
+            "allowed": self.allowed,
+            "score": spec.score,
+            "loss": spec.loss,
+            "score_before": self.before[0],
+            "loss_before": self.before[1],
+            "score_after": self.after[0],
+            "loss_after": self.after[1],
+            "forgot": self.forgot,
+        }
 
 
 @dataclass
@@ -35,6 +68,8 @@ class Outcome:
         scores, held_out_losses: on the held-out part, after every epoch.
         patience: epochs without a lower held-out loss that end the run; 0 keeps the last epoch's values.
         stopped_early: patience ended the run.
+        reference_before: metric and loss of the start on the bundle's reference set; None without one.
+        yardstick: the verdict on that set, at the end of the run; None without one.
     """
 
     task: DeviceTask
@@ -46,6 +81,8 @@ class Outcome:
     held_out_losses: list[float] = field(default_factory=list)
     patience: int = 0
     stopped_early: bool = False
+    reference_before: tuple[float, float] | None = None
+    yardstick: Yardstick | None = None
 
     def scored(self, values: dict[str, np.ndarray], score: tuple[float, float]) -> None:
         """Takes the held-out metric and loss of the epoch that left `values`."""
@@ -70,13 +107,31 @@ class Outcome:
         return 0 < self.patience <= len(self.scores) - self.kept_epoch
 
     @property
-    def better(self) -> bool:
-        """A better metric than before, or the same at a lower loss, which must be a number."""
+    def improved(self) -> bool | None:
+        """A better metric than before, or the same at a lower loss, which must be a number; None where
+        nothing was held out."""
         if self.before is None or self.after is None:
-            return True
+            return None
         return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
             self.task, *self.before
         )
+
+    @property
+    def better(self) -> bool:
+        """Whether the new adapter takes the start's place: better on what was held out, if anything was, and
+        not too far behind on the reference set, if there is one."""
+        return self.improved is not False and not (self.yardstick is not None and self.yardstick.forgot)
+
+    @property
+    def verdict(self) -> str:
+        """Why, in words."""
+        forgot = None if self.yardstick is None else self.yardstick.forgot
+        if forgot:
+            return "it forgot: it falls behind on the bundle's reference set"
+        beside = "" if forgot is None else ", and holds its ground on the reference set"
+        if self.improved is None:
+            return f"nothing was held out to judge it by{beside}"
+        return f"better on what was held out{beside}" if self.improved else "not better on what was held out"
 
     def facts(self) -> dict[str, Any]:
         """What a result tells of it: name of the metric, scores and losses."""
@@ -85,6 +140,7 @@ class Outcome:
         )
         return {
             "better": self.better,
+            "verdict": self.verdict,
             "metric": self.task.metric.name,
             "score_before": score_before,
             "score_after": score_after,
@@ -95,4 +151,5 @@ class Outcome:
             "held_out_losses": self.held_out_losses,
             "kept_epoch": self.kept_epoch if self.scores else None,
             "stopped_early": self.stopped_early,
+            "reference": None if self.yardstick is None else self.yardstick.facts(),
         }

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -30,6 +31,7 @@ from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
 from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.reference import read_reference
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
 from edge_tcur_runtime.trainer import Batch, Trainer, begin, train
@@ -44,14 +46,16 @@ class PersonalizeResult:
 
     Attributes:
         adapter: the new adapter.
-        better: whether it beats the adapter that it started from on the held-out part; True where
-            there was no held-out part.
+        better: whether it takes the place of the adapter that it started from: it beats that one on the
+            held-out part, where there is one, and does not fall behind on the bundle's reference set, where
+            there is one. verdict: why, in words.
         metric: name of the score (`edge_tcur_runtime.tasks`).
         score_before, score_after: on the held-out part; None without one.
         loss_before, loss_after: mean loss on the held-out part; None without one.
         losses: mean loss of every step; scores, held_out_losses: on the held-out part, of every epoch.
         kept_epoch: number (from 1) of the epoch whose values the adapter has (`edge_tcur_runtime.outcome`);
             None without a held-out part, where it is the last one. stopped_early: epochs were left out.
+        reference: scores on the bundle's reference set (`edge_tcur_runtime.outcome.Yardstick`); None without.
         engine, engine_reason: which engine ran, and why.
         graph: role of the bundle's graph that it ran.
         micro_batch: samples per pass that the budget allowed.
@@ -63,6 +67,7 @@ class PersonalizeResult:
 
     adapter: Adapter
     better: bool
+    verdict: str
     metric: str
     score_before: float | None
     score_after: float | None
@@ -73,6 +78,7 @@ class PersonalizeResult:
     held_out_losses: list[float]
     kept_epoch: int | None
     stopped_early: bool
+    reference: dict[str, Any] | None
     engine: str
     engine_reason: str
     micro_batch: int
@@ -145,6 +151,7 @@ def personalize(
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
         for part in split(dataset, settings.holdout, settings.seed)
     )
+    reference = read_reference(bundle)
     identity = identify(bundle, start, dataset, settings, name)
     keeper = open_keeper(keep or KeepSettings(), identity)
     with keeper.listening():
@@ -152,11 +159,12 @@ def personalize(
         make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
         if progress is None:
             trainer = _calibrated(make, graph, bundle, settings)
-            outcome = begin(trainer, held_out)
+            outcome = begin(trainer, held_out, reference)
         else:
             trainer = make(progress.graph)
             outcome = trainer.restore(progress)
         train(trainer, outcome, kept, held_out, settings, on_step)
+        trainer.judge(outcome, reference)
     memory = budget.check("at the end")
     return PersonalizeResult(
         adapter=coordinates.adapter(outcome.values, _provenance(bundle)),

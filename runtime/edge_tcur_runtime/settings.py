@@ -85,6 +85,8 @@ class PersonalizeSettings:
         patience: epochs without a lower held-out loss that end the run; the values of the epoch with the
             lowest are kept. 0 runs all epochs and keeps the last one's values, and so does a held-out part
             of fewer than `edge_tcur_runtime.outcome.MIN_HELD_OUT` samples.
+        forget: how far the new adapter may fall behind on the bundle's reference set: points (0 to 1) of a
+            share, part of an error or a loss (`edge_tcur_runtime.reference`).
         budget: peak resident memory of the whole process in bytes; None for no limit.
         engine: ``auto``, ``ort-training`` or ``ort-step``.
         threads: CPU threads; 0 takes all that this process may use.
@@ -99,6 +101,7 @@ class PersonalizeSettings:
     optimizer: OptimizerSettings = field(default_factory=AdamWSettings)
     holdout: float = 0.2
     patience: int = 5
+    forget: float = 0.02
     budget: int | None = None
     engine: str = "auto"
     threads: int = 0
@@ -113,6 +116,8 @@ class PersonalizeSettings:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")
+        if not 0 <= self.forget < math.inf:
+            raise ConfigError(f"{self.forget}; expected 0 or more", where="forget")
         if self.recompute not in RECOMPUTE:
             raise ConfigError(f"{self.recompute!r}; expected {', '.join(RECOMPUTE)}", where="recompute")
         if self.last_blocks and self.recompute == "on":

@@ -22,8 +22,9 @@ from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.keeper import Keeper
 from edge_tcur_runtime.optimizer import build_optimizer, schedule
-from edge_tcur_runtime.outcome import Outcome, patience_for
+from edge_tcur_runtime.outcome import Outcome, Yardstick, patience_for
 from edge_tcur_runtime.preprocess import Preprocessor
+from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight
 
@@ -128,7 +129,9 @@ class Trainer:
             raise FloatingPointError("a factor is too large for float32")
         self.values, self._feeds = values, {**self._frozen, **raw}
 
-    def _run(self, indices: np.ndarray, data: Batch, what: str) -> tuple[StepResult, np.ndarray]:
+    def _run(
+        self, indices: np.ndarray, data: Batch | ReferenceSet, what: str
+    ) -> tuple[StepResult, np.ndarray]:
         inputs, targets = data.take(indices)
         result = self._engine.step(inputs, targets, self._feeds)
         self._budget.check(what)
@@ -197,6 +200,7 @@ class Trainer:
             held_out_losses=tuple(outcome.held_out_losses),
             before=outcome.before,
             after=outcome.after,
+            reference_before=outcome.reference_before,
             micro_batch=self.micro_batch,
             graph=self.graph,
         )
@@ -217,27 +221,55 @@ class Trainer:
             list(progress.losses),
             list(progress.scores),
             list(progress.held_out_losses),
+            reference_before=progress.reference_before,
         )
 
-    def score(self, data: Batch) -> tuple[float, float]:
-        """Metric and mean loss on other samples.
+    def judge(self, outcome: Outcome, reference: ReferenceSet | None) -> None:
+        """Scores the values that `outcome` keeps on the bundle's reference set."""
+        if reference is None or outcome.reference_before is None:
+            return
+        self._move(outcome.values)
+        outcome.yardstick = Yardstick(
+            reference, self._settings.forget, outcome.reference_before, self.score(reference)
+        )
+
+    def score(self, data: Batch | ReferenceSet) -> tuple[float, float]:
+        """Metric and mean loss of the current values on other samples.
 
         The training graph answers too: a second session would hold the base twice.
         """
+        what = "held-out samples" if isinstance(data, Batch) else "the bundle's reference set"
+        together = self._together(data)
         metrics, losses, weights = [], [], []
-        for start in range(0, len(data.targets), self.micro_batch):
-            indices = np.arange(start, min(start + self.micro_batch, len(data.targets)))
-            result, targets = self._run(indices, data, "by scoring held-out samples")
+        for start in range(0, len(data.targets), together):
+            indices = np.arange(start, min(start + together, len(data.targets)))
+            result, targets = self._run(indices, data, f"by scoring {what}")
             scored = data.task.score(result.outputs, targets) if result.metric is None else result.metric
             metrics.append(scored)
             losses.append(result.loss)
             weights.append(data.task.weight(targets))
         return mean_by_weight(metrics, weights), mean_by_weight(losses, weights)
 
+    def _together(self, data: Batch | ReferenceSet) -> int:
+        """Samples per pass: fewer where a budget was measured with smaller ones."""
+        if self._budget.limit is None or isinstance(data, Batch):
+            return self.micro_batch
+        largest, _ = self._data.take(self._data.longest_first()[:1])
+        measured = sum(value.size for value in largest.values())
+        return max(1, self.micro_batch * measured // max(measured, data.elements))
 
-def begin(trainer: Trainer, held_out: Batch) -> Outcome:
-    """The outcome of no update yet: what the start scores on the held-out part."""
-    return Outcome(held_out.task, trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
+
+def begin(trainer: Trainer, held_out: Batch, reference: ReferenceSet | None = None) -> Outcome:
+    """The outcome of no update yet: what the start scores on the held-out part and on the reference set.
+
+    A reference set that the budget has no room for ends the run here, before any training.
+    """
+    outcome = Outcome(
+        held_out.task, trainer.values, trainer.score(held_out) if len(held_out.targets) else None
+    )
+    if reference is not None:
+        outcome.reference_before = trainer.score(reference)
+    return outcome
 
 
 def train(

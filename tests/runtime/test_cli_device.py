@@ -284,7 +284,7 @@ def test_keeping_the_active_adapter_installs_and_leaves_it_in_use(device):
 
 def test_an_adapter_that_is_not_better_is_not_installed(device, store):
     done = device("personalize", V1, "--data", USER, "--start", "bundle", "--learning-rate", "1e-30")
-    assert "not better than before: nothing was installed" in done.out
+    assert "not better on what was held out: nothing was installed" in done.out
     assert list(store.rglob("*")) == []
 
 

@@ -34,6 +34,8 @@ EPILOG = """\b
 Examples:
   edge-tcur-device personalize bundle/ --data mine.csv --budget 256MiB
   edge-tcur-device personalize bundle/ --data mine.csv --start base --epochs 40 --json
+  edge-tcur-device personalize bundle/ --data mine.csv --patience 3 --forget 0.05
+  edge-tcur-device personalize bundle/ --data mine.csv --optimizer sgd --momentum 0.9
   edge-tcur-device personalize bundle/ --data mine.csv --mains-only --between 01:00-05:30
 """
 
@@ -51,6 +53,12 @@ _OPTIONS = (
         _DEFAULT.patience,
         int,
         "Epochs without a lower held-out loss that end the run; 0: run all, keep the last.",
+    ),
+    (
+        "--forget",
+        _DEFAULT.forget,
+        float,
+        "How far it may fall behind on the bundle's reference set: points of a share, part of an error.",
     ),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
     (
@@ -131,7 +139,8 @@ def personalize(
     """Fine-tune the factors on your own labelled DATA. The base is only read, nothing is uploaded.
 
     The new adapter goes to the store and is put in use only if it is better than the one it
-    started from on a part of the data that was kept apart.
+    started from on a part of the data that was kept apart, and does not fall behind on the
+    bundle's reference set where it has one (edge-tcur export --reference).
 
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
@@ -238,6 +247,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         ("graph", result.graph),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
+        *_reference_rows(result, show),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
         ("micro-batch", str(result.micro_batch)),
@@ -245,5 +255,14 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         *([("gone on from update", str(result.resumed_from))] if result.resumed_from else []),
         ("base", "unchanged" if result.base_digest_before == result.base_digest_after else "CHANGED"),
     ]
-    end = f"installed as {name!r}: {digest}" if digest else "not better than before: nothing was installed"
+    end = f"installed as {name!r}: {digest}" if digest else "nothing was installed"
+    end = f"{result.verdict}: {end}"
     return f"{table(('', 'value'), rows)}\n{end}"
+
+
+def _reference_rows(result: PersonalizeResult, show: Callable[[float | None], str]) -> list[tuple[str, str]]:
+    found = result.reference
+    if found is None:
+        return []
+    change = f"{show(found['score_before'])} -> {show(found['score_after'])}"
+    return [("on the reference set", f"{change} ({found['measure']}: {show(found['score'])})")]
