@@ -12,6 +12,7 @@ from edge_tcur_runtime.errors import ConfigError
 Gate = Callable[[], "str | None"]  # says why a run must wait for another time, or None
 RESUME = ("auto", "yes", "no")
 RECOMPUTE = ("auto", "on", "off")
+HOLDOUT = 0.2
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,35 @@ OPTIMIZERS: Mapping[str, type[AdamWSettings] | type[SGDSettings]] = {
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """What DP-SGD is asked for (Abadi et al. 2016); see `edge_tcur_runtime.privacy`.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over `clip`; None: what `epsilon` asks for, or 1.
+        epsilon: what the run may spend; the noise follows from it.
+        clip: bound on the norm of each sample's gradient, over cores and head together.
+        delta: None takes ``1 / n ** 1.1`` for n training samples.
+        noise_seed: of a run that must be repeatable. Who knows it can take the noise away: nothing is promised.
+    """
+
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    clip: float = 1.0
+    delta: float | None = None
+    noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplier is not None and self.epsilon is not None:
+            raise ConfigError("give the noise or the epsilon, not both", where="epsilon")
+        for name, high in (("noise_multiplier", 1e4), ("epsilon", 1e4), ("clip", 1e6), ("delta", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < high:
+                raise ConfigError(f"{value}; expected above 0 and below {high:g}", where=name)
+        if self.noise_seed is not None and not 0 <= self.noise_seed < 2**64:
+            raise ConfigError(f"{self.noise_seed}; expected 0 to 2^64 - 1", where="noise_seed")
+
+
+@dataclass(frozen=True)
 class PersonalizeSettings:
     """Settings of a personalisation.
 
@@ -81,7 +111,8 @@ class PersonalizeSettings:
         epochs: passes over the user's data.
         batch_size: samples per update, whatever the micro-batch.
         optimizer: learning rates and the rest; which optimiser, its class says.
-        holdout: part of the data kept apart to decide whether the new adapter is better.
+        holdout: part of the data kept apart to decide whether the new adapter is better; None takes 0.2, and
+            nothing with `privacy`: held-out samples are looked at without noise.
         patience: epochs without a lower held-out loss that end the run; the values of the epoch with the
             lowest are kept. 0 runs all epochs and keeps the last one's values, and so does a held-out part
             of fewer than `edge_tcur_runtime.outcome.MIN_HELD_OUT` samples.
@@ -94,12 +125,13 @@ class PersonalizeSettings:
         recompute: ``on`` runs the step graph that keeps only each block's input (less memory, more time),
             ``off`` the plain one, ``auto`` the former where the latter might not fit the budget.
         last_blocks: train the last blocks alone, with the step graph that was exported for it.
+        privacy: train with differential privacy; None does not.
     """
 
     epochs: int = 20
     batch_size: int = 16
     optimizer: OptimizerSettings = field(default_factory=AdamWSettings)
-    holdout: float = 0.2
+    holdout: float | None = None
     patience: int = 5
     forget: float = 0.02
     budget: int | None = None
@@ -108,13 +140,14 @@ class PersonalizeSettings:
     seed: int = 0
     recompute: str = "auto"
     last_blocks: bool = False
+    privacy: PrivacySettings | None = None
 
     def __post_init__(self) -> None:
         lowest = {"epochs": 1, "batch_size": 1, "threads": 0, "seed": 0, "patience": 0}
         for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
-        if not 0 <= self.holdout < 1:
+        if not 0 <= self.held_out_part < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")
         if not 0 <= self.forget < math.inf:
             raise ConfigError(f"{self.forget}; expected 0 or more", where="forget")
@@ -126,6 +159,13 @@ class PersonalizeSettings:
                 where="recompute",
                 hint="leave --recompute or --last-blocks out",
             )
+
+    @property
+    def held_out_part(self) -> float:
+        """`holdout`, or its default."""
+        if self.holdout is not None:
+            return self.holdout
+        return HOLDOUT if self.privacy is None else 0.0
 
 
 @dataclass(frozen=True)
