@@ -64,6 +64,7 @@ class Progress:
         losses: of every update; scores, held_out_losses: on the held-out part, of every epoch that ended.
         before, after: score and mean loss on the held-out part, of the start and of what is kept, or None.
         reference_before: score and mean loss of the start on the bundle's reference set, or None.
+        noise_key: of the run's randomness (`edge_tcur_runtime.privacy`), a secret; empty without privacy.
         micro_batch: samples per pass; graph: role of the bundle's graph that ran.
     """
 
@@ -78,6 +79,7 @@ class Progress:
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
     reference_before: tuple[float, float] | None = None
+    noise_key: str = ""
     micro_batch: int = 1
     graph: str = "step"
 
@@ -117,6 +119,7 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "generation": generation,
         "identity": dict(identity),
         "steps": progress.steps,
+        "noise_key": progress.noise_key,
         "micro_batch": progress.micro_batch,
         "graph": progress.graph,
         # As text, so that every bit comes back and a loss that is no number is no bad JSON.
@@ -169,6 +172,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
         reference_before=_pair(fields, "reference_before"),
+        noise_key=fields.text("noise_key"),
         micro_batch=fields.integer("micro_batch", low=1),
         graph=fields.text("graph"),
         **arrays,

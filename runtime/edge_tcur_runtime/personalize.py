@@ -30,7 +30,9 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
+from edge_tcur_runtime.outcome import Outcome
 from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.privacy import PrivacyPlan, new_key, plan_privacy
 from edge_tcur_runtime.reference import read_reference
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
@@ -62,6 +64,7 @@ class PersonalizeResult:
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
         base_digest_before, base_digest_after: digest of ``base.bin``.
+        privacy: what was spent (`edge_tcur_runtime.privacy.PrivacyPlan`); None without privacy.
         resumed_from: updates that an earlier process had done; notes: what happened to checkpoints.
     """
 
@@ -93,6 +96,7 @@ class PersonalizeResult:
     graph: str
     resumed_from: int
     notes: tuple[str, ...]
+    privacy: dict[str, Any] | None
 
     @property
     def accuracy_before(self) -> float | None:
@@ -149,9 +153,9 @@ def personalize(
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
-        for part in split(dataset, settings.holdout, settings.seed)
+        for part in split(dataset, settings.held_out_part, settings.seed)
     )
-    reference = read_reference(bundle)
+    reference, plan = read_reference(bundle), plan_privacy(settings, len(kept.targets))
     identity = identify(bundle, start, dataset, settings, name)
     keeper = open_keeper(keep or KeepSettings(), identity)
     with keeper.listening():
@@ -159,15 +163,17 @@ def personalize(
         make = partial(_open_trainer, name, bundle, coordinates, kept, settings, budget, keeper)
         if progress is None:
             trainer = _calibrated(make, graph, bundle, settings)
+            _protect(trainer, plan, settings, "")
             outcome = begin(trainer, held_out, reference)
         else:
             trainer = make(progress.graph)
+            _protect(trainer, plan, settings, progress.noise_key)
             outcome = trainer.restore(progress)
         train(trainer, outcome, kept, held_out, settings, on_step)
         trainer.judge(outcome, reference)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
+        adapter=coordinates.adapter(outcome.values, _provenance(bundle, start, plan)),
         **outcome.facts(),
         engine=name,
         engine_reason=reason,
@@ -182,7 +188,8 @@ def personalize(
         base_digest_after=_digest_again(bundle, before),
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
-        notes=keeper.notes,
+        notes=(*keeper.notes, *_notes(settings, outcome, plan)),
+        privacy=None if plan is None else plan.facts(start.header.provenance),
     )
 
 
@@ -194,10 +201,34 @@ def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
     return replace(coordinates, still=still_parts(bundle.manifest))
 
 
-def _provenance(bundle: Bundle) -> dict[str, str]:
+def _provenance(bundle: Bundle, start: Adapter, plan: PrivacyPlan | None) -> dict[str, str]:
     """Where the adapter comes from; rows, columns and core were trained against the dequantised weights."""
-    precision = bundle.manifest.precision
-    return _PROVENANCE if precision == FP32 else {**_PROVENANCE, "base precision": precision}
+    result, precision = dict(_PROVENANCE), bundle.manifest.precision
+    if precision != FP32:
+        result["base precision"] = precision
+    return result if plan is None else {**result, **plan.provenance(start.header.provenance)}
+
+
+def _protect(trainer: Trainer, plan: PrivacyPlan | None, settings: PersonalizeSettings, key: str) -> None:
+    """`key`: of the run that goes on, or empty."""
+    if plan is not None and settings.privacy is not None:
+        trainer.protect(plan, key or new_key(settings.privacy))
+
+
+def _notes(settings: PersonalizeSettings, outcome: Outcome, plan: PrivacyPlan | None) -> list[str]:
+    """What the user should know about how the new adapter was judged, and about privacy."""
+    notes = []
+    if outcome.before is None:
+        reason = "of a class with one sample none is" if settings.held_out_part else "nothing was"
+        judge = (
+            "nothing judges it" if outcome.yardstick is None else "the bundle's reference set judges it alone"
+        )
+        notes.append(f"{reason} kept apart to judge the new adapter by: {judge}")
+    elif plan is not None:
+        notes.append("the held-out samples are looked at without noise: for them nothing is promised")
+    if plan is not None and not plan.promised:
+        notes.append("the noise comes from a seed, which is no secret: nothing is promised")
+    return notes
 
 
 def _open_trainer(

@@ -1,8 +1,8 @@
 """DP-SGD (Abadi et al. 2016): each sample's gradient bounded, the sum drowned in noise, and what that spends.
 
-The randomness, noise and choice of samples alike, is the output of SHAKE-256 under a secret key of 256 bits and
-the number of the update: nobody can take it away without the key, and a run that was broken off goes on with
-the very same randomness, so that nothing is drawn, or spent, twice. docs/privacy.md says what is promised.
+The randomness, noise and choice of samples alike, is the output of SHAKE-256 under a secret key of 256 bits
+and the number of the update: nobody can take it away without the key, and a run that was broken off goes on
+with the very same randomness, so that nothing is drawn, or spent, twice. What is promised: docs/privacy.md.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from edge_tcur_runtime.optimizer import global_norm
 from edge_tcur_runtime.settings import PersonalizeSettings, PrivacySettings
 
 _KEY_BYTES = 32
+_PERSONAL, _EPSILON, _DELTA = "personal", "epsilon", "delta"  # of an adapter's provenance
 _DRAWS = 4  # normal numbers added up for each one; see `_normal`
 
 
@@ -50,6 +52,40 @@ class PrivacyPlan:
     def expected(self) -> float:
         """Samples that take part in an update on average."""
         return self.rate * self.samples
+
+    def total(self, start: Mapping[str, str]) -> tuple[float, float]:
+        """Epsilon and delta of the new adapter, all runs on the way to it added up: at worst they had the
+        same samples. Infinite where one of them was without privacy, or with noise that is no secret.
+
+        Args:
+            start: provenance of the adapter that the run starts from.
+        """
+        if start.get(_PERSONAL) != "true":
+            earlier = 0.0, 0.0
+        else:
+            earlier = _number(start.get(_EPSILON)), _number(start.get(_DELTA))
+        own = self.epsilon if self.promised else math.inf
+        return earlier[0] + own, earlier[1] + self.delta
+
+    def provenance(self, start: Mapping[str, str]) -> dict[str, str]:
+        """What the new adapter's provenance says of it."""
+        spent = self.total(start)
+        return {_EPSILON: repr(spent[0]), _DELTA: repr(spent[1])}
+
+    def facts(self, start: Mapping[str, str]) -> dict[str, Any]:
+        """What a result tells of it; a total without a bound is None."""
+        spent = [value if math.isfinite(value) else None for value in self.total(start)]
+        names = ("total_epsilon", "total_delta")
+        return {**asdict(self), **dict(zip(names, spent, strict=True))}
+
+
+def _number(text: str | None) -> float:
+    """A number that is at least 0; infinity for anything else."""
+    try:
+        value = float(text or "inf")
+    except ValueError:
+        return math.inf
+    return value if value >= 0 else math.inf
 
 
 def steps_per_epoch(samples: int, settings: PersonalizeSettings) -> int:

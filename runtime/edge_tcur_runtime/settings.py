@@ -83,7 +83,8 @@ class PrivacySettings:
         epsilon: what the run may spend; the noise follows from it.
         clip: bound on the norm of each sample's gradient, over cores and head together.
         delta: None takes ``1 / n ** 1.1`` for n training samples.
-        noise_seed: of a run that must be repeatable. Who knows it can take the noise away: nothing is promised.
+        noise_seed: of a run that must be repeatable. Who knows it can take the noise away: nothing is
+            promised.
     """
 
     noise_multiplier: float | None = None

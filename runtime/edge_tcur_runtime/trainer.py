@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from edge_tcur_runtime.keeper import Keeper
 from edge_tcur_runtime.optimizer import build_optimizer, schedule
 from edge_tcur_runtime.outcome import Outcome, Yardstick, patience_for
 from edge_tcur_runtime.preprocess import Preprocessor
+from edge_tcur_runtime.privacy import Mechanism, PrivacyPlan, steps_per_epoch
 from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight
@@ -86,11 +87,29 @@ class Trainer:
             for name, value in coordinates.start.feeds().items()
             if name.rpartition(".")[2] in FACTOR_PARTS[1:] and name not in coordinates.start.extras
         }
+        self._mechanism: Mechanism | None = None
         self._optimizer = build_optimizer(settings.optimizer)
         self._move(coordinates.initial())
         self.micro_batch = settings.batch_size
         self._growth, self._peak_two = 0, 0
         self.step_seconds: list[float] = []
+
+    def protect(self, plan: PrivacyPlan, key: str) -> None:
+        """Trains with differential privacy from here on: sample by sample, as each one's gradient is bounded.
+        The sum with its noise is not clipped again."""
+        self._mechanism = Mechanism(plan, key)
+        self._settings = replace(
+            self._settings, optimizer=replace(self._settings.optimizer, max_gradient_norm=0.0)
+        )
+        self._optimizer = build_optimizer(self._settings.optimizer)
+        self.micro_batch = 1
+
+    def batch(self, order: np.ndarray, step: int, place: int) -> np.ndarray:
+        """Numbers of the samples of update `step`: those of `order` from `place` on, or drawn by the privacy
+        mechanism, which knows no order."""
+        if self._mechanism is not None:
+            return self._mechanism.chosen(step)
+        return order[place : place + self._settings.batch_size]
 
     def calibrate(self) -> None:
         """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits.
@@ -156,6 +175,23 @@ class Trainer:
         with np.errstate(invalid="ignore"):
             return loss * scale, {name: value * scale for name, value in total.items()}
 
+    def _accumulate_private(
+        self, mechanism: Mechanism, indices: np.ndarray
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """As `_accumulate`, under the mechanism: of no samples it is all noise, and the loss 0."""
+        loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
+        for index in indices:
+            result, _ = self._run(np.array([index]), self._data, "by a training step")
+            loss += result.loss / len(indices)
+            for name, gradient in mechanism.bounded(self._coordinates.pull_back(result.gradients)).items():
+                total[name] += gradient
+        return loss, mechanism.noised(total, self._optimizer.steps)
+
+    def _gradients(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+        if self._mechanism is not None:
+            return self._accumulate_private(self._mechanism, indices)
+        return self._accumulate(indices)
+
     def step(self, indices: np.ndarray, progress: float) -> float:
         """One update over the samples at `indices`; returns their mean loss.
 
@@ -167,7 +203,6 @@ class Trainer:
             ConfigError: the loss or a gradient is not finite.
         """
         started = time.perf_counter()
-        loss, total = self._accumulate(indices)
         settings = self._settings.optimizer
         rates = {
             name: progress
@@ -175,6 +210,7 @@ class Trainer:
             for name in self.values
         }
         try:
+            loss, total = self._gradients(indices)
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
             self._move(self._optimizer.step(self.values, total, rates))
@@ -201,6 +237,7 @@ class Trainer:
             before=outcome.before,
             after=outcome.after,
             reference_before=outcome.reference_before,
+            noise_key="" if self._mechanism is None else self._mechanism.key,
             micro_batch=self.micro_batch,
             graph=self.graph,
         )
@@ -287,14 +324,14 @@ def train(
     """
     generator = np.random.Generator(np.random.PCG64(settings.seed))
     outcome.patience = patience_for(settings.patience, len(held_out.targets))
-    count = len(kept.targets)
-    starts = range(0, count, settings.batch_size)
-    total = settings.epochs * len(starts)
+    count, size = len(kept.targets), settings.batch_size
+    per_epoch = steps_per_epoch(count, settings)
+    total = settings.epochs * per_epoch
     for epoch in range(settings.epochs):
-        order = generator.permutation(count)
-        for place in starts[max(0, len(outcome.losses) - epoch * len(starts)) :]:
-            done = len(outcome.losses)
-            loss = trainer.step(order[place : place + settings.batch_size], schedule(done, total))
+        order, first = generator.permutation(count), epoch * per_epoch
+        for done in range(max(first, len(outcome.losses)), first + per_epoch):
+            indices = trainer.batch(order, done, (done - first) * size)
+            loss = trainer.step(indices, schedule(done, total))
             outcome.losses.append(loss)
             trainer.keep(outcome)
             if on_step is not None:

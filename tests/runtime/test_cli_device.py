@@ -238,7 +238,8 @@ RESULT = {
     "metric", "score_before", "score_after", "loss_before", "loss_after", "scores",
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
-    "head_numbers", "graph", "resumed_from", "notes",
+    "head_numbers", "graph", "resumed_from", "notes", "verdict", "held_out_losses", "kept_epoch",
+    "stopped_early", "reference", "privacy",
 }  # fmt: skip
 
 

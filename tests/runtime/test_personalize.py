@@ -500,6 +500,36 @@ def test_data_that_nothing_can_be_learnt_from_is_refused_before_anything_is_load
         personalize(bundle, edit(user), quick())
 
 
+def one_of_each(user, count=1):
+    """`count` samples of each class."""
+    places = [
+        [i for i, label in enumerate(user.labels) if label == name] for name in sorted(set(user.labels))
+    ]
+    return user.select(sorted(index for place in places for index in place[:count]))
+
+
+def test_one_sample_of_each_class_trains_whole_and_it_is_said_that_nothing_judges(bundle, user):
+    few = one_of_each(user)
+    result = personalize(bundle, few, quick(), start=bundle_adapter(bundle))
+    assert (result.samples, result.holdout_samples) == (len(few), 0)
+    assert result.losses[-1] < result.losses[0]
+    assert result.better
+    assert result.kept_epoch is None
+    assert result.verdict == "nothing was held out to judge it by"
+    assert "of a class with one sample none is kept apart" in result.notes[0]
+    assert "nothing judges it" in result.notes[0]
+
+
+def test_too_few_held_out_samples_judge_the_adapter_but_choose_no_epoch(bundle, user):
+    few = one_of_each(user, 3)
+    wild = {"learning_rate": 0.5, "head_learning_rate": 0.5}
+    result = personalize(bundle, few, quick(epochs=10, patience=1, optimizer=wild))
+    assert 0 < result.holdout_samples < 8
+    assert len(result.scores) == result.kept_epoch == 10
+    assert not result.stopped_early
+    assert result.loss_after == result.held_out_losses[-1]
+
+
 def test_two_samples_of_two_classes_are_enough(bundle, user):
     result = personalize(bundle, user.select([0, 1]), quick(epochs=1))
     assert (result.samples, result.holdout_samples) == (2, 0)

@@ -18,12 +18,14 @@ from edge_tcur_runtime.cli.framework import (
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.settings import (
+    HOLDOUT,
     OPTIMIZERS,
     RECOMPUTE,
     RESUME,
     Gate,
     KeepSettings,
     PersonalizeSettings,
+    PrivacySettings,
 )
 from edge_tcur_runtime.units import format_size
 
@@ -36,6 +38,7 @@ Examples:
   edge-tcur-device personalize bundle/ --data mine.csv --start base --epochs 40 --json
   edge-tcur-device personalize bundle/ --data mine.csv --patience 3 --forget 0.05
   edge-tcur-device personalize bundle/ --data mine.csv --optimizer sgd --momentum 0.9
+  edge-tcur-device personalize bundle/ --data mine.csv --private --epsilon 8
   edge-tcur-device personalize bundle/ --data mine.csv --mains-only --between 01:00-05:30
 """
 
@@ -47,7 +50,6 @@ _OPTIONS = (
     ("--epochs", _DEFAULT.epochs, int, "Passes over the data."),
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
-    ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
     (
         "--patience",
         _DEFAULT.patience,
@@ -69,6 +71,13 @@ _OPTIONS = (
     ),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
+)
+_PRIVACY = (
+    ("--noise-multiplier", float, "Noise over the bound of a gradient.  [default: 1]"),
+    ("--epsilon", float, "What the run may spend; the noise follows from it."),
+    ("--clip", float, f"Bound of each sample's gradient.  [default: {PrivacySettings().clip:g}]"),
+    ("--delta", float, "Chance that the promise fails.  [default: 1 / n^1.1]"),
+    ("--noise-seed", int, "Repeatable noise, for tests: nothing is promised."),
 )
 _RATES = (
     ("--learning-rate", "Peak learning rate of the cores."),
@@ -100,6 +109,13 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
         command = click.option(name, default=default, type=kind, show_default=True, help=text)(command)
     for name, text in reversed(_RATES):
         command = click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")(command)
+    command = click.option("--holdout", type=float, help="Part of the data kept apart to judge the new "
+                           f"adapter.  [default: {HOLDOUT:g}; 0 with --private]")(command)  # fmt: skip
+    for name, kind, text in reversed(_PRIVACY):
+        command = click.option(name, type=kind, help=text)(command)
+    command = click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD).")(
+        command
+    )
     optimizers = click.Choice(tuple(OPTIMIZERS))
     return click.option("--optimizer", default="adamw", type=optimizers, show_default=True,
                         help="What moves the factors.")(command)  # fmt: skip
@@ -165,7 +181,20 @@ def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettin
         raise UsageError("--momentum is for gradient descent", hint="add --optimizer sgd")
     given = {name: value for name, value in rates.items() if value is not None}
     optimizer = OPTIMIZERS[kind](weight_decay=training.pop("weight_decay"), **given)
-    return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)
+    privacy = _privacy(training)
+    return PersonalizeSettings(optimizer=optimizer, budget=budget, privacy=privacy, **training)
+
+
+def _privacy(training: dict[str, Any]) -> PrivacySettings | None:
+    """Takes the options of privacy out of `training`."""
+    private, names = training.pop("private"), [name for name, _, _ in _PRIVACY]
+    found = {name: training.pop(name.removeprefix("--").replace("-", "_")) for name in names}
+    given = {name: value for name, value in found.items() if value is not None}
+    if given and not private:
+        raise UsageError(f"{next(iter(given))} is for differential privacy", hint="add --private")
+    if not private:
+        return None
+    return PrivacySettings(**{name[2:].replace("-", "_"): value for name, value in given.items()})
 
 
 def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
@@ -248,6 +277,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
         *_reference_rows(result, show),
+        *_privacy_rows(result),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
         ("micro-batch", str(result.micro_batch)),
@@ -266,3 +296,16 @@ def _reference_rows(result: PersonalizeResult, show: Callable[[float | None], st
         return []
     change = f"{show(found['score_before'])} -> {show(found['score_after'])}"
     return [("on the reference set", f"{change} ({found['measure']}: {show(found['score'])})")]
+
+
+def _privacy_rows(result: PersonalizeResult) -> list[tuple[str, str]]:
+    found = result.privacy
+    if found is None:
+        return []
+    spent = (
+        f"epsilon {found['epsilon']:.3g} at delta {found['delta']:.1e}" if found["promised"] else "no promise"
+    )
+    how = f"noise {found['noise_multiplier']:.3g}, bound {found['clip']:g}, {found['steps']} updates"
+    total = found["total_epsilon"]
+    rows = [("privacy of this run", f"{spent} ({how})")]
+    return [*rows, ("of the adapter, all runs", "no bound" if total is None else f"epsilon {total:.3g}")]
