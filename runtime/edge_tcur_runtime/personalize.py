@@ -46,7 +46,7 @@ from edge_tcur_runtime.trainer import Trainer, begin, train
 _PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
 _LIBRARIES_BYTES = 32 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 # What the same command needs, started again, differs: over 20 processes by 0.15 % (71.4 to 71.5 MiB) before
-# loading, by 0.4 % at the end. Named to the byte, a budget was refused by the next process in 9 of 20 trials.
+# loading, by 0.4 % at the end. Named to the byte, a budget was refused by the next process in 7 of 20 trials.
 _VARIATION = 64  # so the budget that is named has this part more, four times as much
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.optimizer import global_norm
 from edge_tcur_runtime.personalize import bundle_adapter, personalize
 from edge_tcur_runtime.preprocess import build_preprocessor
-from edge_tcur_runtime.privacy import Mechanism, PrivacyPlan, new_key, plan_privacy
+from edge_tcur_runtime.privacy import Mechanism, PrivacyPlan, new_key, noise_bytes, plan_privacy
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings, PrivacySettings, SGDSettings
 from edge_tcur_runtime.tasks import find_device_task
 
@@ -322,3 +323,13 @@ def test_the_command(tmp_path, capsys):
     assert "of the adapter, all runs" in out.out
     assert call("--epsilon", "5")[0] == 2
     assert call("--private", "--epsilon", "5", "--noise-multiplier", "1")[0] == 3
+
+
+def test_making_the_noise_takes_no_more_than_is_planned_for_it():
+    mechanism = Mechanism(plan_privacy(PersonalizeSettings(privacy=PrivacySettings()), 100), "00" * 32)
+    total = {"core": np.zeros(20_000), "head": np.zeros(30_000)}
+    tracemalloc.start()
+    mechanism.noised(total, 0)
+    taken = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.6 * noise_bytes(50_000) < taken <= noise_bytes(50_000)

@@ -194,6 +194,32 @@ def test_larger_samples_than_were_measured_are_scored_fewer_at_once(user, factor
     assert trainer._together(reference) == expected
 
 
+def test_a_plan_knows_how_long_the_samples_are_and_which_rows_they_read():
+    spec = ReferenceSpec(FILE, 2, "base", 1.0, 0.1)
+    text = {"input_ids": np.array([[5, 3, 0], [3, 9, 9]]), "attention_mask": np.ones((2, 3), np.int64)}
+    found = ReferenceSet(text, np.zeros(2, np.int64), TASK, spec)
+    assert found.lengths.tolist() == [3, 3]
+    assert {name: rows.tolist() for name, rows in found.picked.items()} == {
+        "input_ids": [0, 3, 5, 9], "attention_mask": [1],
+    }  # fmt: skip
+    pictures = {"pixel_values": np.zeros((2, 1, 8, 8), np.float32)}
+    found = ReferenceSet(pictures, np.zeros(2, np.int64), TASK, spec)
+    assert (found.lengths.tolist(), found.picked) == ([0, 0], {})
+
+
+def test_held_out_texts_longer_than_what_was_measured_are_scored_fewer_at_once(user):
+    """Of a bundle without tables; pictures four times as wide stand for the longer texts."""
+    bundle = open_bundle(V1)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    data = trainer_module.Batch(user, np.zeros(len(user), np.int64), preprocess, TASK)
+    coordinates = read_coordinates(bundle, bundle_adapter(bundle))
+    engine = open_engine("ort-step", bundle, threads=1)
+    trainer = trainer_module.Trainer(engine, coordinates, data, QUICK, Budget(1))
+    wide = replace(data, preprocess=lambda samples: {"pixel_values": np.zeros((len(samples), 1, 8, 32))})
+    assert trainer._together(wide) == 4
+    assert trainer._together(data) == 16
+
+
 # --- the rule --------------------------------------------------------------------------------------
 
 
