@@ -19,7 +19,7 @@ from edge_tcur_runtime.units import format_size
 if TYPE_CHECKING:
     from edge_tcur_export.quantization import QuantizationReport
     from edge_tcur_export.report import ExportReport
-    from edge_tcur_export.settings import ExportSettings
+    from edge_tcur_export.settings import ExportSettings, ReferenceSettings
 
 EPILOG = """\b
 Examples:
@@ -27,6 +27,7 @@ Examples:
   edge-tcur export run/ --out bundle/ --target onnx --target step --device raspberry-pi-5-8gb
   edge-tcur export run/ --out bundle/ --precision int8
   edge-tcur export run/ --out bundle/ --recompute --last-blocks 2
+  edge-tcur export run/ --out bundle/ --reference public.csv --reference-samples 128
   edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
 TARGETS = ("onnx", "ort-training", "step")
@@ -87,6 +88,18 @@ _SHOWN = 6  # operators in one line
     metavar="K",
     help="Also a step graph in which the last K blocks alone learn.",
 )
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path, exists=True),
+    metavar="DATA",
+    help="Public samples that go into the bundle: no device keeps an adapter that falls behind on them.",
+)
+@click.option(
+    "--reference-samples",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="How many; without --reference, of those that the run held out.  [default: 64]",
+)
 @click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
 @click.option("--force", is_flag=True, help="Replace what is at --out.")
@@ -145,7 +158,16 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
         precision=options["precision"],
         recompute=options["recompute"],
         last_blocks=options["last_blocks"] or 0,
+        reference=_reference(options["reference"], options["reference_samples"]),
     )
+
+
+def _reference(data: Path | None, samples: int | None) -> ReferenceSettings | None:
+    from edge_tcur_export.settings import ReferenceSettings
+
+    if data is None and samples is None:
+        return None
+    return ReferenceSettings(data) if samples is None else ReferenceSettings(data, samples)
 
 
 def _refuse_idle(targets: tuple[str, ...], target: str, what: str, options: Mapping[str, object]) -> None:

@@ -31,6 +31,7 @@ from edge_tcur_export.ort_training import check_gradients, require_training, wri
 from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
+from edge_tcur_export.reference import write_reference
 from edge_tcur_export.report import ExportReport, Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.step_graphs import StepGraphs
@@ -152,6 +153,8 @@ class BundleWriter:
         self.quantization = QuantizationReport()
         # Written by Python: safetensors' own writer hides why a write failed.
         (work / CANARY).write_bytes(save(make_canary(base, run, adapter, work)))
+        reference = settings.reference
+        self._reference = None if reference is None else write_reference(base, run, adapter, work, reference)
         self._config = run.config.method()
 
         def rank(group: Group) -> int:
@@ -323,6 +326,7 @@ class BundleWriter:
             recomputed_blocks=self.steps.recomputed,
             last_blocks=self.steps.learning,
             memory=self._memory(roles),
+            reference=self._reference,
         )
 
     def _memory(self, roles: Mapping[str, str]) -> MemoryTables | None:

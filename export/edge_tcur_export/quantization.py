@@ -77,7 +77,7 @@ class Quantization:
         if precision == FP32:
             self.base = QuantizedBase()
             return
-        held_out, self._note = _held_out(base, run)
+        held_out, self._note = held_out_samples(base, run)
         before, canary = _score(base, run, adapter, held_out), make_canary(base, run, adapter, work)
         self.base = quantize_base(base, precision, trained)
         after, changed = _score(base, run, adapter, held_out), make_canary(base, run, adapter, work)
@@ -122,7 +122,7 @@ def _score(base: Base, run: Run, adapter: Adapter, data: PreparedData | None) ->
         return score_model(base.model, data, find_task(run.config.task))
 
 
-def _held_out(base: Base, run: Run) -> tuple[PreparedData | None, str]:
+def held_out_samples(base: Base, run: Run) -> tuple[PreparedData | None, str]:
     """The samples that the run held out, or why they cannot be had."""
     config, task = run.config, find_task(run.config.task)
     path = config.eval_data or config.data

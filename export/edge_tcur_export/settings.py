@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from edge_tcur.models import Base
 from edge_tcur.training.run import Run
@@ -58,6 +59,24 @@ class ProgramSettings:
 
 
 @dataclass(frozen=True)
+class ReferenceSettings:
+    """The reference set of a bundle (`edge_tcur_export.reference`).
+
+    Attributes:
+        data: file or folder of labelled samples, read as the run's data were; None takes the samples that the
+            run held out.
+        samples: how many at most.
+    """
+
+    data: Path | None = None
+    samples: int = 64
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError(f"--reference-samples {self.samples}: expected at least 1")
+
+
+@dataclass(frozen=True)
 class ExportSettings:
     """What `export_run` is asked for.
 
@@ -71,6 +90,7 @@ class ExportSettings:
         precision: of the base's large weights, out of `PRECISIONS`.
         recompute: write a second step graph that trades time for memory (`recompute`).
         last_blocks: K: write a step graph in which the last K blocks alone learn (`last_blocks`); 0: none.
+        reference: samples on which a device's adapter must not fall behind; None: none.
     """
 
     targets: tuple[str, ...] = TARGETS
@@ -81,6 +101,7 @@ class ExportSettings:
     precision: str = FP32
     recompute: bool = False
     last_blocks: int = 0
+    reference: ReferenceSettings | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.targets) - set(ALL_TARGETS)

@@ -59,8 +59,13 @@ class Budget:
 
     limit: int | None = None
 
-    def require(self, needed: int, what: str) -> None:
+    def require(self, needed: int, what: str, spare: int = 0) -> None:
         """Refuses before the work starts.
+
+        Args:
+            needed: bytes.
+            what: needs them.
+            spare: bytes more in the budget that is named, where `needed` differs from process to process.
 
         Raises:
             BudgetError: `needed` bytes are above the limit; the smallest budget is named.
@@ -69,7 +74,7 @@ class Budget:
             raise BudgetError(
                 f"the budget of {format_size(self.limit)} cannot be met: {what} needs about "
                 f"{format_size(needed)}",
-                hint=f"give at least --budget {-(-needed // 2**20)}MiB",
+                hint=f"give at least --budget {-(-(needed + spare) // 2**20)}MiB",
             )
 
     def check(self, what: str) -> Memory:

@@ -3,7 +3,7 @@
 Layout of a checkpoint file (format version 1), never pickle
     first line   ``edge-tcur-checkpoint 1 sha256:<hex> <bytes>``: digest and size of what follows
     the rest     safetensors: ``values.*``, ``first.*``, ``second.*`` f64 (trained values and the optimiser's
-                 moments), and one JSON document
+                 state), ``best.*`` f64 (the values to keep, where they are others), and one JSON document
 
 The order of the data needs no place in it: it follows from the seed and the number of updates done.
 
@@ -43,12 +43,12 @@ from edge_tcur_runtime.settings import PersonalizeSettings
 
 FORMAT_VERSION = 1
 FILES = ("checkpoint-0", "checkpoint-1")
-MAX_FILE_BYTES = 512 * 2**20  # three float64 copies of the largest adapter, and what is around them
+MAX_FILE_BYTES = 512 * 2**20  # four float64 copies of the largest adapter, and what is around them
 _MAGIC = "edge-tcur-checkpoint"
 _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
-_ARRAYS = ("values", "first", "second")
-_NUMBERS = ("losses", "scores", "before", "after")
+_ARRAYS = ("values", "first", "second", "best")
+_NUMBERS = ("losses", "scores", "held_out_losses", "before", "after", "reference_before")
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
 
@@ -59,9 +59,12 @@ class Progress:
     Attributes:
         steps: updates done.
         values: trained values by name, float64, in the frame's coordinates.
-        first, second: the optimiser's moments by name, float64; empty before the first update.
-        losses: of every update; scores: held-out score of every epoch that ended.
-        before, after: score and mean loss on the held-out part, or None.
+        first, second: the optimiser's state by name, float64; empty before the first update.
+        best: the values to keep so far, by name, float64; empty where those are `values`.
+        losses: of every update; scores, held_out_losses: on the held-out part, of every epoch that ended.
+        before, after: score and mean loss on the held-out part, of the start and of what is kept, or None.
+        reference_before: score and mean loss of the start on the bundle's reference set, or None.
+        noise_key: of the run's randomness (`edge_tcur_runtime.privacy`), a secret; empty without privacy.
         micro_batch: samples per pass; limits: of each length in tokens, where they differ.
         engine: that ran, empty where it is not said; graph: role of the bundle's graph that it ran.
     """
@@ -70,10 +73,14 @@ class Progress:
     values: Mapping[str, np.ndarray]
     first: Mapping[str, np.ndarray]
     second: Mapping[str, np.ndarray]
+    best: Mapping[str, np.ndarray] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
     scores: tuple[float, ...] = ()
+    held_out_losses: tuple[float, ...] = ()
     before: tuple[float, float] | None = None
     after: tuple[float, float] | None = None
+    reference_before: tuple[float, float] | None = None
+    noise_key: str = ""
     micro_batch: int = 1
     graph: str = "step"
     limits: Mapping[int, int] = field(default_factory=dict)
@@ -115,6 +122,7 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "generation": generation,
         "identity": dict(identity),
         "steps": progress.steps,
+        "noise_key": progress.noise_key,
         "micro_batch": progress.micro_batch,
         "graph": progress.graph,
         "engine": progress.engine,
@@ -165,8 +173,11 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         steps=fields.integer("steps"),
         losses=_numbers(fields, "losses"),
         scores=_numbers(fields, "scores"),
+        held_out_losses=_numbers(fields, "held_out_losses"),
         before=_pair(fields, "before"),
         after=_pair(fields, "after"),
+        reference_before=_pair(fields, "reference_before"),
+        noise_key=fields.text("noise_key"),
         micro_batch=fields.integer("micro_batch", low=1),
         graph=fields.text("graph"),
         limits=_limits(fields),

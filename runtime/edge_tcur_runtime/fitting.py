@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
+from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.engines import ENGINES, choose_engine
@@ -35,8 +37,10 @@ from edge_tcur_runtime.planner import (
     room,
     session_bytes,
 )
+from edge_tcur_runtime.privacy import PrivacyPlan, noise_bytes, steps_per_epoch
+from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.settings import PersonalizeSettings
-from edge_tcur_runtime.trainer import Batch, Trainer
+from edge_tcur_runtime.trainer import Trainer
 from edge_tcur_runtime.units import format_size
 
 Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer over it
@@ -52,6 +56,8 @@ class Site:
     Attributes:
         bundle, start, settings: of the run.
         data: the samples of the run, trained on and held out.
+        reference: the bundle's reference set; None where it has none.
+        privacy: what is spent; None without privacy.
         default: the engine that is taken without a plan (`choose_engine`).
         chosen: the execution provider, which every engine that is planned for runs on.
     """
@@ -59,16 +65,28 @@ class Site:
     bundle: Bundle
     start: Adapter
     settings: PersonalizeSettings
-    data: tuple[Batch, ...]
+    data: tuple[Batch, Batch]
     default: str
     chosen: Choice
+    reference: ReferenceSet | None = None
+    privacy: PrivacyPlan | None = None
 
     @property
     def load(self) -> Load:
-        """For the planner."""
-        lengths = np.concatenate([part.lengths for part in self.data])
-        trained, batch = len(self.data[0].targets), self.settings.batch_size
-        return Load(lengths, min(batch, max(1, trained)), -(-trained // batch) * self.settings.epochs)
+        """For the planner. With privacy each pass has one sample, whose gradient is bounded."""
+        trained = len(self.data[0].targets)
+        return Load(
+            np.concatenate([part.lengths for part in self.data]),
+            min(self.settings.batch_size, max(1, trained)),
+            steps_per_epoch(trained, self.settings) * self.settings.epochs,
+            () if self.reference is None else tuple(self.reference.lengths.tolist()),
+            None if self.privacy is None else 1,
+            0 if self.privacy is None else noise_bytes(self.start.trained_numbers + self.start.extra_numbers),
+        )
+
+    def spent(self) -> dict[str, Any] | None:
+        """What the run spends of privacy, all runs on the way to its start included; None without."""
+        return None if self.privacy is None else self.privacy.facts(self.start.header.provenance)
 
     def runs(self) -> list[tuple[str, str]]:
         """Engines that work here, with the graphs that the settings allow; the preferred ones first."""
@@ -94,7 +112,10 @@ class Site:
     def rows(self, table: GraphTable) -> int:
         """Bytes of the base's tables that the samples of the run make resident."""
         picked: dict[str, np.ndarray] = {}
-        for part in self.data:
+        parts: list[Batch | ReferenceSet] = [*self.data]
+        if self.reference is not None:
+            parts.append(self.reference)
+        for part in parts:
             for name, value in part.picked.items():
                 picked[name] = np.union1d(picked[name], value) if name in picked else value
         return resident_rows(table.rows, picked)

@@ -1,4 +1,4 @@
-"""The optimiser of every engine, in numpy on the tiny factors, and the learning-rate schedule.
+"""The optimisers of every engine, in numpy on the tiny factors, and the learning-rate schedule.
 
 One definition: whichever engine computes the gradients, the update is the same, bit for bit.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
-from edge_tcur_runtime.settings import AdamWSettings
+from edge_tcur_runtime.settings import AdamWSettings, OptimizerSettings, SGDSettings
 
 
 def schedule(step: int, total_steps: int, warmup_fraction: float = 0.1) -> float:
@@ -21,20 +22,18 @@ def schedule(step: int, total_steps: int, warmup_fraction: float = 0.1) -> float
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
 
 
-@dataclass
-class AdamW:
-    """AdamW over named float64 arrays.
+class Optimizer(Protocol):
+    """Moves named float64 arrays.
 
     Attributes:
-        settings: see `AdamWSettings`.
-        first, second: moments by parameter name, float64, created at the first step.
+        first, second: its state by parameter name, float64, created at the first step; what it does not
+            need stays empty.
         steps: updates done.
     """
 
-    settings: AdamWSettings
-    first: dict[str, np.ndarray] = field(default_factory=dict)
-    second: dict[str, np.ndarray] = field(default_factory=dict)
-    steps: int = 0
+    first: dict[str, np.ndarray]
+    second: dict[str, np.ndarray]
+    steps: int
 
     def step(
         self,
@@ -55,13 +54,41 @@ class AdamW:
         Raises:
             FloatingPointError: a gradient is not finite; nothing was updated.
         """
+        ...
+
+
+def build_optimizer(
+    settings: OptimizerSettings,
+    first: Mapping[str, np.ndarray] | None = None,
+    second: Mapping[str, np.ndarray] | None = None,
+    steps: int = 0,
+) -> Optimizer:
+    """The optimiser that `settings` are of, with the state that it had after `steps` updates."""
+    state = dict(first or {}), dict(second or {}), steps
+    if isinstance(settings, SGDSettings):
+        return SGD(settings, *state)
+    assert isinstance(settings, AdamWSettings)
+    return AdamW(settings, *state)
+
+
+@dataclass
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2); `first` and `second` are its moments."""
+
+    settings: AdamWSettings
+    first: dict[str, np.ndarray] = field(default_factory=dict)
+    second: dict[str, np.ndarray] = field(default_factory=dict)
+    steps: int = 0
+
+    def step(
+        self,
+        values: Mapping[str, np.ndarray],
+        gradients: Mapping[str, np.ndarray],
+        rates: Mapping[str, float],
+    ) -> dict[str, np.ndarray]:
+        """See `Optimizer`."""
         settings = self.settings
-        with np.errstate(over="ignore"):  # what is too large to square is not finite below
-            norm = float(np.sqrt(sum(float(np.square(gradient).sum()) for gradient in gradients.values())))
-        if not np.isfinite(norm):
-            raise FloatingPointError("a gradient is not finite")
-        limit = settings.max_gradient_norm
-        scale = limit / norm if 0 < limit < norm else 1.0
+        scale = clipping_scale(gradients, settings.max_gradient_norm)
         self.steps += 1
         result = {}
         for name, value in values.items():
@@ -74,3 +101,51 @@ class AdamW:
             rate = rates[name]
             result[name] = value * (1 - rate * settings.weight_decay) - rate * corrected / spread
         return result
+
+
+@dataclass
+class SGD:
+    """Gradient descent with momentum as `torch.optim.SGD` has it: the velocity (`first`) starts as the first
+    gradient, and the learning rate multiplies the velocity."""
+
+    settings: SGDSettings
+    first: dict[str, np.ndarray] = field(default_factory=dict)
+    second: dict[str, np.ndarray] = field(default_factory=dict)
+    steps: int = 0
+
+    def step(
+        self,
+        values: Mapping[str, np.ndarray],
+        gradients: Mapping[str, np.ndarray],
+        rates: Mapping[str, float],
+    ) -> dict[str, np.ndarray]:
+        """See `Optimizer`."""
+        settings = self.settings
+        scale = clipping_scale(gradients, settings.max_gradient_norm)
+        self.steps += 1
+        result = {}
+        for name, value in values.items():
+            velocity = gradients[name] * scale + settings.weight_decay * value
+            if settings.momentum:
+                velocity = self.first.get(name, 0.0) * settings.momentum + velocity
+                self.first[name] = velocity
+            result[name] = value - rates[name] * velocity
+        return result
+
+
+def global_norm(gradients: Mapping[str, np.ndarray]) -> float:
+    """Euclidean norm over all arrays together; what is too large to square gives infinity."""
+    with np.errstate(over="ignore"):
+        return float(np.sqrt(sum(float(np.square(gradient).sum()) for gradient in gradients.values())))
+
+
+def clipping_scale(gradients: Mapping[str, np.ndarray], limit: float) -> float:
+    """The factor that brings the global norm of `gradients` down to `limit`; 1 below it, or for a limit of 0.
+
+    Raises:
+        FloatingPointError: a gradient is not finite.
+    """
+    norm = global_norm(gradients)
+    if not np.isfinite(norm):
+        raise FloatingPointError("a gradient is not finite")
+    return limit / norm if 0 < limit < norm else 1.0

@@ -151,16 +151,32 @@ class Load:
         lengths: tokens of each sample in the order of the data, padded; zeros where there are none.
         batch: samples of an update.
         updates: of the whole run.
+        scored: tokens of samples that are only scored once or twice: they count for memory, not for time.
+        most: samples of a pass at most; None for no other bound than the batch.
+        between: bytes that the work between two passes takes.
     """
 
     lengths: np.ndarray
     batch: int
     updates: int = 1
+    scored: tuple[int, ...] = ()
+    most: int | None = None
+    between: int = 0
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return int(self.lengths.max(initial=0))
+        return max(self.distinct, default=0)
+
+    @property
+    def distinct(self) -> list[int]:
+        """The lengths that occur, ascending."""
+        return sorted({*self.lengths.tolist(), *self.scored})
+
+    @property
+    def largest(self) -> int:
+        """Samples of the largest pass."""
+        return self.batch if self.most is None else min(self.batch, self.most)
 
 
 @dataclass(frozen=True)
@@ -273,8 +289,8 @@ def _verdict(candidate: Candidate, chosen: Candidate | None, limit: int | None) 
 
 def _candidates(footprint: Footprint, load: Load, floor: int) -> list[Candidate]:
     """Micro-batches from the whole batch down to one sample, lengths together or apart."""
-    found, micro = [], load.batch
-    mixed = len(np.unique(load.lengths)) > 1
+    found, micro = [], load.largest
+    mixed = len(load.distinct) > 1 and micro > 1
     while True:
         options = [Passes(micro)]
         if mixed:
@@ -292,16 +308,13 @@ def sorted_passes(footprint: Footprint, load: Load, micro: int) -> Passes:
     most = footprint.growth(micro, load.longest)
     return Passes(
         micro,
-        {
-            int(length): max(micro, footprint.largest(load.batch, int(length), most))
-            for length in np.unique(load.lengths)
-        },
+        {length: max(micro, footprint.largest(load.largest, length, most)) for length in load.distinct},
     )
 
 
 def _growth(footprint: Footprint, load: Load, passes: Passes) -> int:
-    counts = passes.limits or {int(length): passes.micro_batch for length in np.unique(load.lengths)}
-    return max(footprint.growth(count, length) for length, count in counts.items())
+    counts = passes.limits or dict.fromkeys(load.distinct, passes.micro_batch)
+    return max(load.between, *(footprint.growth(count, length) for length, count in counts.items()))
 
 
 def _seconds(footprint: Footprint, load: Load, passes: Passes) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,24 +12,22 @@ from edge_tcur_runtime.errors import ConfigError
 Gate = Callable[[], "str | None"]  # says why a run must wait for another time, or None
 RESUME = ("auto", "yes", "no")
 RECOMPUTE = ("auto", "on", "off")
+HOLDOUT = 0.2
 
 
 @dataclass(frozen=True)
-class AdamWSettings:
-    """Settings of AdamW (Loshchilov and Hutter 2019) with clipping of the global gradient norm.
+class OptimizerSettings:
+    """What every optimiser has.
 
     Attributes:
         learning_rate: peak learning rate of the cores, in their frame's coordinates.
         head_learning_rate: peak learning rate of trained extras (a head).
-        weight_decay: decoupled weight decay.
+        weight_decay: of AdamW decoupled; of SGD added to the gradient.
         max_gradient_norm: gradients are scaled down to this global norm; 0 switches clipping off.
     """
 
-    learning_rate: float = 0.02
-    head_learning_rate: float = 0.005
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    learning_rate: float
+    head_learning_rate: float
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
 
@@ -42,14 +40,85 @@ class AdamWSettings:
 
 
 @dataclass(frozen=True)
+class AdamWSettings(OptimizerSettings):
+    """Settings of AdamW (Loshchilov and Hutter 2019); see `OptimizerSettings`."""
+
+    learning_rate: float = 0.02
+    head_learning_rate: float = 0.005
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+
+
+@dataclass(frozen=True)
+class SGDSettings(OptimizerSettings):
+    """Settings of gradient descent with momentum; see `OptimizerSettings`.
+
+    Attributes:
+        momentum: part of the last velocity that is kept; 0 for none, and no state.
+    """
+
+    learning_rate: float = 0.05
+    head_learning_rate: float = 0.05
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ConfigError(f"{self.momentum}; expected 0 or more and less than 1", where="momentum")
+
+
+OPTIMIZERS: Mapping[str, type[AdamWSettings] | type[SGDSettings]] = {
+    "adamw": AdamWSettings,
+    "sgd": SGDSettings,
+}
+
+
+@dataclass(frozen=True)
+class PrivacySettings:
+    """What DP-SGD is asked for (Abadi et al. 2016); see `edge_tcur_runtime.privacy`.
+
+    Attributes:
+        noise_multiplier: standard deviation of the noise over `clip`; None: what `epsilon` asks for, or 1.
+        epsilon: what the run may spend; the noise follows from it.
+        clip: bound on the norm of each sample's gradient, over cores and head together.
+        delta: None takes ``1 / n ** 1.1`` for n training samples.
+        noise_seed: of a run that must be repeatable. Who knows it can take the noise away: nothing is
+            promised.
+    """
+
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    clip: float = 1.0
+    delta: float | None = None
+    noise_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplier is not None and self.epsilon is not None:
+            raise ConfigError("give the noise or the epsilon, not both", where="epsilon")
+        for name, high in (("noise_multiplier", 1e4), ("epsilon", 1e4), ("clip", 1e6), ("delta", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < high:
+                raise ConfigError(f"{value}; expected above 0 and below {high:g}", where=name)
+        if self.noise_seed is not None and not 0 <= self.noise_seed < 2**64:
+            raise ConfigError(f"{self.noise_seed}; expected 0 to 2^64 - 1", where="noise_seed")
+
+
+@dataclass(frozen=True)
 class PersonalizeSettings:
     """Settings of a personalisation.
 
     Attributes:
         epochs: passes over the user's data.
         batch_size: samples per update, whatever the micro-batch.
-        optimizer: learning rates and the rest.
-        holdout: part of the data kept apart to decide whether the new adapter is better.
+        optimizer: learning rates and the rest; which optimiser, its class says.
+        holdout: part of the data kept apart to decide whether the new adapter is better; None takes 0.2, and
+            nothing with `privacy`: held-out samples are looked at without noise.
+        patience: epochs without a lower held-out loss that end the run; the values of the epoch with the
+            lowest are kept. 0 runs all epochs and keeps the last one's values, and so does a held-out part
+            of fewer than `edge_tcur_runtime.outcome.MIN_HELD_OUT` samples.
+        forget: how far the new adapter may fall behind on the bundle's reference set: points (0 to 1) of a
+            share, part of an error or a loss (`edge_tcur_runtime.reference`).
         budget: peak resident memory of the whole process in bytes; None for no limit.
         engine: ``auto``, ``ort-training`` or ``ort-step``.
         provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
@@ -58,12 +127,15 @@ class PersonalizeSettings:
         recompute: ``on`` runs the step graph that keeps only each block's input (less memory, more time),
             ``off`` the plain one, ``auto`` the former where the latter might not fit the budget.
         last_blocks: train the last blocks alone, with the step graph that was exported for it.
+        privacy: train with differential privacy; None does not.
     """
 
     epochs: int = 20
     batch_size: int = 16
-    optimizer: AdamWSettings = field(default_factory=AdamWSettings)
-    holdout: float = 0.2
+    optimizer: OptimizerSettings = field(default_factory=AdamWSettings)
+    holdout: float | None = None
+    patience: int = 5
+    forget: float = 0.02
     budget: int | None = None
     engine: str = "auto"
     provider: str = "auto"
@@ -71,13 +143,17 @@ class PersonalizeSettings:
     seed: int = 0
     recompute: str = "auto"
     last_blocks: bool = False
+    privacy: PrivacySettings | None = None
 
     def __post_init__(self) -> None:
-        for name, low in (("epochs", 1), ("batch_size", 1), ("threads", 0), ("seed", 0)):
+        lowest = {"epochs": 1, "batch_size": 1, "threads": 0, "seed": 0, "patience": 0}
+        for name, low in lowest.items():
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
-        if not 0 <= self.holdout < 1:
+        if not 0 <= self.held_out_part < 1:
             raise ConfigError(f"{self.holdout}; expected 0 or more and less than 1", where="holdout")
+        if not 0 <= self.forget < math.inf:
+            raise ConfigError(f"{self.forget}; expected 0 or more", where="forget")
         if self.recompute not in RECOMPUTE:
             raise ConfigError(f"{self.recompute!r}; expected {', '.join(RECOMPUTE)}", where="recompute")
         if self.last_blocks and self.recompute == "on":
@@ -86,6 +162,13 @@ class PersonalizeSettings:
                 where="recompute",
                 hint="leave --recompute or --last-blocks out",
             )
+
+    @property
+    def held_out_part(self) -> float:
+        """`holdout`, or its default."""
+        if self.holdout is not None:
+            return self.holdout
+        return HOLDOUT if self.privacy is None else 0.0
 
 
 @dataclass(frozen=True)

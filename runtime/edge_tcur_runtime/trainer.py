@@ -7,110 +7,30 @@ peak memory between passes, and a keeper is told of every update.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
+from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, Memory, choose_micro_batch, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.coordinates import Coordinates
-from edge_tcur_runtime.data import Dataset
 from edge_tcur_runtime.engines import StepResult, TrainingEngine
 from edge_tcur_runtime.engines.graphs import keeps_within
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.guard import Guard, taken
 from edge_tcur_runtime.keeper import Keeper
-from edge_tcur_runtime.optimizer import AdamW, schedule
+from edge_tcur_runtime.optimizer import build_optimizer, schedule
+from edge_tcur_runtime.outcome import Outcome, Yardstick, patience_for
 from edge_tcur_runtime.planner import Footprint, Passes, room
-from edge_tcur_runtime.preprocess import Preprocessor
+from edge_tcur_runtime.privacy import Mechanism, PrivacyPlan, steps_per_epoch
+from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.settings import PersonalizeSettings
-from edge_tcur_runtime.tasks import DeviceTask, mean_by_weight, ranks
+from edge_tcur_runtime.tasks import mean_by_weight
 
 _MARGIN = 1.02  # of what a pass took, for what the next one may take
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Encoded samples: preprocessing of any part of a data set, and its targets."""
-
-    dataset: Dataset
-    targets: np.ndarray
-    preprocess: Preprocessor
-    task: DeviceTask
-
-    def take(self, indices: np.ndarray) -> tuple[Mapping[str, np.ndarray], np.ndarray]:
-        """Model inputs and targets of the samples at `indices`."""
-        inputs = self.preprocess(self.dataset.select(indices).samples)
-        return inputs, self.task.batch_targets(self.targets[indices], inputs)
-
-    def longest_first(self) -> np.ndarray:
-        """Indices of the samples, the ones that need most memory first."""
-        samples = self.dataset.samples
-        if isinstance(samples, np.ndarray):  # pictures are all of one size
-            return np.arange(len(samples))
-        return np.argsort([-len(text) for text in samples], kind="stable")
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each sample as it is padded, int64 [n]; zeros where samples have no length."""
-        return self._survey[0]
-
-    @cached_property
-    def picked(self) -> dict[str, np.ndarray]:
-        """Model input -> the numbers in it, each once and sorted, over all samples."""
-        return self._survey[1]
-
-    @cached_property
-    def _survey(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        lengths, picked = np.zeros(len(self.targets), np.int64), dict[str, np.ndarray]()
-        if isinstance(self.dataset.samples, np.ndarray):
-            return lengths, picked
-        for place in range(len(lengths)):
-            for name, value in self.preprocess(self.dataset.samples[place : place + 1]).items():
-                lengths[place] = value.shape[1]
-                picked[name] = np.union1d(picked[name], value) if name in picked else np.unique(value)
-        return lengths, picked
-
-
-@dataclass
-class Outcome:
-    """Values of the last epoch, and scores (metric, loss) on the held-out part."""
-
-    task: DeviceTask
-    values: dict[str, np.ndarray]
-    before: tuple[float, float] | None = None
-    after: tuple[float, float] | None = None
-    losses: list[float] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-
-    @property
-    def better(self) -> bool:
-        """A better metric than before, or the same at a lower loss, which must be a number."""
-        if self.before is None or self.after is None:
-            return True
-        return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
-            self.task, *self.before
-        )
-
-    def facts(self) -> dict[str, Any]:
-        """What a result tells of it: name of the metric, scores and losses."""
-        (score_before, loss_before), (score_after, loss_after) = (
-            pair or (None, None) for pair in (self.before, self.after)
-        )
-        return {
-            "better": self.better,
-            "metric": self.task.metric.name,
-            "score_before": score_before,
-            "score_after": score_after,
-            "loss_before": loss_before,
-            "loss_after": loss_after,
-            "losses": self.losses,
-            "scores": self.scores,
-        }
 
 
 class Trainer:
@@ -148,7 +68,8 @@ class Trainer:
             for name, value in coordinates.start.feeds().items()
             if name.rpartition(".")[2] in FACTOR_PARTS[1:] and name not in coordinates.start.extras
         }
-        self._optimizer = AdamW(settings.optimizer)
+        self._mechanism: Mechanism | None = None
+        self._optimizer = build_optimizer(settings.optimizer)
         self._move(coordinates.initial())
         self.passes = Passes(settings.batch_size)
         self.guard: Guard | None = None
@@ -226,8 +147,27 @@ class Trainer:
             found = replace(found, rate=rate, factor=factor, proven=proven)
         return found
 
+    def protect(self, plan: PrivacyPlan, key: str) -> None:
+        """Trains with differential privacy from here on: sample by sample, as each one's gradient is bounded.
+        The sum with its noise is not clipped again."""
+        self._mechanism = Mechanism(plan, key)
+        self._settings = replace(
+            self._settings, optimizer=replace(self._settings.optimizer, max_gradient_norm=0.0)
+        )
+        self._optimizer = build_optimizer(self._settings.optimizer)
+        self.micro_batch = 1
+
+    def batch(self, order: np.ndarray, step: int, place: int) -> np.ndarray:
+        """Numbers of the samples of update `step`: those of `order` from `place` on, or drawn by the privacy
+        mechanism, which knows no order."""
+        if self._mechanism is not None:
+            return self._mechanism.chosen(step)
+        return order[place : place + self._settings.batch_size]
+
     def calibrate(self) -> None:
         """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits.
+
+        With privacy every pass has one sample, so that one is all that is run.
 
         Raises:
             BudgetError: not even two samples fit.
@@ -235,6 +175,12 @@ class Trainer:
         if self._budget.limit is None:
             return
         longest = self._data.longest_first()
+        if self._settings.privacy is not None:
+            before, one = read_memory(), self._measure(longest[:1])
+            # An upper bound: the parts of the base that were read for the first time are in it.
+            self._growth, self._peak_two = one.peak - before.resident, one.peak
+            self.micro_batch = 1
+            return
         one, two = (self._measure(longest[:count]) for count in (1, 2))
         # Loading may have left a peak above what a step needs; what is resident then shows the growth.
         growth = max(two.peak - one.peak, two.resident - one.resident)
@@ -263,18 +209,22 @@ class Trainer:
             raise FloatingPointError("a factor is too large for float32")
         self.values, self._feeds = values, {**self._frozen, **raw}
 
-    def _run(self, indices: np.ndarray, data: Batch, what: str) -> tuple[StepResult, np.ndarray]:
+    def _run(
+        self, indices: np.ndarray, data: Batch | ReferenceSet, what: str
+    ) -> tuple[StepResult, np.ndarray]:
         inputs, targets = data.take(indices)
         result = self._engine.step(inputs, targets, self._feeds)
         self._budget.check(what)
         self._keeper.check()
         return result, targets
 
-    def _each(self, indices: np.ndarray, data: Batch, what: str) -> Iterator[tuple[StepResult, np.ndarray]]:
+    def _each(
+        self, indices: np.ndarray, data: Batch | ReferenceSet, what: str
+    ) -> Iterator[tuple[StepResult, np.ndarray]]:
         """Results and targets of the passes over these samples; the guard may make them smaller."""
         known = self.guard is not None or bool(self.passes.limits)
         lengths = data.lengths[indices] if known else np.zeros(len(indices), np.int64)
-        waiting = self.passes.form(lengths)
+        waiting = (self.passes if known else Passes(self._together(data))).form(lengths)
         while waiting:
             positions = waiting.pop(0)
             if self.guard is None:
@@ -307,6 +257,23 @@ class Trainer:
         with np.errstate(invalid="ignore"):
             return loss * scale, {name: value * scale for name, value in total.items()}
 
+    def _accumulate_private(
+        self, mechanism: Mechanism, indices: np.ndarray
+    ) -> tuple[float, dict[str, np.ndarray]]:
+        """As `_accumulate`, under the mechanism: of no samples it is all noise, and the loss 0."""
+        loss, total = 0.0, {name: np.zeros_like(value) for name, value in self.values.items()}
+        for index in indices:
+            result, _ = self._run(np.array([index]), self._data, "by a training step")
+            loss += result.loss / len(indices)
+            for name, gradient in mechanism.bounded(self._coordinates.pull_back(result.gradients)).items():
+                total[name] += gradient
+        return loss, mechanism.noised(total, self._optimizer.steps)
+
+    def _gradients(self, indices: np.ndarray) -> tuple[float, dict[str, np.ndarray]]:
+        if self._mechanism is not None:
+            return self._accumulate_private(self._mechanism, indices)
+        return self._accumulate(indices)
+
     def step(self, indices: np.ndarray, progress: float) -> float:
         """One update over the samples at `indices`; returns their mean loss.
 
@@ -318,7 +285,6 @@ class Trainer:
             ConfigError: the loss or a gradient is not finite.
         """
         started = time.perf_counter()
-        loss, total = self._accumulate(indices)
         settings = self._settings.optimizer
         rates = {
             name: progress
@@ -326,6 +292,7 @@ class Trainer:
             for name in self.values
         }
         try:
+            loss, total = self._gradients(indices)
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss}")
             self._move(self._optimizer.step(self.values, total, rates))
@@ -345,10 +312,14 @@ class Trainer:
             values=self.values,
             first=dict(self._optimizer.first),
             second=dict(self._optimizer.second),
+            best={} if not outcome.scores or outcome.values is self.values else outcome.values,
             losses=tuple(outcome.losses),
             scores=tuple(outcome.scores),
+            held_out_losses=tuple(outcome.held_out_losses),
             before=outcome.before,
             after=outcome.after,
+            reference_before=outcome.reference_before,
+            noise_key="" if self._mechanism is None else self._mechanism.key,
             micro_batch=self.micro_batch,
             limits=self.passes.limits,
             engine=self._engine.name,
@@ -359,37 +330,65 @@ class Trainer:
     def restore(self, progress: Progress) -> Outcome:
         """Goes back to where a run stood."""
         self._move(dict(progress.values))
-        self._optimizer = AdamW(
-            self._settings.optimizer, dict(progress.first), dict(progress.second), progress.steps
+        self._optimizer = build_optimizer(
+            self._settings.optimizer, progress.first, progress.second, progress.steps
         )
         self.passes = Passes(progress.micro_batch, dict(progress.limits))
         return Outcome(
             self._data.task,
-            self.values,
+            dict(progress.best) or self.values,
             progress.before,
             progress.after,
             list(progress.losses),
             list(progress.scores),
+            list(progress.held_out_losses),
+            reference_before=progress.reference_before,
         )
 
-    def score(self, data: Batch) -> tuple[float, float]:
-        """Metric and mean loss on other samples.
+    def judge(self, outcome: Outcome, reference: ReferenceSet | None) -> None:
+        """Scores the values that `outcome` keeps on the bundle's reference set."""
+        if reference is None or outcome.reference_before is None:
+            return
+        self._move(outcome.values)
+        outcome.yardstick = Yardstick(
+            reference, self._settings.forget, outcome.reference_before, self.score(reference)
+        )
+
+    def score(self, data: Batch | ReferenceSet) -> tuple[float, float]:
+        """Metric and mean loss of the current values on other samples.
 
         The training graph answers too: a second session would hold the base twice.
         """
+        what = "held-out samples" if isinstance(data, Batch) else "the bundle's reference set"
         metrics, losses, weights = [], [], []
         everything = np.arange(len(data.targets))
-        for result, targets in self._each(everything, data, "by scoring held-out samples"):
+        for result, targets in self._each(everything, data, f"by scoring {what}"):
             scored = data.task.score(result.outputs, targets) if result.metric is None else result.metric
             metrics.append(scored)
             losses.append(result.loss)
             weights.append(data.task.weight(targets))
         return mean_by_weight(metrics, weights), mean_by_weight(losses, weights)
 
+    def _together(self, data: Batch | ReferenceSet) -> int:
+        """Samples of a pass where nothing is known of lengths: fewer where a budget was measured with smaller
+        samples than these."""
+        if self._budget.limit is None or data is self._data:
+            return self.micro_batch
+        measured = self._data.elements
+        return max(1, self.micro_batch * measured // max(measured, data.elements))
 
-def begin(trainer: Trainer, held_out: Batch) -> Outcome:
-    """The outcome of no update yet: what the start scores on the held-out part."""
-    return Outcome(held_out.task, trainer.values, trainer.score(held_out) if len(held_out.targets) else None)
+
+def begin(trainer: Trainer, held_out: Batch, reference: ReferenceSet | None = None) -> Outcome:
+    """The outcome of no update yet: what the start scores on the held-out part and on the reference set.
+
+    A reference set that the budget has no room for ends the run here, before any training.
+    """
+    outcome = Outcome(
+        held_out.task, trainer.values, trainer.score(held_out) if len(held_out.targets) else None
+    )
+    if reference is not None:
+        outcome.reference_before = trainer.score(reference)
+    return outcome
 
 
 def train(
@@ -406,22 +405,24 @@ def train(
     have had in a run without a break.
     """
     generator = np.random.Generator(np.random.PCG64(settings.seed))
-    count = len(kept.targets)
-    starts = range(0, count, settings.batch_size)
-    total = settings.epochs * len(starts)
+    outcome.patience = patience_for(settings.patience, len(held_out.targets))
+    count, size = len(kept.targets), settings.batch_size
+    per_epoch = steps_per_epoch(count, settings)
+    total = settings.epochs * per_epoch
     for epoch in range(settings.epochs):
-        order = generator.permutation(count)
-        for place in starts[max(0, len(outcome.losses) - epoch * len(starts)) :]:
-            done = len(outcome.losses)
-            loss = trainer.step(order[place : place + settings.batch_size], schedule(done, total))
+        order, first = generator.permutation(count), epoch * per_epoch
+        for done in range(max(first, len(outcome.losses)), first + per_epoch):
+            indices = trainer.batch(order, done, (done - first) * size)
+            loss = trainer.step(indices, schedule(done, total))
             outcome.losses.append(loss)
             trainer.keep(outcome)
             if on_step is not None:
                 on_step(done + 1, total, loss)
         if outcome.before is not None and len(outcome.scores) <= epoch:
-            outcome.after = trainer.score(held_out)
-            outcome.scores.append(outcome.after[0])
+            outcome.scored(trainer.values, trainer.score(held_out))
             trainer.keep(outcome)
-    # The last epoch, where the learning rate has come down to zero: picking the best of many epochs on
-    # a few held-out samples picks the luckiest one.
-    outcome.values = trainer.values
+        if outcome.stalled and len(outcome.scores) < settings.epochs:
+            outcome.stopped_early = True
+            break
+    if not outcome.scores:
+        outcome.values = trainer.values

@@ -52,12 +52,12 @@ def progress_of(steps, **changes):
 
 def same(first, second):
     """Bit for bit."""
-    for part in ("values", "first", "second"):
+    for part in ("values", "first", "second", "best"):
         one, two = getattr(first, part), getattr(second, part)
         assert {name: (v.shape, v.tobytes()) for name, v in one.items()} == {
             name: (v.shape, v.tobytes()) for name, v in two.items()
         }
-    for part in ("losses", "scores", "before", "after"):
+    for part in ("losses", "scores", "held_out_losses", "before", "after"):
         one, two = (
             None if value is None else [x.hex() for x in value]
             for value in (getattr(first, part), getattr(second, part))
@@ -72,7 +72,10 @@ def same(first, second):
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
 def test_what_is_written_reads_back_bit_for_bit(values, moments, losses, pair, generation):
-    progress = progress_of(3, values=values, first=moments, losses=tuple(losses), before=pair, after=pair)
+    progress = progress_of(
+        3, values=values, first=moments, best=values, losses=tuple(losses), held_out_losses=tuple(losses),
+        before=pair, after=pair,
+    )  # fmt: skip
     raw = serialize_checkpoint(progress, IDENTITY, generation)
     found, identity, number = parse_checkpoint(raw, "here")
     same(found, progress)
@@ -246,3 +249,21 @@ def test_a_link_or_a_pipe_in_the_place_of_a_checkpoint(tmp_path):
 def test_not_a_number_survives():
     progress = progress_of(1, losses=(math.nan, -math.inf), before=(0.0, math.nan))
     same(parse_checkpoint(serialize_checkpoint(progress, IDENTITY, 1), "here")[0], progress)
+
+
+def test_a_checkpoint_of_the_form_before_early_stopping_is_passed_over(tmp_path):
+    """It lacks the held-out losses: the run starts over and says so."""
+    from edge_tcur_runtime.formats.digest import digest_bytes
+
+    content = serialize_checkpoint(progress_of(1), IDENTITY, 1).partition(b"\n")[2]
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].replace(b', \\"held_out_losses\\": []', b"")
+    assert len(header) < size
+    header += b" " * (-len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header + content[8 + size :]
+    line = f"edge-tcur-checkpoint 1 {digest_bytes(content)} {len(content)}\n"
+    (tmp_path / FILES[0]).write_bytes(line.encode() + content)
+    older = opened(tmp_path)
+    assert older.load() is None
+    assert "the field 'held_out_losses' is missing; this copy is not used" in older.warnings[0]
+    older.release()

@@ -239,6 +239,8 @@ RESULT = {
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
     "head_numbers", "graph", "resumed_from", "notes", "predicted_peak_bytes", "provider", "provider_reason",
+    "judged_by", "verdict", "held_out_losses", "kept_epoch",
+    "stopped_early", "reference", "privacy",
 }  # fmt: skip
 
 
@@ -284,7 +286,7 @@ def test_keeping_the_active_adapter_installs_and_leaves_it_in_use(device):
 
 def test_an_adapter_that_is_not_better_is_not_installed(device, store):
     done = device("personalize", V1, "--data", USER, "--start", "bundle", "--learning-rate", "1e-30")
-    assert "not better than before: nothing was installed" in done.out
+    assert "not better on what was held out: nothing was installed" in done.out
     assert list(store.rglob("*")) == []
 
 

@@ -28,7 +28,8 @@ from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.guard import Guard
 from edge_tcur_runtime.personalize import personalize, plan_personalize
 from edge_tcur_runtime.planner import Footprint, Passes
-from edge_tcur_runtime.settings import KeepSettings
+from edge_tcur_runtime.privacy import plan_privacy
+from edge_tcur_runtime.settings import KeepSettings, PrivacySettings
 
 
 def neighbour(name):
@@ -138,6 +139,50 @@ def test_auto_takes_the_engine_that_fits(bundle, user, monkeypatch):
     assert (result.engine, result.graph) == ("ort-step", "step")
     if INSTALLED.training:
         assert result.engine_reason == "the plan: the fastest that fits the budget"
+
+
+PRIVATE = PrivacySettings(noise_multiplier=1.0, noise_seed=5)
+
+
+@pytest.mark.parametrize("tables", [True, False])
+def test_private_passes_have_one_sample_and_a_budget_changes_nothing(bundle, user, monkeypatch, tables):
+    """Not even while it is measured: a pass of two might not fit."""
+    if not tables:
+        bundle = replace(bundle, manifest=replace(bundle.manifest, memory=None))
+    free = personalize(bundle, user, quick(privacy=PRIVATE, epochs=2))
+    state = faked(monkeypatch, MIB)
+    result = personalize(bundle, user, quick(privacy=PRIVATE, epochs=2, budget=200 * MIB))
+    assert set(state["passes"]) == {1}
+    assert result.micro_batch == 1
+    assert result.losses == free.losses
+    for group, part in free.adapter.factors.items():
+        np.testing.assert_array_equal(result.adapter.factors[group].core, part.core)
+
+
+def test_a_guard_does_not_change_a_private_update(user, bundle):
+    whole, tight = (quadratic_trainer(Quadratic(), quick(privacy=PRIVATE)) for _ in range(2))
+    for trainer in (whole, tight):
+        trainer.protect(plan_privacy(quick(privacy=PRIVATE), 7), "00" * 32)
+    tight.guard = Guard(1, footprint(10 * MIB))  # nothing fits
+    assert whole.step(np.arange(7), 1.0) == tight.step(np.arange(7), 1.0)
+    assert set(tight._engine.sizes) == {1}
+    for key, value in whole.values.items():
+        np.testing.assert_array_equal(tight.values[key], value)
+
+
+def test_the_reference_set_is_planned_for_and_scored_within_the_plan(user, tmp_path, monkeypatch):
+    """Twice as large a pass as the budget has room for is never run, on the reference set either."""
+    neighbours = neighbour("test_reference")
+    tensors = neighbours.tensors_of(open_bundle(V1), user, own_answers=False)
+    found = neighbours.with_reference(tmp_path / "b", tensors, score=0.0, loss=3.0)
+    tables = replace(TABLES, graphs={"step": replace(table(each=MIB), base=0)})
+    found = replace(found, manifest=replace(found.manifest, memory=tables))
+    monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
+    state, limit = faked(monkeypatch, MIB), int((100 + 6) * MIB * 32 / 31)
+    result = personalize(found, user, quick(budget=limit))
+    assert result.judged_by == ["held-out", "reference"]
+    assert max(state["passes"]) == result.micro_batch == 4
+    assert state["peak"] <= limit
 
 
 # --- the guard, and going on -----------------------------------------------------------------------------
@@ -258,6 +303,31 @@ def test_a_dry_run_that_nothing_fits_says_what_would(cli):
     found = json.loads(out)
     assert found["fits"] is False
     assert found["smallest_budget_bytes"] == min(c["predicted_peak_bytes"] for c in found["candidates"])
+
+
+def test_a_dry_run_tells_how_the_adapter_will_be_judged_and_when_the_run_may_end(cli):
+    found = json.loads(cli("--json")[1])
+    assert (found["samples"], found["holdout_samples"], found["reference_samples"]) == (64, 16, 0)
+    assert (found["patience"], found["judged_by"], found["privacy"]) == (5, ["held-out"], None)
+    out = cli()[1]
+    assert "judged by: 16 held-out samples" in out
+    assert "stops early: after 5 epochs without a lower held-out loss" in out
+    out = cli("--holdout", "0")[1]
+    assert "judged by: nothing: it is installed unjudged" in out
+    assert "stops early: never" in out
+
+
+def test_a_dry_run_tells_what_a_private_run_would_spend_and_plans_single_samples(cli):
+    options = ("--private", "--epsilon", "8", "--delta", "0.01")
+    found = json.loads(cli("--json", *options)[1])
+    assert found["privacy"]["epsilon"] == pytest.approx(8, rel=1e-2)
+    assert found["privacy"]["steps"] == found["updates"] == 100
+    assert (found["patience"], found["judged_by"], found["holdout_samples"]) == (0, [], 0)
+    assert {candidate["micro_batch"] for candidate in found["candidates"]} == {1}
+    assert (
+        "privacy of this run: epsilon 7.99 at delta 1.0e-02 (noise 1.12, bound 1, 100 updates)"
+        in cli(*options)[1]
+    )
 
 
 def test_a_bundle_without_tables_cannot_be_planned(cli, user):

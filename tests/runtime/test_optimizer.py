@@ -1,4 +1,4 @@
-"""AdamW against its definition, and the schedule. tests/workstation compares it with torch's."""
+"""The optimisers against their definitions, and the schedule. tests/workstation compares it with torch's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur_runtime.errors import ConfigError
-from edge_tcur_runtime.optimizer import AdamW, schedule
-from edge_tcur_runtime.settings import AdamWSettings
+from edge_tcur_runtime.optimizer import AdamW, build_optimizer, schedule
+from edge_tcur_runtime.settings import AdamWSettings, SGDSettings
 
 
 def reference(value, gradients, rate, settings):
@@ -70,6 +70,37 @@ def test_it_walks_to_the_minimum():
     for step in range(400):
         values = optimizer.step(values, {"a": 2 * (values["a"] - target)}, {"a": 0.1 * schedule(step, 400)})
     np.testing.assert_allclose(values["a"], target, atol=1e-2)
+
+
+@pytest.mark.parametrize("settings", [AdamWSettings(), SGDSettings(), SGDSettings(momentum=0)])
+def test_an_optimiser_goes_on_from_its_state_bit_for_bit(settings):
+    generator = np.random.default_rng(0)
+    gradients = [{"a": generator.normal(size=3)} for _ in range(6)]
+    whole, values = build_optimizer(settings), {"a": np.ones(3)}
+    for number, gradient in enumerate(gradients):
+        if number == 3:
+            other = build_optimizer(settings, dict(whole.first), dict(whole.second), whole.steps)
+            moved = values
+        values = whole.step(values, gradient, {"a": 0.1})
+    for gradient in gradients[3:]:
+        moved = other.step(moved, gradient, {"a": 0.1})
+    assert values["a"].tobytes() == moved["a"].tobytes()
+    assert type(other) is type(whole)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
+def test_a_momentum_that_makes_no_sense_is_refused(momentum):
+    with pytest.raises(ConfigError, match="expected 0 or more and less than 1") as caught:
+        SGDSettings(momentum=momentum)
+    assert caught.value.where == "momentum"
+
+
+@given(st.floats(0, 0.99), st.floats(0.01, 1.0))
+def test_a_constant_gradient_brings_the_velocity_to_its_limit(momentum, gradient):
+    optimizer = build_optimizer(SGDSettings(momentum=momentum, max_gradient_norm=0.0))
+    for _ in range(3000):
+        values = optimizer.step({"a": np.zeros(1)}, {"a": np.full(1, gradient)}, {"a": 1.0})
+    assert values["a"][0] == pytest.approx(-gradient / (1 - momentum), rel=1e-6)
 
 
 # --- clipping --------------------------------------------------------------------------------------

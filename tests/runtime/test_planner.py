@@ -153,6 +153,29 @@ def test_short_samples_are_taken_more_at_a_time():
     assert [len(positions) for positions in chosen.passes.form(load.lengths)] == [1, 15]
 
 
+def test_with_one_sample_a_pass_no_other_micro_batch_is_planned_and_an_update_still_takes_the_batch():
+    load = Load(np.array([64] + [8] * 15), 16, most=1)
+    plan = make_plan([footprint()], load, None)
+    assert [candidate.passes for candidate in plan.candidates] == [Passes(1)]
+    assert plan.chosen.seconds == pytest.approx(footprint().seconds(1, 64) + 15 * footprint().seconds(1, 8))
+
+
+def test_samples_that_are_only_scored_count_for_memory_and_not_for_time():
+    short, scored = Load(np.full(16, 8), 16), Load(np.full(16, 8), 16, scored=(64, 64))
+    assert scored.longest == 64
+    for one in make_plan([footprint()], short, None).candidates:
+        for passes in (one.passes, sorted_passes(footprint(), scored, one.passes.micro_batch)):
+            other = next(c for c in make_plan([footprint()], scored, None).candidates if c.passes == passes)
+            assert other.peak == 50 * MIB + 8 * MIB * one.passes.micro_batch > one.peak
+            assert other.seconds <= one.seconds
+
+
+def test_what_the_work_between_passes_takes_is_planned_too():
+    load = Load(np.full(4, 8), 1, most=1, between=30 * MIB)
+    assert make_plan([footprint()], load, None).chosen.peak == 80 * MIB
+    assert make_plan([footprint()], load, with_spare(79 * MIB)).chosen is None
+
+
 def test_interpolation_lies_above_a_peak_and_meets_the_grid():
     line = (3, 5, 9, 40, 300)
     assert [interpolate(SAMPLES, line, at) for at in SAMPLES] == list(line)

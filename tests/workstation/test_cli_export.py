@@ -179,3 +179,16 @@ def test_convert(kind, tmp_path, capsys):
     assert code == 4
     assert "the adapter was made for the base" in err
     assert call(capsys, "convert", DATA / "user.npz", "--to", kind, "--out", tmp_path / "x")[0] == 3
+
+
+def test_a_reference_set_goes_into_the_bundle(trained, digits_npz, tmp_path, capsys):
+    bundle = tmp_path / "bundle"
+    options = ("--target", "onnx", "--no-verify", "--reference", digits_npz, "--reference-samples", "8")
+    code, _, err = call(capsys, "export", trained, "--out", bundle, *options, "--json")
+    assert code == 0, err
+    spec = json.loads((bundle / "manifest.json").read_bytes())["reference"]
+    assert (spec["file"], spec["samples"], spec["measure"]) == ("reference.safetensors", 8, "base")
+    assert (bundle / spec["file"]).is_file()
+    assert call(capsys, "inspect", bundle, "--json")[0] == 0
+    none = ("--reference-samples", "0")
+    assert call(capsys, "export", trained, "--out", tmp_path / "b", *none, "--json")[0] == 2

@@ -1,4 +1,4 @@
-"""The device's AdamW and clipping against torch's, with which the workstation trains."""
+"""The device's optimisers and clipping against torch's, with which the workstation trains."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from edge_tcur_runtime.optimizer import AdamW, schedule
-from edge_tcur_runtime.settings import AdamWSettings
+from edge_tcur_runtime.optimizer import AdamW, build_optimizer, schedule
+from edge_tcur_runtime.settings import AdamWSettings, SGDSettings
 
 STEPS = 25
 
@@ -42,3 +42,32 @@ def test_the_devices_adamw_takes_torchs_steps(decay, limit):
         for name, tensor in tensors.items():
             # torch divides by the norm plus 1e-6 where it clips
             np.testing.assert_allclose(values[name], tensor.detach().numpy(), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_devices_gradient_descent_takes_torchs_steps(decay, momentum):
+    settings = SGDSettings(weight_decay=decay, momentum=momentum, max_gradient_norm=0.0)
+    generator = np.random.default_rng(1)
+    values = {"core": generator.normal(size=(2, 3, 3)), "head": generator.normal(size=(4,))}
+    rates = {"core": 0.3, "head": 0.02}
+    tensors = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
+    theirs = torch.optim.SGD(
+        [{"params": [tensor], "lr": rates[name]} for name, tensor in tensors.items()],
+        lr=1.0,
+        momentum=momentum,
+        weight_decay=decay,
+    )
+    ours = build_optimizer(settings)
+    for step in range(STEPS):
+        for group, rate in zip(theirs.param_groups, rates.values(), strict=True):
+            group["lr"] = rate * schedule(step, STEPS)
+        gradients = {name: generator.normal(size=value.shape) for name, value in values.items()}
+        for name, tensor in tensors.items():
+            tensor.grad = torch.from_numpy(gradients[name].copy())
+        theirs.step()
+        factor = schedule(step, STEPS)
+        values = ours.step(values, gradients, {name: rate * factor for name, rate in rates.items()})
+        for name, tensor in tensors.items():
+            np.testing.assert_allclose(values[name], tensor.detach().numpy(), rtol=1e-6, atol=1e-9)
+    assert bool(ours.first) is bool(momentum)  # no state where none is needed

@@ -15,15 +15,18 @@ from edge_tcur_runtime.cli.framework import (
     output_options,
     store_option,
 )
-from edge_tcur_runtime.cli.plan import show_plan
+from edge_tcur_runtime.cli.plan import privacy_rows, show_plan
+from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.settings import (
+    HOLDOUT,
+    OPTIMIZERS,
     RECOMPUTE,
     RESUME,
-    AdamWSettings,
     Gate,
     KeepSettings,
     PersonalizeSettings,
+    PrivacySettings,
 )
 from edge_tcur_runtime.units import format_size
 
@@ -34,6 +37,9 @@ EPILOG = """\b
 Examples:
   edge-tcur-device personalize bundle/ --data mine.csv --budget 256MiB
   edge-tcur-device personalize bundle/ --data mine.csv --start base --epochs 40 --json
+  edge-tcur-device personalize bundle/ --data mine.csv --patience 3 --forget 0.05
+  edge-tcur-device personalize bundle/ --data mine.csv --optimizer sgd --momentum 0.9
+  edge-tcur-device personalize bundle/ --data mine.csv --private --epsilon 8
   edge-tcur-device personalize bundle/ --data mine.csv --mains-only --between 01:00-05:30
 """
 
@@ -44,10 +50,19 @@ _ENGINES = click.Choice(("auto", "ort-training", "ort-step"))
 _OPTIONS = (
     ("--epochs", _DEFAULT.epochs, int, "Passes over the data."),
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),
-    ("--learning-rate", _DEFAULT.optimizer.learning_rate, float, "Peak learning rate of the cores."),
-    ("--head-learning-rate", _DEFAULT.optimizer.head_learning_rate, float, "Peak for a trained head."),
     ("--weight-decay", _DEFAULT.optimizer.weight_decay, float, "Pulls the factors back towards the base."),
-    ("--holdout", _DEFAULT.holdout, float, "Part of the data kept apart to judge the new adapter."),
+    (
+        "--patience",
+        _DEFAULT.patience,
+        int,
+        "Epochs without a lower held-out loss that end the run; 0: run all, keep the last.",
+    ),
+    (
+        "--forget",
+        _DEFAULT.forget,
+        float,
+        "How far it may fall behind on the bundle's reference set: points of a share, part of an error.",
+    ),
     ("--engine", _DEFAULT.engine, _ENGINES, "What computes the gradients."),
     ("--provider", _DEFAULT.provider, str, "What runs the graph: auto, cpu, webgpu, cuda, coreml, ..."),
     (
@@ -58,6 +73,18 @@ _OPTIONS = (
     ),
     ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
+)
+_PRIVACY = (
+    ("--noise-multiplier", float, "Noise over the bound of a gradient.  [default: 1]"),
+    ("--epsilon", float, "What the run may spend; the noise follows from it."),
+    ("--clip", float, f"Bound of each sample's gradient.  [default: {PrivacySettings().clip:g}]"),
+    ("--delta", float, "Chance that the promise fails.  [default: 1 / n^1.1]"),
+    ("--noise-seed", int, "Repeatable noise, for tests: nothing is promised."),
+)
+_RATES = (
+    ("--learning-rate", "Peak learning rate of the cores."),
+    ("--head-learning-rate", "Peak for a trained head."),
+    ("--momentum", "Part of the last update that goes on."),
 )
 _KEEP = KeepSettings()
 
@@ -82,7 +109,25 @@ def _training_options(command: Callable[..., None]) -> Callable[..., None]:
     """The options that become `PersonalizeSettings`; collected under ``training``."""
     for name, default, kind, text in reversed(_OPTIONS):
         command = click.option(name, default=default, type=kind, show_default=True, help=text)(command)
-    return command
+    for name, text in reversed(_RATES):
+        command = click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")(command)
+    command = click.option("--holdout", type=float, help="Part of the data kept apart to judge the new "
+                           f"adapter.  [default: {HOLDOUT:g}; 0 with --private]")(command)  # fmt: skip
+    for name, kind, text in reversed(_PRIVACY):
+        command = click.option(name, type=kind, help=text)(command)
+    command = click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD).")(
+        command
+    )
+    optimizers = click.Choice(tuple(OPTIMIZERS))
+    return click.option("--optimizer", default="adamw", type=optimizers, show_default=True,
+                        help="What moves the factors.")(command)  # fmt: skip
+
+
+def _by_optimizer(name: str) -> str:
+    """The default of an option of the optimisers, as the help tells it."""
+    key = name.removeprefix("--").replace("-", "_")
+    found = {optimizer: getattr(kind(), key, None) for optimizer, kind in OPTIMIZERS.items()}
+    return ", ".join(f"{optimizer} {value:g}" for optimizer, value in found.items() if value is not None)
 
 
 @click.command(epilog=EPILOG)
@@ -113,7 +158,8 @@ def personalize(
     """Fine-tune the factors on your own labelled DATA. The base is only read, nothing is uploaded.
 
     The new adapter goes to the store and is put in use only if it is better than the one it
-    started from on a part of the data that was kept apart.
+    started from on a part of the data that was kept apart, and does not fall behind on the
+    bundle's reference set where it has one (edge-tcur export --reference).
 
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
@@ -135,12 +181,26 @@ def personalize(
 
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
-    optimizer = AdamWSettings(
-        learning_rate=training.pop("learning_rate"),
-        head_learning_rate=training.pop("head_learning_rate"),
-        weight_decay=training.pop("weight_decay"),
-    )
-    return PersonalizeSettings(optimizer=optimizer, budget=budget, **training)
+    kind = training.pop("optimizer")
+    rates = {name: training.pop(name) for name in ("learning_rate", "head_learning_rate", "momentum")}
+    if rates["momentum"] is not None and kind != "sgd":
+        raise UsageError("--momentum is for gradient descent", hint="add --optimizer sgd")
+    given = {name: value for name, value in rates.items() if value is not None}
+    optimizer = OPTIMIZERS[kind](weight_decay=training.pop("weight_decay"), **given)
+    privacy = _privacy(training)
+    return PersonalizeSettings(optimizer=optimizer, budget=budget, privacy=privacy, **training)
+
+
+def _privacy(training: dict[str, Any]) -> PrivacySettings | None:
+    """Takes the options of privacy out of `training`."""
+    private, names = training.pop("private"), [name for name, _, _ in _PRIVACY]
+    found = {name: training.pop(name.removeprefix("--").replace("-", "_")) for name in names}
+    given = {name: value for name, value in found.items() if value is not None}
+    if given and not private:
+        raise UsageError(f"{next(iter(given))} is for differential privacy", hint="add --private")
+    if not private:
+        return None
+    return PrivacySettings(**{name[2:].replace("-", "_"): value for name, value in given.items()})
 
 
 def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
@@ -223,6 +283,8 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         ("provider", f"{result.provider} ({result.provider_reason})"),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
+        *_reference_rows(result, show),
+        *privacy_rows(result.privacy),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
         ("peak memory", f"{format_size(result.peak_rss_bytes)} of {budget}"),
         *([("predicted", format_size(predicted))] if (predicted := result.predicted_peak_bytes) else []),
@@ -231,5 +293,14 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         *([("gone on from update", str(result.resumed_from))] if result.resumed_from else []),
         ("base", "unchanged" if result.base_digest_before == result.base_digest_after else "CHANGED"),
     ]
-    end = f"installed as {name!r}: {digest}" if digest else "not better than before: nothing was installed"
+    end = f"installed as {name!r}: {digest}" if digest else "nothing was installed"
+    end = f"{result.verdict}: {end}"
     return f"{table(('', 'value'), rows)}\n{end}"
+
+
+def _reference_rows(result: PersonalizeResult, show: Callable[[float | None], str]) -> list[tuple[str, str]]:
+    found = result.reference
+    if found is None:
+        return []
+    change = f"{show(found['score_before'])} -> {show(found['score_after'])}"
+    return [("on the reference set", f"{change} ({found['measure']}: {show(found['score'])})")]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -62,6 +63,7 @@ def describe(found: RunPlan) -> str:
     ]
     limit = "no budget" if found.plan.limit is None else f"budget {format_size(found.plan.limit)}"
     lines = [f"{limit}, {found.updates} updates; nothing was changed", table(HEADER, rows)]
+    lines += [f"{what}: {value}" for what, value in _promises(found)]
     if found.plan.chosen is None:
         least = -(-found.plan.smallest.peak // 2**20)
         lines += [
@@ -71,6 +73,32 @@ def describe(found: RunPlan) -> str:
     elif not found.plan.chosen.footprint.measured:
         lines.append("nothing was measured: figures are of the bundle's tables")
     return "\n".join(lines)
+
+
+def _promises(found: RunPlan) -> list[tuple[str, str]]:
+    """How the new adapter will be judged, when the run may end, and what it spends."""
+    apart = f"{found.holdout_samples} held-out samples" if found.holdout_samples else ""
+    public = f"the bundle's reference set of {found.reference_samples}" if found.reference_samples else ""
+    patience = f"after {found.patience} epochs without a lower held-out loss" if found.patience else "never"
+    return [
+        ("trained on", f"{found.samples} samples"),
+        ("judged by", " and ".join(filter(None, (apart, public))) or "nothing: it is installed unjudged"),
+        ("stops early", patience),
+        *privacy_rows(found.privacy),
+    ]
+
+
+def privacy_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What a run spends (`edge_tcur_runtime.privacy.PrivacyPlan.facts`), as rows of a report."""
+    if found is None:
+        return []
+    spent = (
+        f"epsilon {found['epsilon']:.3g} at delta {found['delta']:.1e}" if found["promised"] else "no promise"
+    )
+    how = f"noise {found['noise_multiplier']:.3g}, bound {found['clip']:g}, {found['steps']} updates"
+    total = found["total_epsilon"]
+    rows = [("privacy of this run", f"{spent} ({how})")]
+    return [*rows, ("of the adapter, all runs", "no bound" if total is None else f"epsilon {total:.3g}")]
 
 
 def shown(found: RunPlan) -> list[Candidate]:

@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_FILE = "base.bin"
 MAX_MANIFEST_BYTES = 4 * 2**20
+MAX_REFERENCE_BYTES = 16 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
@@ -35,6 +36,7 @@ STEP_VARIANTS = ("step_recompute", "step_last")  # roles of step graphs that are
 # Fields that are absent where they say nothing: bundles without them are as they were before these fields.
 _OPTIONAL = (
     "programs", "metric", "optimizer", "precision", "recomputed_blocks", "last_blocks", "verified", "memory",
+    "reference",
 )  # fmt: skip
 
 
@@ -110,6 +112,25 @@ class Verified:
 
 
 @dataclass(frozen=True)
+class ReferenceSpec:
+    """A few samples of the publisher on which a device's new adapter must not fall behind.
+
+    Attributes:
+        file: its name (`edge_tcur_runtime.reference`).
+        samples: how many.
+        measure: whose answers were scored, ``base`` or ``adapter``: a base with a new, untrained head has
+            none of its own, and the adapter that came with the bundle takes its place.
+        score, loss: the task's metric and the mean loss of those answers, by torch.
+    """
+
+    file: str
+    samples: int
+    measure: str
+    score: float
+    loss: float
+
+
+@dataclass(frozen=True)
 class InputSpec:
     """A model input: numpy dtype name and shape; a string stands for a dynamic axis."""
 
@@ -147,6 +168,7 @@ class Manifest:
         last_blocks: what learns in the graph ``step_last``; None without it.
         verified: what was compared with torch; None where the bundle does not say.
         memory: what passes of the training graphs take; None where the bundle does not say.
+        reference: samples on which no adapter may fall behind; None where it has none.
     """
 
     base_digest: str
@@ -177,6 +199,7 @@ class Manifest:
     last_blocks: LastBlocks | None = None
     verified: Verified | None = None
     memory: MemoryTables | None = None
+    reference: ReferenceSpec | None = None
 
     def factor_names(self) -> list[str]:
         """The graph inputs that an adapter is fed to: every group's factors, and the extras."""
@@ -251,6 +274,7 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
         last_blocks=_parse_last_blocks(fields),
         verified=_parse_verified(fields.child("verified")) if "verified" in fields.mapping_keys() else None,
         memory=parse_tables(fields.child("memory")) if "memory" in fields.mapping_keys() else None,
+        reference=_parse_reference(fields),
     )
     _check_references(manifest, where)
     _check_variants(manifest, where)
@@ -261,6 +285,7 @@ def _check_references(manifest: Manifest, where: str) -> None:
     named = [*manifest.graphs.values(), manifest.canary, manifest.adapter, manifest.base_extras, BASE_FILE]
     named += [program.file for program in manifest.programs.values()]
     named += [BASE_PTD] if manifest.programs else []
+    named += [] if manifest.reference is None else [manifest.reference.file]
     for name in named:
         if name is not None and name not in manifest.files:
             raise FileFormatError(f"{name!r} is used but not listed under 'files'", where=where)
@@ -363,6 +388,19 @@ def _parse_verified(fields: Fields) -> Verified:
     tolerances = fields.child("tolerances")
     return Verified(
         fields.texts("targets"), {name: tolerances.number(name) for name in tolerances.mapping_keys()}
+    )
+
+
+def _parse_reference(fields: Fields) -> ReferenceSpec | None:
+    if "reference" not in fields.mapping_keys():
+        return None
+    found = fields.child("reference").only("file", "samples", "measure", "score", "loss")
+    return ReferenceSpec(
+        found.text("file"),
+        found.integer("samples", low=1),
+        found.choice("measure", ("base", "adapter")),
+        found.number("score"),
+        found.number("loss"),
     )
 
 
