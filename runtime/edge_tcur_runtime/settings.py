@@ -51,7 +51,7 @@ class PersonalizeSettings:
         optimizer: learning rates and the rest.
         holdout: part of the data kept apart to decide whether the new adapter is better.
         budget: peak resident memory of the whole process in bytes; None for no limit.
-        engine: ``auto``, ``ort-training`` or ``ort-step``.
+        engine: ``auto``, ``ort-training``, ``ort-step`` or ``executorch``.
         provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
         threads: CPU threads; 0 takes all that this process may use.
         seed: of the split and the order of the data.
