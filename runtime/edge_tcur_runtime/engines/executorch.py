@@ -1,8 +1,8 @@
 """ExecuTorch's training program, through ``executorch.extension.training``, whose Python needs torch.
 
-This is the one module of the runtime that imports torch; it is imported only where this engine was chosen. The
-optimiser is ours (`edge_tcur_runtime.optimizer`), as on every engine: gradients are read from the program, and
-what the optimiser makes of them is written into its parameters.
+This is the one module of the runtime that imports torch; it is imported only where this engine was chosen.
+The optimiser is ours (`edge_tcur_runtime.optimizer`), as on every engine: gradients are read from the
+program, and what the optimiser makes of them is written into its parameters.
 """
 
 from __future__ import annotations
