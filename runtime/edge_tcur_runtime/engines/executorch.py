@@ -8,6 +8,7 @@ program, and what the optimiser makes of them is written into its parameters.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import types
 import warnings
@@ -46,7 +47,8 @@ class ExecutorchEngine:
         from executorch.extension.pybindings import portable_lib
 
         cores = usable_cores()
-        portable_lib._unsafe_reset_threadpool(min(threads or cores, cores))
+        with _closed_stderr():
+            portable_lib._unsafe_reset_threadpool(min(threads or cores, cores))
         try:
             with _quietly():
                 module = portable_lib._load_for_executorch(str(self._path), str(bundle.path(BASE_PTD)))
@@ -57,6 +59,7 @@ class ExecutorchEngine:
         self._task = find_device_task(bundle.manifest.task)
         self._inputs, self._limits = program.inputs, program.limits
         self._axes = {name: spec.shape for name, spec in bundle.manifest.inputs.items()}
+        self._ranks = {group: spec.rank for group, spec in bundle.manifest.groups.items()}
         self._trained = trained_names(bundle)
         fed = (*bundle.manifest.inputs, TARGETS)
         require_names(self._path, "input", fed, program.inputs)
@@ -75,6 +78,7 @@ class ExecutorchEngine:
             IncompatibleError: samples longer than the program was exported for, or a core of another rank.
         """
         self._require_length(inputs)
+        self._require_rank(feeds)
         most, parts, weights = self._limits.get("batch", len(targets)), [], []
         for place in range(0, len(targets), most):
             part = slice(place, place + most)
@@ -101,15 +105,8 @@ class ExecutorchEngine:
         if self._module.named_params is None:  # they are known after a first pass only
             self._run(arguments)
         for name, parameter in self._module.named_parameters().items():
-            value = feeds[name.removeprefix(_PREFIX)]
-            if tuple(parameter.shape) != value.shape:
-                raise IncompatibleError(
-                    f"{name.removeprefix(_PREFIX)} has shape {value.shape}; this bundle's training program "
-                    f"is for {tuple(parameter.shape)}",
-                    where=str(self._path),
-                    hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
-                )
-            parameter.copy_(self._torch.from_numpy(np.array(value, np.float32)))
+            value = np.array(feeds[name.removeprefix(_PREFIX)], np.float32)
+            parameter.copy_(self._torch.from_numpy(value))
         loss, outputs, metric = self._run(arguments)
         gradients = {
             name.removeprefix(_PREFIX): value.numpy()
@@ -127,6 +124,16 @@ class ExecutorchEngine:
                 hint="use --engine ort-step, or export the bundle again",
             ) from error
         return found
+
+    def _require_rank(self, feeds: Mapping[str, np.ndarray]) -> None:
+        for group, rank in self._ranks.items():
+            found = feeds[f"{group}.core"].shape[-1]
+            if found != rank:
+                raise IncompatibleError(
+                    f"{group}.core has rank {found}; this bundle's training program is for rank {rank}",
+                    where=str(self._path),
+                    hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
+                )
 
     def _require_length(self, inputs: Mapping[str, np.ndarray]) -> None:
         for name, axes in self._axes.items():
@@ -192,6 +199,20 @@ def _quietly() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _closed_stderr() -> Iterator[None]:
+    """ExecuTorch writes to the process's stderr that it counts the processor's cores, and how many it takes."""
+    sys.stderr.flush()
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
 
 
 def _mean(values: list[np.ndarray], weights: list[int]) -> np.ndarray:
