@@ -203,7 +203,7 @@ def _quietly() -> Iterator[None]:
 
 @contextmanager
 def _closed_stderr() -> Iterator[None]:
-    """ExecuTorch writes to the process's stderr that it counts the processor's cores, and how many it takes."""
+    """ExecuTorch writes to the stderr of the process how it counts cores, and how many it takes."""
     sys.stderr.flush()
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:
