@@ -15,6 +15,7 @@ from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.engines import ENGINES, choose_engine
+from edge_tcur_runtime.engines.engine import EXECUTORCH
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.selfcheck import Choice
 from edge_tcur_runtime.engines.session import import_onnxruntime
@@ -103,6 +104,8 @@ class Site:
     def _roles(self, engine: str) -> tuple[str, ...]:
         if engine == "ort-training":
             return ("train",)
+        if engine == EXECUTORCH:
+            return ()  # the tables are of graphs; what its programs take is measured
         if self.settings.last_blocks:
             return ("step_last",)
         return {"on": ("step_recompute",), "off": ("step",)}.get(

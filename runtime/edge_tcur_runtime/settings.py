@@ -120,7 +120,7 @@ class PersonalizeSettings:
         forget: how far the new adapter may fall behind on the bundle's reference set: points (0 to 1) of a
             share, part of an error or a loss (`edge_tcur_runtime.reference`).
         budget: peak resident memory of the whole process in bytes; None for no limit.
-        engine: ``auto``, ``ort-training`` or ``ort-step``.
+        engine: ``auto``, ``ort-training``, ``ort-step`` or ``executorch``.
         provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
         threads: CPU threads; 0 takes all that this process may use.
         seed: of the split and the order of the data.
