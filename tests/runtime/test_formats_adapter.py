@@ -148,7 +148,7 @@ def adapters(draw):
     return Adapter(header, factors, extras)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(adapters())
 def test_what_is_written_reads_back_as_it_was(adapter):
     raw = serialize_adapter(adapter)
@@ -332,13 +332,13 @@ def test_files_of_other_kinds_are_refused(data):
         parse_adapter(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.booleans())
 def test_arbitrary_bytes_never_raise_anything_but_our_errors(data, framed):
     assert refused(with_header(data) if framed else data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_arbitrary_json_headers_never_raise_anything_but_our_errors(data):
     value = st.recursive(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur_runtime.formats.ternary import is_valid, pack, packed_size, unit_vectors, unpack
@@ -18,7 +18,6 @@ def entries(draw):
     return np.array(draw(values), np.int8).reshape(shape)
 
 
-@settings(deadline=None)
 @given(entries())
 def test_what_is_packed_is_unpacked(values):
     packed = pack(values)
@@ -30,7 +29,6 @@ def test_what_is_packed_is_unpacked(values):
     assert is_valid(packed, found)
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_whatever_bytes_are_valid_are_those_that_pack_writes(data):
     rows, count = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
@@ -74,7 +72,6 @@ def test_stray_bits_behind_the_last_entry_are_refused(bit):
     assert not is_valid(packed, values)
 
 
-@settings(deadline=None)
 @given(entries(), st.integers(0, 1))
 def test_unit_vectors_have_length_one_and_the_signs_that_are_stored(values, axis):
     units = unit_vectors(values, axis)

@@ -125,7 +125,7 @@ def test_the_plan_is_what_the_accountant_says():
 
 
 @given(st.floats(0.3, 50), st.integers(2, 5000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_target_is_met(target, samples):
     found = plan_privacy(replace(PRIVATE, privacy=PrivacySettings(epsilon=target, delta=1e-4)), samples)
     assert found.epsilon <= target
