@@ -37,6 +37,7 @@ KEYRING = "keyring.json"
 ROLES = ("root", "targets", "snapshot", "timestamp")
 DAYS = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 14}  # until a signature expires
 _MAX_BYTES = 2**20
+_KEYID_DIGITS = 16
 _PROBE = b"edge-tcur: is this the key?"
 _ENCRYPTED = "encrypted:"
 
@@ -131,7 +132,7 @@ class KeyStore:
         keys = dict(ring.keys)
         for _ in range(count):
             private = Ed25519PrivateKey.generate()
-            signer = CryptoSigner(private)
+            signer = CryptoSigner(private, _short(SSlibKey.from_crypto(private.public_key())))
             name = _free_name(role, keys)
             phrase = self._passphrase("root" if role == "root" else "online")
             pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(phrase))
@@ -154,7 +155,7 @@ class KeyStore:
             BadInputError: the public key cannot be read, or the URI gives no signer that fits it.
         """
         try:
-            public = SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES)))
+            public = _short(SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES))))
             signer = Signer.from_priv_key_uri(uri, public, self._secret)
             public.verify_signature(signer.sign(_PROBE), _PROBE)
         except BadInputError:
@@ -241,6 +242,14 @@ def check_passphrase(phrase: bytes) -> bytes:
             "the passphrase has fewer than 8 bytes", hint="a key is only as safe as its passphrase"
         )
     return phrase
+
+
+def _short(key: SSlibKey) -> SSlibKey:
+    """The key under the first 16 digits of its id: it stands in the metadata up to three times.
+
+    To TUF a key id is a name (TAP 12); which key it names is what the root signs.
+    """
+    return SSlibKey(key.keyid[:_KEYID_DIGITS], key.keytype, key.scheme, key.keyval)
 
 
 def _free_name(role: str, keys: dict[str, KeyEntry]) -> str:

@@ -12,7 +12,7 @@ from securesystemslib.signer import Signer
 from edge_tcur.publish.card import render_card
 from edge_tcur.publish.facts import Description, describe, find_sources
 from edge_tcur.publish.keys import ROLES
-from edge_tcur.publish.repository import CARDS, Change, Repository, catalogue_of
+from edge_tcur.publish.repository import CARDS, Change, Repository
 from edge_tcur_runtime.errors import BadInputError, UsageError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.digest import digest_bytes
@@ -123,6 +123,7 @@ def set_rollout(repository: Repository, name: str, version: int, rollout: int, c
         facts = replace(offer.facts, rollout=rollout, channel=channel or offer.facts.channel)
         target = change.targets.signed.targets[offer.entry.path]
         target.unrecognized_fields["custom"] = serialize_adapter_facts(facts)
+        _tidy(change, change.catalogue.versions)
     return _find(change, name, version)
 
 
@@ -237,9 +238,15 @@ def _enter(change: Change, facts: AdapterFacts) -> None:
 
 
 def _tidy(change: Change, versions: Mapping[str, int]) -> None:
-    """Drops bases that no adapter refers to, and keeps the last used versions: none comes back."""
-    signed = change.targets.signed
-    signed.unrecognized_fields[EXTRA] = serialize_extra(replace(catalogue_of(signed), versions=versions))
+    """Drops bases that no adapter refers to, and keeps the last used versions: none comes back.
+
+    What adapters have in common is written once.
+    """
+    signed, catalogue = change.targets.signed, replace(change.catalogue, versions=versions)
+    signed.unrecognized_fields[EXTRA] = extra = serialize_extra(catalogue)
+    for offer in catalogue.adapters:
+        custom = serialize_adapter_facts(offer.facts, extra.get("usual", {}))
+        signed.targets[offer.entry.path].unrecognized_fields["custom"] = custom
 
 
 def _find(change: Change, name: str, version: int) -> Offer:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.budget import Budget, read_memory
@@ -21,20 +20,23 @@ from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_p
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
-from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
+from edge_tcur_runtime.errors import IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
-from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
+from edge_tcur_runtime.origin import PERSONAL, blank_adapter, bundle_adapter, starting_from
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
 from edge_tcur_runtime.trainer import Batch, Trainer, begin, train
 
-_PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
+__all__ = ["PersonalizeResult", "blank_adapter", "bundle_adapter", "personalize"]
+
+_PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", **PERSONAL}
 _LIBRARIES_BYTES = 32 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 
 
@@ -129,6 +131,7 @@ def personalize(
     budget = Budget(settings.budget)
     _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
+    origin = starting_from(start)
     start = start or blank_adapter(bundle)
     build_feeds(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
@@ -154,7 +157,7 @@ def personalize(
         train(trainer, outcome, kept, held_out, settings, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=coordinates.adapter(outcome.values, _provenance(bundle)),
+        adapter=coordinates.adapter(outcome.values, _provenance(bundle) | origin),
         **outcome.facts(),
         engine=name,
         engine_reason=reason,
@@ -248,28 +251,3 @@ def _digest_again(bundle: Bundle, before: str) -> str:
             hint="nothing was installed; copy or download the bundle again",
         )
     return after
-
-
-def blank_adapter(bundle: Bundle) -> Adapter:
-    """The bundle's own adapter with cores and a head of zero: the base, ready to be trained.
-
-    Raises:
-        IncompatibleError: the bundle carries no adapter.
-    """
-    own = bundle_adapter(bundle)
-    zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in own.factors.items()}
-    extras = {name: np.zeros_like(value) for name, value in own.extras.items()}
-    if bundle.manifest.base_extras is not None:
-        extras |= load_file(bundle.path(bundle.manifest.base_extras))
-    return Adapter(own.header, zero, extras)
-
-
-def bundle_adapter(bundle: Bundle) -> Adapter:
-    """The adapter that was exported with the bundle.
-
-    Raises:
-        IncompatibleError: there is none.
-    """
-    if bundle.manifest.adapter is None:
-        raise IncompatibleError("the bundle carries no adapter", where=str(bundle.root))
-    return read_adapter(bundle.path(bundle.manifest.adapter))

@@ -108,6 +108,42 @@ def test_versions_count_on_and_never_come_back(ok, call, repo, adapters):
     assert call("publish", "withdraw", "banking", 2, "--repo", repo)[0] == 2
 
 
+def test_what_lines_have_in_common_is_signed_once_and_read_by_each(ok, repo, adapters):
+    """Base, fit, rank and runtime: also while they change, and for the one line that differs."""
+    import json
+
+    def listed():
+        return {
+            a["name"]: (a["runtime"], a["rank"]) for a in ok("publish", "status", "--repo", repo)["adapters"]
+        }
+
+    def customs():
+        newest = max(
+            (repo / "metadata").glob("*.targets.json"), key=lambda path: int(path.name.split(".")[0])
+        )
+        return [t["custom"] for t in json.loads(newest.read_text())["signed"]["targets"].values()]
+
+    for number, runtime in enumerate(("0.1.0", "0.0.9", "0.0.9", "0.1.0")):
+        ok(
+            "publish",
+            "add",
+            adapters[number],
+            "--repo",
+            repo,
+            "--name",
+            f"n{number}",
+            "--min-runtime",
+            runtime,
+        )
+    assert listed() == {"n0": ("0.1.0", 3), "n1": ("0.0.9", 3), "n2": ("0.0.9", 3), "n3": ("0.1.0", 3)}
+    assert [len({"base", "fit", "rank"} & set(custom)) for custom in customs()] == [0, 0, 0, 0]
+    assert sum("runtime" in custom for custom in customs()) == 2
+    ok("publish", "rollout", "n0", 1, "50%", "--repo", repo)
+    ok("publish", "withdraw", "n3", 1, "--repo", repo)
+    assert listed() == {"n0": ("0.1.0", 3), "n1": ("0.0.9", 3), "n2": ("0.0.9", 3)}
+    assert [custom.get("runtime") for custom in customs()] == ["0.1.0", None, None]
+
+
 def test_the_card_says_what_it_is_and_its_digest_is_signed(ok, repo, bundle, adapters):
     from hashlib import sha256
 

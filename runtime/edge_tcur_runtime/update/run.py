@@ -16,14 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_tcur_runtime import __version__
-from edge_tcur_runtime.arithmetic import combine
 from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
-    ConfigError,
     EdgeError,
     HealthCheckError,
-    IncompatibleError,
     IntegrityError,
     UsageError,
 )
@@ -38,6 +35,7 @@ from edge_tcur_runtime.formats.adapter import (
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
+from edge_tcur_runtime.update.blend import blend, obstacle, origin_of
 from edge_tcur_runtime.update.client import Verified, refresh, repository_id
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
@@ -278,13 +276,18 @@ class _Update:
         )
 
     def _situation(self) -> Situation:
-        return Situation(
-            self.store.active_digest(),
+        active = self.store.active_digest()
+        situation = Situation(
+            active,
             self.state.committed,
             frozenset(self.state.published),
             self.state.rejected,
             self.settings.personal,
         )
+        if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
+            return situation
+        why = obstacle(active, self.store, self.bundle)
+        return replace(situation, origin=origin_of(active, self.store), obstacle=why)
 
     def _carry_out(self, decision: Decision) -> str | None:
         """Does what was decided and returns what the health check saw."""
@@ -361,27 +364,12 @@ class _Update:
         return read_bounded(part, MAX_FILE_BYTES)
 
     def _combine(self, digest: str) -> str:
-        """Installs the new adapter plus what the personal one learned on the old; returns its digest.
-
-        With the old one in the store: new + personal - old. Without it: the mean of new and personal.
+        """Installs the new adapter plus what the personal one learned here; returns its digest.
 
         Raises:
             IncompatibleError: other rows or columns; the personal adapter stays in use.
         """
-        new, personal, old = self.store.load(digest), self.store.load("active"), self.state.committed
-        parts, weights = [new, personal], [0.5, 0.5]
-        if old is not None and old.digest in {line.digest for line in self.store.list()}:
-            parts, weights = [new, personal, self.store.load(old.digest)], [1.0, 1.0, -1.0]
-        try:
-            mixed = combine(parts, weights)
-        except (IncompatibleError, ConfigError) as error:
-            hint = "the personal adapter stays in use; '--personal replace' takes the published one alone"
-            raise IncompatibleError(f"cannot be combined: {error.message}", hint=hint) from error
-        provenance = {
-            "tool": f"edge-tcur-runtime {__version__}",
-            "method": "published and personal, combined",
-        }
-        mixed = replace(mixed, header=replace(new.header, provenance=provenance))
+        mixed = blend(self.store.load(digest), self.store.load("active"), self.store, self.bundle)
         found = self.store.install(serialize_adapter(mixed))
         self._save(replace(self.state, combined=(*self.state.combined, found)))
         return found
@@ -413,16 +401,17 @@ class _Update:
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
         """Digests that came by update and are kept: in use, or referred to and still listed.
 
-        The one that a personal adapter started from is kept too: `_combine` subtracts it.
+        The one that a personal adapter started from is kept too: `blend` subtracts it.
         """
         state, committed = self.store.state, self.state.committed
         personal = state.in_use is not None and state.in_use not in self.state.published
         held = {line.digest for line in self.store.list()}
+        starts = {origin_of(digest, self.store) for digest in held - set(self.state.published)}
         kept = []
         for digest in self.state.published:
             last = committed is not None and digest == committed.digest
             wanted = digest in listed and (last or digest in state.referenced)
-            if wanted or digest in (state.active, state.pending) or (last and personal):
+            if wanted or digest in (state.active, state.pending) or digest in starts or (last and personal):
                 kept.append(digest)
             elif digest in held:
                 self.store.remove(digest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import socket
 import tempfile
@@ -227,9 +228,9 @@ def test_an_address_of_a_family_that_this_device_lacks_is_passed_over(monkeypatc
 
 def test_a_stick_that_is_pulled_is_a_failed_transport(tmp_path, monkeypatch):
     """The mirror gives an input/output error in the middle: 8, what arrived is kept, and a hint."""
-    (tmp_path / "file").write_bytes(bytes(200_000))
+    content = bytes(range(250)) * 800
+    (tmp_path / "file").write_bytes(content)
     place = FileTransport(tmp_path, Deadline(10))
-    real = FileTransport._read
 
     class Pulled:
         def __init__(self, file):
@@ -251,13 +252,16 @@ def test_a_stick_that_is_pulled_is_a_failed_transport(tmp_path, monkeypatch):
             return self.file.read(size)
 
     fdopen = os.fdopen
-    assert real is FileTransport._read
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *arguments: Pulled(fdopen(*arguments)))
         with pytest.raises(NetworkError) as caught:
             fetch(Download("file", 200_000, "0" * 64, tmp_path / "part"), place)
     assert "mounted" in caught.value.hint
-    assert (tmp_path / "part").stat().st_size == 65_536
+    assert (tmp_path / "part").read_bytes() == content[:65_536]
+    digest = hashlib.sha256(content).hexdigest()
+    fetch(Download("file", 200_000, digest, tmp_path / "part"), place)  # the stick is back: it goes on
+    assert (tmp_path / "part").read_bytes() == content
+    assert place.counters.received == 200_000  # nothing was read twice
 
 
 def test_old_combinations_do_not_fill_the_disk(simulator, device, second, adapters):
@@ -267,12 +271,15 @@ def test_old_combinations_do_not_fill_the_disk(simulator, device, second, adapte
     import numpy as np
 
     from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+    from edge_tcur_runtime.origin import starting_from
 
     adapter = parse_adapter(adapters[0])
     factors = {
         n: f.with_core((f.core + np.float32(0.25)).astype(np.float32)) for n, f in adapter.factors.items()
     }
-    own = device.store.install(serialize_adapter(replace(adapter, factors=factors)), name="personal")
+    header = replace(adapter.header, provenance={"personal": "true", **starting_from(adapter)})
+    own = replace(adapter, header=header, factors=factors)
+    own = device.store.install(serialize_adapter(own), name="personal")
     device.store.activate(own)
     combined = [device.update(simulator, personal=Personal.COMBINE).active]
     for raw in (*adapters[2:], adapters[0]):
