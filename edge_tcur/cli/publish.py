@@ -78,7 +78,34 @@ def publish() -> None:
     """
 
 
-@publish.command(epilog="\b\nExample:\n  edge-tcur publish init repo/")
+def _by_role(_context: object, _option: object, texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Role and value from ``targets=hsm:``."""
+    pairs = [text.partition("=") for text in texts]
+    for role, separator, value in pairs:
+        if not separator or not value or role not in WARN_DAYS:
+            raise click.BadParameter(f"{role}{separator}{value}: not ROLE=..., of {', '.join(WARN_DAYS)}")
+    return [(role, value) for role, _, value in pairs]
+
+
+def _external(
+    signers: list[tuple[str, str]], public_keys: list[tuple[str, str]]
+) -> dict[str, list[tuple[str, Path]]]:
+    """Role -> its signers' URIs and public keys, paired in the order given."""
+    found = dict[str, list[tuple[str, Path]]]()
+    for role in WARN_DAYS:
+        uris = [uri for name, uri in signers if name == role]
+        pems = [Path(pem) for name, pem in public_keys if name == role]
+        if len(uris) != len(pems):
+            raise UsageError(f"{role}: {len(uris)} --signer and {len(pems)} --public-key belong together")
+        if uris:
+            found[role] = list(zip(uris, pems, strict=True))
+    return found
+
+
+@publish.command(
+    epilog="\b\nExamples:\n  edge-tcur publish init repo/\n"
+    "  edge-tcur publish init repo/ --signer targets=hsm: --public-key targets=token.pub.pem"
+)
 @click.argument("repo", type=DIRECTORY)
 @click.option("--root-keys", type=click.IntRange(1, 16), default=3, show_default=True,
               help="How many keys the root has.")  # fmt: skip
@@ -92,14 +119,20 @@ def publish() -> None:
               help="The same for the snapshot.")  # fmt: skip
 @click.option("--timestamp-days", type=click.IntRange(1, 3650), default=14, show_default=True,
               help="The same for the timestamp: how long a device can be kept on an old state.")  # fmt: skip
+@click.option("--signer", "signers", multiple=True, callback=_by_role, metavar="ROLE=URI",
+              help="A key of securesystemslib in place of a new key file; repeatable.")  # fmt: skip
+@click.option("--public-key", "public_keys", multiple=True, callback=_by_role, metavar="ROLE=PEM",
+              help="The public key of each --signer, in the same order.")  # fmt: skip
 @key_options
 @output_options
 def init(
-    repo: Path, keys: dict[str, Any], sink: Sink, root_keys: int, root_threshold: int, **days: int
-) -> None:
+    repo: Path, keys: dict[str, Any], sink: Sink, root_keys: int, root_threshold: int,
+    signers: list[tuple[str, str]], public_keys: list[tuple[str, str]], **days: int,
+) -> None:  # fmt: skip
     """Make keys and an empty signed repository in REPO. Nothing is ever overwritten."""
     opened = open_repository(repo, keys, new=True)
-    change = opened.create(root_keys, root_threshold, {k.removesuffix("_days"): v for k, v in days.items()})
+    until = {name.removesuffix("_days"): value for name, value in days.items()}
+    change = opened.create(root_keys, root_threshold, until, _external(signers, public_keys))
     names = [entry.name for entry in change.ring.keys.values()]
     payload = {"repo": str(repo), "keys_at": str(opened.keys.folder), "keys": names, "root_version": 1}
     human = (
@@ -184,16 +217,20 @@ def rollout(
 
 
 @publish.command(epilog="\b\nExamples:\n  edge-tcur publish rotate timestamp --repo repo/\n"
-                 "  edge-tcur publish rotate targets snapshot timestamp --repo repo/")  # fmt: skip
+                 "  edge-tcur publish rotate targets snapshot timestamp --repo repo/\n"
+                 "  edge-tcur publish rotate root --signer hsm: --public-key token.pub.pem --replaces root-1 "
+                 "--repo repo/")  # fmt: skip
 @click.argument("roles", nargs=-1, required=True, metavar="ROLE...")
 @click.option("--signer", metavar="URI", help="A private key URI of securesystemslib, for one role.")
 @click.option("--public-key", type=EXISTING_FILE, metavar="PEM", help="The public key of --signer.")
+@click.option("--replaces", metavar="KEY",
+              help="Of the root: the key that --signer takes the place of; else it joins.")  # fmt: skip
 @repo_option
 @key_options
 @output_options
 def rotate(
-    roles: tuple[str, ...], signer: str | None, public_key: Path | None, repo: Path, keys: dict[str, Any],
-    sink: Sink,
+    roles: tuple[str, ...], signer: str | None, public_key: Path | None, replaces: str | None, repo: Path,
+    keys: dict[str, Any], sink: Sink,
 ) -> None:  # fmt: skip
     """Give each ROLE (root, targets, snapshot, timestamp) new keys. The root's present keys sign it.
 
@@ -205,7 +242,7 @@ def rotate(
     if (signer is None) != (public_key is None):
         raise UsageError("--signer and --public-key belong together")
     external = None if signer is None or public_key is None else (signer, public_key)
-    change = run(open_repository(repo, keys, new=True), roles, external)
+    change = run(open_repository(repo, keys, new=True), roles, external, replaces)
     version = change.root.signed.version
     human = f"new keys for {', '.join(roles)}; root version {version}"
     sink.result({"roles": list(roles), "root_version": version}, human)

@@ -51,6 +51,8 @@ def _options(command: Any) -> Any:
                      help="Time for everything; default 300, with --install 3600."),
         click.option("--max-size", type=SIZE, default="64MiB", show_default=True,
                      help="Skip an adapter that is larger."),
+        click.option("--max-bundle", type=SIZE, default="4GiB", show_default=True,
+                     help="With --install: refuse a bundle that is larger."),
     )  # fmt: skip
     for option in reversed(choices):
         command = option(command)
@@ -94,7 +96,7 @@ def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:
         hint = "pip install 'edge-tcur-runtime[ota]'"
         raise MissingEngineError(f"updates need {error.name}, which is not installed", hint=hint) from error
     seconds = options.pop("deadline")
-    limits = Limits(adapter_bytes=options.pop("max_size"))
+    limits = Limits(adapter_bytes=options.pop("max_size"), bundle_bytes=options.pop("max_bundle"))
     if seconds is not None or install:
         limits = replace(limits, total_seconds=seconds or limits.bundle_seconds)
     return UpdateSettings(personal=Personal(options.pop("personal")), limits=limits, **options)

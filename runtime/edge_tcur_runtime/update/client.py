@@ -30,13 +30,14 @@ from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestam
 from tuf.ngclient import Updater, UpdaterConfig
 
 from edge_tcur_runtime.atomic import disk_error
-from edge_tcur_runtime.errors import EdgeError, NetworkError, TrustError
+from edge_tcur_runtime.errors import EdgeError, FileFormatError, NetworkError, TrustError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.offer import EXTRA, Catalogue, Entry, parse_catalogue
 from edge_tcur_runtime.update.fetch import Limits, Transport, TufFetcher
 from edge_tcur_runtime.update.floor import ROLES, Versions
 
 _BASE = "repository:/metadata/"
+TELL = "nothing was changed; tell the publisher"
 _SIGNED = {"root": Root, "timestamp": Timestamp, "snapshot": Snapshot, "targets": Targets}
 
 
@@ -115,7 +116,10 @@ def read_verified(metadata: Path, limits: Limits) -> Verified:
         Entry(path, target.length, target.hashes.get("sha256", ""), target.custom)
         for path, target in targets.targets.items()
     ]
-    catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
+    try:
+        catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
+    except FileFormatError as error:
+        raise TrustError(f"signed, and malformed: {error.message}", where=error.where, hint=TELL) from error
     versions = Versions(
         **{role: loaded[role].version for role in ("root", *ROLES)},
         keys={role: _keys_of(root, role) for role in ROLES},

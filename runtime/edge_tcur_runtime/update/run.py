@@ -19,9 +19,12 @@ from edge_tcur_runtime import __version__
 from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
+    BudgetError,
     EdgeError,
+    FileFormatError,
     HealthCheckError,
     IntegrityError,
+    TrustError,
     UsageError,
 )
 from edge_tcur_runtime.feeds import facts_of_manifest, fit_digest
@@ -36,7 +39,7 @@ from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, veri
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.blend import blend, obstacle, origin_of
-from edge_tcur_runtime.update.client import Verified, refresh, repository_id
+from edge_tcur_runtime.update.client import TELL, Verified, refresh, repository_id
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
     Counters,
@@ -144,7 +147,7 @@ def run_update(
 
     Raises:
         TrustError, IntegrityError: 6. NetworkError: 8. DiskError: 7.
-        IncompatibleError, HealthCheckError: 4. BadInputError: 3. UsageError: 2.
+        IncompatibleError, HealthCheckError: 4. BudgetError: 5. BadInputError: 3. UsageError: 2.
         In every case the adapter in use is the one from before.
     """
     bundle = open_bundle(bundle_root, verify=False)  # the manifest; its files are verified before use
@@ -310,10 +313,13 @@ class _Update:
             name = _COMBINED if decision.action is Action.COMBINE else self._free_name(offer)
             base = self.bundle.manifest.base_digest
             self.store.activate(replacing, expected_base=base, name=name)
-        except EdgeError:
+        except (EdgeError, MemoryError) as error:
             with contextlib.suppress(EdgeError):  # the first error is the one to tell
                 self._save(self.state.abandon())
-            raise
+            if isinstance(error, EdgeError):
+                raise
+            hint = "nothing was changed; run it again when other programs have ended"
+            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
         self._save(self.state.commit())
         return seen
 
@@ -323,7 +329,12 @@ class _Update:
         known = {line.digest for line in self.store.list() if line.problem is None}
         if offer.digest not in known:
             raw = self._fetch(offer)
-            self.store.install(raw, expected_base=base, where=offer.entry.path)
+            try:
+                self.store.install(raw, expected_base=base, where=offer.entry.path)
+            except FileFormatError as error:
+                raise TrustError(
+                    f"signed, and no adapter: {error.message}", where=error.where, hint=TELL
+                ) from error
         discard(self._downloads / offer.entry.sha256)
         return offer.digest
 

@@ -15,6 +15,7 @@ import pytest
 
 from edge_tcur_runtime.errors import (
     BadInputError,
+    BudgetError,
     DiskError,
     EdgeError,
     ExitCode,
@@ -56,6 +57,29 @@ def test_what_is_not_the_adapters_fault_never_condemns_it(simulator, device, sec
     for _ in range(4):
         with pytest.raises(type(error)):
             device.update(simulator)
+    device.healthy = healthy
+    assert device.update(simulator).active == second.digest
+
+
+@pytest.mark.parametrize("where", ["raised", "as onnxruntime says it"])
+def test_too_little_memory_is_not_the_adapters_fault(simulator, device, second, monkeypatch, where):
+    """Four times too little memory in the real health check: 5, and it is installed all the same."""
+    from edge_tcur_runtime.predict import Model
+    from edge_tcur_runtime.update.run import _check
+
+    pytest.importorskip("onnxruntime")
+    error = MemoryError() if where == "raised" else RuntimeError("[ONNXRuntimeError] : 6 : std::bad_alloc")
+
+    def fails(*_):
+        raise error
+
+    healthy, device.healthy = device.healthy, _check
+    monkeypatch.setattr(Model, "outputs", fails)
+    for _ in range(4):
+        with pytest.raises(BudgetError) as caught:
+            device.update(simulator)
+    assert caught.value.exit_code is ExitCode.BUDGET
+    assert device.state["rejected"] == {}
     device.healthy = healthy
     assert device.update(simulator).active == second.digest
 
