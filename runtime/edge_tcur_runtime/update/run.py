@@ -229,7 +229,12 @@ class _Update:
         if self.settings.retry:
             committed = None if self._was_taken_out() else self.state.committed
             self.state = replace(self.state, rejected={}, attempts=0, committed=committed)
-        if not self.states.path.exists() or (self.state != before and not self.settings.check_only):
+        self.notes += self.states.warnings
+        if (
+            self.states.missing
+            or self.states.warnings
+            or (self.state != before and not self.settings.check_only)
+        ):
             self.states.write(self.state)
         verified = refresh(self.place, trusted, self.states.folder / "metadata", self.settings.limits)
         check_floor(verified.versions, self.state.floor)
