@@ -300,28 +300,57 @@ def publish_bundle(bundle: Path, name: str, chunk: int, repo: Path, keys: dict[s
 @output_options
 def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     """Show what is published, when signatures expire, and what an update costs a device."""
+    from edge_tcur.publish.leftovers import unreferenced
     from edge_tcur.publish.operations import metadata_size
     from edge_tcur.publish.operations import status as run
 
     opened = open_repository(repo, keys)
     roles, change = run(opened)
-    cost, catalogue = metadata_size(change), change.catalogue
+    cost, catalogue, left = metadata_size(change), change.catalogue, unreferenced(opened, change)
     payload = {
         "roles": {role: asdict(state) for role, state in roles.items()},
         "adapters": [_offer(offer) for offer in catalogue.adapters],
         "bundles": [offer.entry.path for offer in catalogue.bundles],
         "metadata_bytes": cost,
+        "unreferenced": left,
     }
     rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {len(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
+    lines += _leftovers(left, repo)
     for role, state in roles.items():
         if state.days_left < WARN_DAYS[role]:
             sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")
     if cost > METADATA_BYTES:
         sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
     sink.result(payload, "\n".join(lines))
+
+
+@publish.command(epilog="\b\nExample:\n  edge-tcur publish clean --repo repo/ --days 30")
+@click.option("--days", type=click.FloatRange(0, 3650), default=7, show_default=True,
+              help="Keep what was written, or replaced, more recently.")  # fmt: skip
+@repo_option
+@key_options
+@output_options
+def clean(days: float, repo: Path, keys: dict[str, Any], sink: Sink) -> None:
+    """Remove files that nothing refers to any more, such as the chunks of replaced bundles.
+
+    Nothing goes while a bundle was published less than --days ago: devices may still fetch the one before.
+    """
+    from edge_tcur.publish.leftovers import clean as run
+
+    removed = run(open_repository(repo, keys), days)
+    size = sum(removed.values())
+    human = f"removed {len(removed)} files ({format_size(size)}) older than {days:g} days"
+    sink.result({"removed": list(removed), "bytes": size}, human)
+
+
+def _leftovers(left: dict[str, int], repo: Path) -> list[str]:
+    if not left:
+        return []
+    size = format_size(sum(left.values()))
+    return [f"nothing refers to {len(left)} files ({size}): 'edge-tcur publish clean --repo {repo}'"]
 
 
 def _offer(offer: Offer) -> dict[str, object]:

@@ -316,6 +316,36 @@ def test_trust_ships_the_root_once(ok, repo, bundle):
     assert (bundle / "trusted-root.json").read_bytes() == (repo / "metadata" / "1.root.json").read_bytes()
 
 
+def test_what_nothing_refers_to_is_named_and_removed_later(ok, call, repo, bundle, adapters, tmp_path):
+    """Chunks and index of a replaced bundle, and what an interrupted publication left."""
+    import os
+    import time
+
+    add(ok, repo, adapters[0])
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "16KiB")
+    assert ok("publish", "status", "--repo", repo)["unreferenced"] == {}
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "20KiB")
+    left = ok("publish", "status", "--repo", repo)["unreferenced"]
+    assert sum("/chunks/" in path for path in left) > 3
+    assert sum("/bundles/" in path for path in left) == 1
+    assert ok("publish", "clean", "--repo", repo)["removed"] == []  # it was replaced just now
+    long_ago = time.time() - 8 * 86400
+    for path in repo.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    fresh = repo / "targets" / "chunks" / "00" / ("0" * 64)  # of a publication that was broken off just now
+    fresh.parent.mkdir(exist_ok=True)
+    fresh.write_bytes(b"x")
+    assert ok("publish", "clean", "--repo", repo)["removed"] == sorted(left)
+    assert list(ok("publish", "status", "--repo", repo)["unreferenced"]) == [str(fresh.relative_to(repo))]
+    root = repo / "metadata" / "1.root.json"
+    result = ok("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
+    assert result["installed_bundle"]
+    assert result["changed"]
+    (index,) = (repo / "targets" / "bundles" / "bundle").iterdir()
+    index.write_bytes(index.read_bytes() + b" ")
+    assert call("publish", "clean", "--repo", repo)[0] == 6
+
+
 BASE = BaseFacts("sha256:" + "0" * 64, "text-classification")
 offers = st.lists(
     st.tuples(
