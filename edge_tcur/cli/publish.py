@@ -314,7 +314,7 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
         "metadata_bytes": cost,
         "unreferenced": left,
     }
-    rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {len(s.keys)}")
+    rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {', '.join(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")

@@ -62,6 +62,19 @@ def test_what_an_update_costs(ok, repo, bundle, adapters, server):
     assert not result["changed"]
     assert len(server.requests) <= 3
     assert server.sent <= 2**10
+    ok("publish", "rotate", "timestamp", "--repo", repo)
+    publish(ok, repo, bundle, adapters[2])
+    server.reset()
+    assert ok("update", bundle, "--url", server.url)["changed"]
+    assert len(server.requests) <= 6  # with a new root
+    assert server.sent <= adapters[2].stat().st_size + 8 * 2**10
+
+
+def test_a_page_instead_of_a_file_says_what_the_server_does_wrong(call, repo, bundle):
+    (repo / "metadata" / "2.root.json").write_text("<html>not found</html>")
+    code, payload = call("update", bundle, "--url", repo)
+    assert (code, payload["error"]["code"]) == (6, "trust")
+    assert "404" in payload["error"]["hint"]
 
 
 def test_metadata_of_twenty_lines_leaves_room(repo, bundle, adapters, make_variant, monkeypatch):

@@ -72,7 +72,7 @@ def update(
     """Check, fetch, verify and try the newest signed adapter of BUNDLE, and put it in use.
 
     Whatever goes wrong, the adapter in use stays: 6 says that something was not to be trusted, 8 that
-    the network failed, 7 the disk, 4 that the adapter does not work here.
+    the network failed, 7 the disk, 5 that memory is short, 4 that the adapter does not work here.
     """
     if not install and not bundle.is_dir():
         hint = "'--install' with '--root' fetches a published bundle"
@@ -82,7 +82,8 @@ def update(
     result = _run(bundle, store, settings, sink)
     for note in result.notes:
         sink.note(f"note: {note}")
-    sink.result(_payload(result, installed), _report(result, installed))
+    only = "nothing was changed (--check-only)\n" if settings.check_only else ""
+    sink.result(_payload(result, installed), only + _report(result, installed))
 
 
 def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:

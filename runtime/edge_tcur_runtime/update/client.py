@@ -27,6 +27,7 @@ from tuf.api.exceptions import (
     UnsignedMetadataError,
 )
 from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
 from edge_tcur_runtime.atomic import disk_error
@@ -171,6 +172,9 @@ def _user_error(error: Exception) -> EdgeError:
         return NetworkError(f"the server has no usable repository: {text}", hint=hint)
     if isinstance(error, DownloadError):
         return NetworkError(f"cannot fetch the metadata: {text}", hint="run it again later")
+    if isinstance(error, DeserializationError):
+        hint = f"check --url, and that the server answers 404 for what is not there; {kept}"
+        return TrustError(f"what the server sends is no metadata: {text}", hint=hint)
     if isinstance(error, UnsignedMetadataError):
         return TrustError(f"not signed by the trusted keys: {text}", hint=kept)
     return TrustError(f"the repository's metadata is not to be trusted: {text}", hint=kept)

@@ -214,7 +214,8 @@ def _with_personal(best: Offer | None, situation: Situation, skipped: Mapping[st
     known = best.digest in (committed, situation.origin)
     if situation.personal is Personal.KEEP or (combine and (known or situation.obstacle is not None)):
         why = f": {situation.obstacle}" if combine and not known else ""
-        reason = f"a personal adapter is in use and kept{why}; published: {label}"
+        how = "" if combine else " (--personal combine adds it, replace takes it alone)"
+        reason = f"a personal adapter is in use and kept{why}; published: {label}{how}"
         return Decision(Action.NOTHING, reason, best, skipped=skipped)
     if combine:
         return Decision(Action.COMBINE, f"{label}, with what the personal one learned", best, skipped=skipped)
