@@ -34,12 +34,20 @@ from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetF
 
 from edge_tcur.publish.keys import DAYS, ROLES, Keyring, KeyStore
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
-from edge_tcur_runtime.errors import BadInputError, FileFormatError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    EdgeError,
+    FileFormatError,
+    OutputExistsError,
+    TrustError,
+    UsageError,
+)
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
 
 METADATA, TARGETS, CARDS = "metadata", "targets", "cards"
 KEPT_VERSIONS = 8  # of snapshot and targets: a device may be in the middle of reading an older one
+_INIT = ".init"
 _MAX_BYTES = 4 * 2**20
 _VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json")
 
@@ -93,30 +101,41 @@ class Repository:
             if role not in ROLES or len(given) > (root_keys if role == "root" else 1):
                 hint = f"of {', '.join(ROLES)}; one key each, --root-keys of the root"
                 raise UsageError(f"{len(given)} signers of the role {role}", hint=hint)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if self.folder.exists() and not _is_free(self.folder):
             raise OutputExistsError(
                 "there is something already", where=str(self.folder), hint="choose another directory"
             )
-        work = Repository(_beside(self.folder), self.keys.beside(_beside(self.keys.folder)))
+        inside = self.folder / _INIT  # an empty directory may be a mount, or where the user stands
+        place = inside if self.folder.is_dir() else _beside(self.folder)
+        work = Repository(place, self.keys.beside(_beside(self.keys.folder)))
         if not self._begun(work):
             work.fill(root_keys, threshold, days or {}, external)
             _rename(work.keys.folder, self.keys.folder)
-        _rename(work.folder, self.folder)
+        if place == inside:
+            _rename(place / METADATA, self.folder / METADATA)
+            _remove_tree(place)
+        else:
+            _rename(place, self.folder)
         return self.load()
 
     def _begun(self, work: Repository) -> bool:
         """Whether an earlier call came as far as the keys; the leftovers of any other one are removed."""
         if self.keys.folder.exists():
-            try:
-                Repository(work.folder, self.keys).load()
-            except (BadInputError, TrustError) as error:
-                hint = "keys are never overwritten: choose another --keys"
-                where = str(self.keys.folder)
-                raise BadInputError("the directory of keys exists", where=where, hint=hint) from error
-            return True
+            if not work.keys.folder.exists() and self._owns(work.folder):
+                return True
+            hint = "keys are never overwritten: choose another --keys"
+            raise BadInputError("the directory of keys exists", where=str(self.keys.folder), hint=hint)
         for folder in (work.folder, work.keys.folder):
             _remove_tree(folder)
         return False
+
+    def _owns(self, folder: Path) -> bool:
+        """Whether a repository is there, whole, and every key of its root is one of ours."""
+        try:
+            change = Repository(folder, self.keys).load()
+        except EdgeError:
+            return False
+        return set(change.root.signed.keys) == set(change.ring.keys)
 
     def fill(
         self,
@@ -339,10 +358,15 @@ def catalogue_of(targets: Targets) -> Catalogue:
         raise TrustError(f"signed, and malformed: {error.message}", where=error.where) from error
 
 
+def _is_free(folder: Path) -> bool:
+    """Whether a directory holds nothing but what a killed `Repository.create` left."""
+    return folder.is_dir() and all(path.name == _INIT for path in folder.iterdir())
+
+
 def _beside(folder: Path) -> Path:
     """Where `Repository.create` builds what becomes `folder`."""
     place = folder.absolute()
-    return place.with_name(f".{place.name}.init")
+    return place.with_name(f".{place.name}{_INIT}")
 
 
 def _remove_tree(folder: Path) -> None:

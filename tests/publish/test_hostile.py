@@ -299,6 +299,42 @@ def test_an_init_killed_at_any_write_is_run_again(ok, tmp_path):
         assert sorted(path.name for path in place.parent.iterdir()) == ["repo", "repo.keys"], number
 
 
+@pytest.mark.parametrize("renames", [None, 0, 1])
+def test_an_empty_directory_becomes_the_repository_itself(ok, tmp_path, monkeypatch, renames):
+    """It may be a mount, or where the user stands: it is filled, not replaced; also after a kill.
+
+    `renames`: how many were done when it was killed (first the keys, then the metadata); None: the first write.
+    """
+    place = tmp_path / "repo"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    node, done, real = place.stat().st_ino, [], repository_module.os.rename
+
+    def rename(*arguments):
+        if len(done) == renames:
+            raise Killed
+        done.append(real(*arguments))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if renames is None:
+            dies_at(patch, 1)
+        patch.setattr(repository_module.os, "rename", rename)
+        with pytest.raises(Killed):
+            open_repo(place).create(3, 2)
+    assert len(ok("publish", "init", ".")["keys"]) == 6
+    assert place.stat().st_ino == node
+    assert sorted(path.name for path in place.iterdir()) == ["metadata"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["repo", "repo.keys"]
+
+
+def test_keys_with_a_keyring_of_another_repository_are_never_taken(call, repo, tmp_path):
+    shutil.copytree(repo, tmp_path / ".new.init")
+    assert call("publish", "init", tmp_path / "third")[0] == 0
+    (tmp_path / "third.keys").rename(tmp_path / "new.keys")
+    assert call("publish", "init", tmp_path / "new")[0] == 3
+    assert not (tmp_path / "new").exists()
+
+
 def test_keys_of_another_repository_are_never_taken(call, repo, tmp_path):
     """Leftovers of a killed `init` beside keys that are not theirs."""
     shutil.copytree(repo, tmp_path / ".new.init")

@@ -271,7 +271,6 @@ def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogu
     bases = fields.children("bases")
     versions = fields.child("versions")
     usual = {} if fields.is_null("usual") else dict(fields.mapping("usual"))
-    Fields(usual, f"{fields.where}: usual").only(*USUAL)
     adapters, bundles, skipped = [], [], {}
     for entry in sorted(entries, key=lambda entry: entry.path):
         found = _parse_entry(entry, bases, usual, f"{where}: {entry.path}")

@@ -67,7 +67,7 @@ def check_health(
 
     Raises:
         HealthCheckError: it does not fit, gives NaN or infinity, or other answers.
-        MemoryError: the device has not enough memory now; that says nothing about the adapter.
+        BudgetError: the device has not enough memory now; that says nothing about the adapter.
     """
     outputs = _outputs(bundle, adapter)
     if outputs is None:
@@ -106,11 +106,10 @@ def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
         if isinstance(error, (MissingEngineError, BudgetError, DiskError)):
             raise
         raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
-    except MemoryError:
-        raise
     except Exception as error:
-        if any(text in str(error).lower() for text in _NO_MEMORY):
-            raise MemoryError from error
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY):
+            hint = "nothing was changed; run it again when other programs have ended"
+            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
         raise HealthCheckError(f"the graph cannot run with it: {error}") from error
     if not np.isfinite(outputs).all():
         raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")
