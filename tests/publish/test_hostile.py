@@ -303,7 +303,7 @@ def test_an_init_killed_at_any_write_is_run_again(ok, tmp_path):
 def test_an_empty_directory_becomes_the_repository_itself(ok, tmp_path, monkeypatch, renames):
     """It may be a mount, or where the user stands: it is filled, not replaced; also after a kill.
 
-    `renames`: how many were done when it was killed (first the keys, then the metadata); None: the first write.
+    `renames`: how many were done when it died (the keys, then the metadata); None: at the first write.
     """
     place = tmp_path / "repo"
     place.mkdir()
