@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur.publish.operations import superseded
@@ -356,7 +356,6 @@ offers = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(offers)
 def test_no_device_loses_its_adapter_to_superseding(found):
     """Whatever a device could be offered before, its best version is still there after."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import edge_tcur_runtime
@@ -90,7 +90,6 @@ situations = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_what_is_installed_is_listed_fits_and_is_meant_for_this_device(offers, situation):
     decision = decide(offers, DEVICE, situation)
@@ -104,7 +103,6 @@ def test_what_is_installed_is_listed_fits_and_is_meant_for_this_device(offers, s
         assert decision.offer.digest != situation.active
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_an_update_settles(offers, situation):
     """After a decision is carried out the next one is to do nothing: no device goes to and fro."""
@@ -132,7 +130,6 @@ def test_an_update_settles(offers, situation):
         assert again.action is Action.NOTHING
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_what_was_withdrawn_does_not_stay_in_use(offers, situation):
     listed = {found.digest for found in offers}
@@ -142,7 +139,6 @@ def test_what_was_withdrawn_does_not_stay_in_use(offers, situation):
         assert decision.withdrawn == situation.active
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_a_personal_adapter_is_never_replaced_unasked(offers, situation):
     listed = {found.digest for found in offers}
@@ -159,7 +155,6 @@ def test_rollouts_spread_evenly_and_differently_for_each_version():
     assert 430 < both < 570
 
 
-@settings(deadline=None)
 @given(catalogues)
 def test_a_catalogue_is_read_as_it_was_written(offers):
     catalogue = Catalogue(offers, versions={"line": 9, "gone": 4})
@@ -182,7 +177,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_strange_entry_is_skipped_with_the_reason(data):
     good = offer(AdapterFacts("line", 1, "stable", 10_000, BASES[0], "f" * 16, 2, 1, "0.1.0"))
@@ -241,7 +235,6 @@ def test_an_index_is_read_as_it_was_written_and_checked():
             parse_index(raw.replace(old, new), "index")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_an_index_are_an_error_for_people(raw):
     with pytest.raises(EdgeError):
