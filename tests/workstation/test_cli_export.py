@@ -19,7 +19,7 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import PRECISIONS
 
 DATA = Path(__file__).parents[1] / "data"
-FILES = {"adapter.safetensors", "base.bin", "canary.safetensors", "infer.onnx", "step.onnx"}
+FILES = {"adapter.safetensors", "base.bin", "canary.safetensors", "infer.onnx", "step.onnx", "checks.onnx"}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     for name, entry in report["files"].items():
         assert entry == {"size": (bundle / name).stat().st_size, "sha256": digest_file(bundle / name)}
     assert report["graph_bytes"] == {
-        name: report["files"][name]["size"] for name in ("infer.onnx", "step.onnx")
+        name: report["files"][name]["size"] for name in ("infer.onnx", "step.onnx", "checks.onnx")
     }
     assert report["base_bytes"] == report["files"]["base.bin"]["size"]
     assert report["adapter_bytes"] == (trained / "adapter.safetensors").stat().st_size
@@ -71,7 +71,7 @@ def inspected(bundle, report, capsys):
     assert (shown["kind"], shown["digests_match"], shown["damaged"]) == ("bundle", True, {})
     assert (shown["base_digest"], shown["device"]) == (report["base_digest"], "raspberry-pi-5-8gb")
     assert shown["precision"] == "int8"
-    assert shown["graphs"] == {"infer": "infer.onnx", "step": "step.onnx"}
+    assert shown["graphs"] == {"infer": "infer.onnx", "step": "step.onnx", "checks": "checks.onnx"}
     assert {name: entry["bytes"] for name, entry in shown["files"].items()} == {
         name: entry["size"] for name, entry in report["files"].items()
     }
