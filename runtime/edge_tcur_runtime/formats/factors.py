@@ -203,6 +203,11 @@ def _check_indices(factors: Factors, spec: GroupSpec, rank: int, where: str) -> 
             )
 
 
+def all_finite(value: np.ndarray) -> bool:
+    """Whether a float array holds no NaN and no infinity; takes no memory, however large it is."""
+    return bool(np.isfinite(value.min(initial=0)) and np.isfinite(value.max(initial=0)))
+
+
 def _check_core(core: np.ndarray, spec: GroupSpec, where: str) -> int:
     n3, rank = len(spec.parameters), int(core.shape[-1]) if core.ndim == 3 else 0
     if rank < 1 or core.shape != (n3, rank, rank) or core.dtype != np.float32:
@@ -211,6 +216,6 @@ def _check_core(core: np.ndarray, spec: GroupSpec, where: str) -> int:
             f"expected float32 [{n3}, r, r] with r of at least 1",
             where=where,
         )
-    if not np.isfinite(core).all():
+    if not all_finite(core):
         raise BadInputError("the core holds NaN or infinity", where=where)
     return rank
