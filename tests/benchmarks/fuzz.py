@@ -22,7 +22,7 @@ import time
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import parse_adapter, read_adapter, serialize_adapter
-from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.bundle import Manifest, open_bundle
 
 SECONDS = 1.0  # of processor time, for one file
 HANG = 120.0  # by the clock: a machine that is shared may stand still
@@ -108,9 +108,14 @@ def examine(seed: int, number: int, tally: Tally, folder: Path) -> str:
     return f"{verdict}; {mutant.how}"
 
 
+@cache
+def _manifest() -> Manifest:
+    return open_bundle(TESTS / "data" / "bundle-v1", verify=False).manifest
+
+
 def _fit(adapter: Any) -> str:
     """Whether an accepted adapter fits the bundle of version 1; anything but that or a refusal is raised."""
-    manifest = open_bundle(TESTS / "data" / "bundle-v1", verify=False).manifest
+    manifest = _manifest()
     try:
         feeds = build_feeds(manifest, adapter)
     except EdgeError:
@@ -124,7 +129,8 @@ def run_chunk(seed: int, start: int, count: int = CHUNK) -> Tally:
     tally = Tally()
     with tempfile.TemporaryDirectory() as folder:
         for number in range(start, start + count):
-            faulthandler.dump_traceback_later(HANG, exit=True)
+            if number % SHARE == 0:
+                faulthandler.dump_traceback_later(HANG, exit=True)
             examine(seed, number, tally, Path(folder))
     faulthandler.cancel_dump_traceback_later()
     return tally

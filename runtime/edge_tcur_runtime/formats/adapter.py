@@ -63,6 +63,9 @@ MAX_FILE_BYTES = 64 * 2**20  # a head of 50,000 classes fits; a base model does 
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_ALPHA = 1e6
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_DTYPE_NAMES = tuple(_DTYPES)  # a list is no key of a dict, but may be looked for in a tuple
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
 _ENTRY = ("dtype", "shape", "data_offsets")
 _METADATA_KEY = "__metadata__"  # of the safetensors header
 _METADATA = "edge_tcur"
@@ -240,15 +243,16 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
     check_version(Fields(document, place), FORMAT_VERSION)  # a newer one may hold anything else
     tensors = _parse_tensors(raw, table, where)
     rest = {key: value for key, value in document.items() if key != _DIGEST}
-    expected, actual = Fields(document, place).text(_DIGEST), _content_digest(rest, tensors)
-    if actual != expected or text != _compact({**rest, _DIGEST: expected}):
+    body, expected = _compact(rest), Fields(document, place).text(_DIGEST)
+    actual = _text_digest(body, tensors)
+    if actual != expected or text != f'{body[:-1]},"{_DIGEST}":"{expected}"}}':
         raise IntegrityError(
             f"the content was altered: its digest is {actual}, the file promises {expected}",
             where=where,
             hint="fetch or build the adapter again; this copy is not used",
         )
     header = _parse_header(rest, place)
-    if _compact(rest) != _compact(_document(header)):
+    if body != _compact(_document(header)):
         raise FileFormatError("the fields are not written in the format's order and form", where=place)
     adapter = _assemble(header, tensors, where)
     _check_values(adapter, where, read=True)
@@ -257,13 +261,17 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
 
 def _compact(document: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+        return _ENCODER.encode(document)
     except RecursionError as error:
         raise FileFormatError("nested too deeply", where="adapter") from error
 
 
 def _content_digest(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    named = [(_METADATA, np.frombuffer(_compact(document).encode(), dtype=np.uint8))]
+    return _text_digest(_compact(document), tensors)
+
+
+def _text_digest(body: str, tensors: Mapping[str, np.ndarray]) -> str:
+    named = [(_METADATA, np.frombuffer(body.encode(), dtype=np.uint8))]
     named += [(name, tensors[name]) for name in sorted(tensors)]
     return digest_tensors(named)
 
@@ -292,10 +300,9 @@ def _parse_table(raw: bytes, where: str) -> dict[str, Any]:
 
 def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     for name, entry in table.items():
-        Fields(entry if isinstance(entry, dict) else {}, f"{where}: {name}").only(*_ENTRY).choice(
-            "dtype", _DTYPES
-        )
         _check_name(name, where)
+        if not isinstance(entry, dict) or tuple(entry) != _ENTRY or entry["dtype"] not in _DTYPE_NAMES:
+            _refuse_entry(entry, f"{where}: {name}")
     _check_order(table, where)
     try:
         entries = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]
@@ -310,17 +317,27 @@ def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str
 def _check_order(table: Mapping[str, Any], where: str) -> None:
     """Refuses tensors in another order than the library writes: by dtype (`_DTYPES`), then by name, one
     behind the other. Their data would be the same, their file another."""
-    order, end = [(list(_DTYPES).index(entry["dtype"]), name) for name, entry in table.items()], 0
-    if order != sorted(order):
-        raise FileFormatError("the tensors are not in the format's order", where=where)
+    end, last = 0, (0, "")
     for name, entry in table.items():
-        offsets = entry.get("data_offsets")
-        ends = isinstance(offsets, list) and len(offsets) == 2 and all(type(size) is int for size in offsets)
-        if not ends or tuple(entry) != _ENTRY or not end == offsets[0] <= offsets[1]:
+        order, offsets = (_ORDER[entry["dtype"]], name), entry["data_offsets"]
+        if order < last:
+            raise FileFormatError("the tensors are not in the format's order", where=where)
+        if not _are_offsets(offsets) or not end == offsets[0] <= offsets[1]:
             raise FileFormatError(
                 "'data_offsets' must follow on those of the tensor before", where=f"{where}: {name}"
             )
-        end = offsets[1]
+        end, last = offsets[1], order
+
+
+def _are_offsets(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) is type(value[1]) is int
+
+
+def _refuse_entry(entry: object, where: str) -> None:
+    """Raises the error of a tensor's entry that is not as it must be."""
+    fields = Fields(entry if isinstance(entry, dict) else {}, where)
+    fields.only(*_ENTRY).choice("dtype", _DTYPES)
+    raise FileFormatError(f"the fields must be {', '.join(_ENTRY)}", where=where)
 
 
 def _check_name(name: str, where: str) -> None:

@@ -54,7 +54,7 @@ def digest_tensors(tensors: Iterable[tuple[str, np.ndarray]]) -> str:
     for name, array in tensors:
         state.update(tensor_header(name, array))
         content = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-        state.update(content.reshape(-1).view(np.uint8))  # a view: large tensors are not copied
+        state.update(content.reshape(-1).view(np.uint8).data)  # no copy of a large tensor
     return PREFIX + state.hexdigest()
 
 

@@ -19,6 +19,7 @@ FRAMES = ("raw", "orthonormal", SKETCH)
 INDEX_PARTS = ("rows", "cols")
 SKETCH_PARTS = ("left", "right")
 FACTOR_PARTS = ("core", *INDEX_PARTS, *SKETCH_PARTS)
+_PIECE = 2**16  # numbers that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -204,8 +205,9 @@ def _check_indices(factors: Factors, spec: GroupSpec, rank: int, where: str) -> 
 
 
 def all_finite(value: np.ndarray) -> bool:
-    """Whether a float array holds no NaN and no infinity; takes no memory, however large it is."""
-    return bool(np.isfinite(value.min(initial=0)) and np.isfinite(value.max(initial=0)))
+    """Whether a float array holds no NaN and no infinity; takes little memory, however large it is."""
+    flat = value.reshape(-1)
+    return all(bool(np.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, flat.size, _PIECE))
 
 
 def _check_core(core: np.ndarray, spec: GroupSpec, where: str) -> int:
