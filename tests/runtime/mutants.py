@@ -451,9 +451,11 @@ def edit_tensors(rng: random.Random, tensors: Tensors) -> str:
             flat[rng.randrange(flat.size)] = rng.choice(NUMBERS)
         elif value.dtype == np.int32:
             place = rng.randrange(flat.size)
-            flat[place] = rng.choice((-1, 0, 2**31 - 1, -(2**31), int(flat[place]) + 1, int(flat[place]) - 1))
+            near = min(int(flat[place]), 2**31 - 2) + 1, max(int(flat[place]), 1 - 2**31) - 1
+            flat[place] = rng.choice((-1, 0, 2**31 - 1, -(2**31), *near))
         else:
-            flat[rng.randrange(flat.size)] = rng.randrange(256)
+            octets = flat.view(np.uint8)
+            octets[rng.randrange(octets.size)] = rng.randrange(256)
         tensors[name] = flat.reshape(value.shape)
     elif how == "swap":
         tensors[name] = np.flip(value, rng.randrange(value.ndim)) if value.ndim else value
@@ -531,7 +533,7 @@ def make(seed: int, number: int) -> tuple[bytes, Mutant]:
         alter = rng.choice(ALTER)
         try:
             changed = alter(rng, changed)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             continue  # what came before left no header that this one could edit
         steps.append(alter.__name__)
     return origin, Mutant(changed, f"altered: {', '.join(steps)}")
