@@ -6,6 +6,8 @@ parent asks one after another for one step, so that all see the same machine, an
 those of steps next to each other. Medians and ratios are of the clock. Ways:
 
 - torch, LoRA r8: peft on the same weights, eager: forward, backward and AdamW; the head is trained too
+- torch, products alone: the matrix products of the adapted layers and of their backward pass, one after
+  another, and nothing else: what any step takes at least at torch's speed
 - ort-step, ort-training: the engine's step at default settings, then what a personalisation does with it:
   gradients pulled back into the frame, AdamW, the new cores in raw coordinates
 - frozen base in the same engine: the base without adapters, its head fixed, forward and backward down to the
@@ -29,11 +31,13 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from safetensors.numpy import load, save
 
 LORA = "torch, LoRA r8"
 ENGINES = ("ort-step", "ort-training")
 FROZEN = "frozen base, "
-WAYS = (LORA, *(way for engine in ENGINES for way in (engine, FROZEN + engine)))
+PRODUCTS = "torch, products alone"
+WAYS = (LORA, PRODUCTS, *(way for engine in ENGINES for way in (engine, FROZEN + engine)))
 ENTRY = "embeddings.LayerNorm"  # of BERT: what stands in front of the first block
 Step = Callable[[], object]
 
@@ -79,7 +83,7 @@ def write_frozen(run_path: Path, work: Path) -> None:
     ir.save(step, work / "step.onnx")
     training = graphs.inputs_to_initializers(graphs.to_graph(forward), values)
     write_artifacts(training, (trained,), base_file, work, "adamw")
-    np.savez(work / "trained.npz", **{trained: values[trained]})
+    (work / "trained.safetensors").write_bytes(save({trained: values[trained]}))
 
 
 # --- one way, in a process of its own --------------------------------------------------------------------
@@ -112,10 +116,36 @@ def torch_step(run_path: Path, samples: int, length: int, threads: int) -> Step:
 
     def step() -> float:
         loss = task.loss(model(**inputs), targets)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss)
+        return float(loss.detach())
+
+    return step
+
+
+def products_step(run_path: Path, samples: int, length: int, threads: int) -> Step:
+    """The products of the frozen layers: outputs, and gradients of inputs."""
+    import torch
+
+    from edge_tcur.method.targets import find_targets
+    from edge_tcur.training.evaluate import load_run_base
+    from edge_tcur.training.run import open_run
+
+    torch.set_num_threads(threads)
+    run = open_run(run_path)
+    base = load_run_base(run)
+    groups = find_targets(base.model, run.config.method(), keep=base.head).groups
+    names = [module for group in groups for module in group.modules]
+    weights = [base.model.get_parameter(f"{name}.weight").detach() for name in names]
+    tokens = samples * length
+    pairs = [(torch.randn(tokens, w.shape[1]), w, torch.randn(tokens, w.shape[0])) for w in weights]
+
+    def step() -> None:
+        for x, weight, _ in pairs:
+            torch.mm(x, weight.T)
+        for _, weight, gradient in pairs:
+            torch.mm(gradient, weight)
 
     return step
 
@@ -154,8 +184,7 @@ def frozen_step(engine_name: str, root: Path, work: Path, samples: int, length: 
     from edge_tcur_runtime.formats.bundle import Bundle, open_bundle
 
     manifest = open_bundle(root, verify=False).manifest
-    with np.load(work / "trained.npz") as file:
-        feeds = dict(file)
+    feeds = load((work / "trained.safetensors").read_bytes())
     roles = {"step": "step.onnx", "train": "train.onnx", "eval": "eval.onnx", "checkpoint": "checkpoint"}
     extras = {name: value.shape for name, value in feeds.items()}
     bundle = Bundle(work, replace(manifest, groups={}, extras=extras, graphs=roles))
@@ -170,6 +199,8 @@ def run_child(options: argparse.Namespace) -> None:
     sizes = (options.samples, options.length, options.threads)
     if options.child == LORA:
         step = torch_step(options.run, *sizes)
+    elif options.child == PRODUCTS:
+        step = products_step(options.run, *sizes)
     elif options.child.startswith(FROZEN):
         step = frozen_step(options.child.removeprefix(FROZEN), root, frozen, *sizes)
     else:

@@ -152,10 +152,9 @@ def read_factors(parts: Mapping[str, np.ndarray], spec: GroupSpec, where: str) -
                 f"{name} has shape {packed.shape} and dtype {packed.dtype}; expected uint8 {list(expected)}",
                 where=where,
             )
-        values = unpack(packed, count)
-        if not is_valid(packed, values):
+        if not is_valid(packed, count):
             raise BadInputError(f"{name} holds something else than -1, 0 and 1", where=where)
-        unpacked.append(values.reshape(-1, *shape))
+        unpacked.append(unpack(packed, count).reshape(-1, *shape))
     return SketchFactors(parts["core"], *unpacked)
 
 
