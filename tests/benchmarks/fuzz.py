@@ -175,7 +175,7 @@ def run(seed: int, count: int, processes: int, total: Tally) -> None:
             done += CHUNK
             rate = done / (time.monotonic() - began)
             end = "\r" if sys.stdout.isatty() else "\n"
-            if end == "\r" or done % (50 * CHUNK) == 0:
+            if end == "\r" or done % (10 * CHUNK) == 0:
                 sys.stdout.write(
                     f"{done:,} of {count:,}, {rate:.0f} a second, {len(total.faults)} faults{end}"
                 )

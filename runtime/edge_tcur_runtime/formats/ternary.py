@@ -34,8 +34,8 @@ def unpack(packed: np.ndarray, count: int) -> np.ndarray:
 
 
 def is_valid(packed: np.ndarray, count: int) -> bool:
-    """Whether `packed` is what `pack` writes for rows of `count` entries: no invalid pattern, and no stray bits
-    behind."""
+    """Whether `packed` is what `pack` writes for rows of `count` entries: no invalid pattern, and no stray
+    bits behind."""
     used = count % _PER_BYTE
     stray = bool((packed[:, -1] >> (2 * used)).any()) if used and packed.size else False
     return not stray and not _INVALID[packed].any()
@@ -45,6 +45,6 @@ def unit_vectors(values: np.ndarray, axis: int) -> np.ndarray:
     """float32 entries of the vectors along `axis`, each divided by its length (an empty one stays zero)."""
     entries = values.astype(np.float32)
     lengths = np.sqrt(np.square(entries).sum(axis=axis, keepdims=True), dtype=np.float64)
-    # One division a vector, rounded once: an entry is plus or minus that, so no bit differs from dividing each.
+    # One division a vector, rounded once: an entry is plus or minus that, the bits of dividing each.
     entries *= (1 / np.maximum(lengths, 1)).astype(np.float32)
     return entries
