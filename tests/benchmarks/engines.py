@@ -83,7 +83,7 @@ def make_update(name: str, bundle: Bundle, samples: int, length: int) -> Callabl
     generator, manifest = np.random.default_rng(0), bundle.manifest
     sizes = {"batch": samples, "sequence": length}
     inputs = {
-        key: np.ones([sizes.get(axis, axis) for axis in spec.shape], spec.dtype)  # type: ignore[misc,call-overload]
+        key: np.ones([sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
         for key, spec in manifest.inputs.items()
     }
     inputs["input_ids"] = generator.integers(1000, 2000, (samples, length))
