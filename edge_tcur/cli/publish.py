@@ -173,8 +173,11 @@ def add(
     done = add_adapter(open_repository(repo, keys), adapter, Description(**said), bundle)
     if not done.canary:
         sink.note("note: without --base its answers are not signed; devices check for finite outputs only")
+    if done.put_back:
+        sink.note("note: it was published before; its file was missing or damaged and was put back")
     facts = done.offer.facts
-    payload = {**_offer(done.offer), "superseded": list(done.superseded), "canary": done.canary}
+    payload = {**_offer(done.offer), "superseded": list(done.superseded), "canary": done.canary,
+               "put_back": done.put_back}  # fmt: skip
     human = (
         f"published {facts.name} version {facts.version} ({format_size(done.offer.entry.size)}), "
         f"{facts.channel}, {facts.rollout / 100:g} %\n"
@@ -300,7 +303,7 @@ def publish_bundle(bundle: Path, name: str, chunk: int, repo: Path, keys: dict[s
 @output_options
 def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     """Show what is published, when signatures expire, and what an update costs a device."""
-    from edge_tcur.publish.leftovers import unreferenced
+    from edge_tcur.publish.leftovers import damaged, unreferenced
     from edge_tcur.publish.operations import metadata_size
     from edge_tcur.publish.operations import status as run
 
@@ -313,12 +316,17 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
         "bundles": [offer.entry.path for offer in catalogue.bundles],
         "metadata_bytes": cost,
         "unreferenced": left,
+        "damaged": (broken := damaged(opened, change)),
     }
     rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {', '.join(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
     lines += _leftovers(left, repo)
+    for place in broken:
+        sink.note(
+            f"warning: {place} is missing or damaged; 'edge-tcur publish add' of that file puts it back"
+        )
     for role, state in roles.items():
         if state.days_left < WARN_DAYS[role]:
             sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")

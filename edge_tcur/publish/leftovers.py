@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from edge_tcur.publish.repository import CARDS, TARGETS, Change, Repository
-from edge_tcur_runtime.errors import IntegrityError
+from edge_tcur.publish.repository import CARDS, TARGETS, Change, Repository, target_place
+from edge_tcur_runtime.errors import BadInputError, IntegrityError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.chunks import chunk_path, parse_index
 from edge_tcur_runtime.formats.digest import PREFIX, digest_bytes
@@ -23,9 +23,13 @@ def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     """
     used = {str(path.relative_to(repository.folder)) for path in _indexes(repository, change)}
     for path in _indexes(repository, change):
-        raw = read_bounded(path, _MAX_INDEX)
+        hint = "publish the bundle again ('edge-tcur publish bundle')"
+        try:
+            raw = read_bounded(path, _MAX_INDEX)
+        except BadInputError as error:
+            raise BadInputError(error.message, where=str(path), hint=hint) from error
         if digest_bytes(raw) != PREFIX + path.name.partition(".")[0]:
-            raise IntegrityError("not the index that is signed", where=str(path), hint="publish it again")
+            raise IntegrityError("not the index that is signed", where=str(path), hint=hint)
         for file in parse_index(raw, str(path)).files.values():
             used |= {chunk_path(digest) for digest in file.chunks}
     for offer in change.catalogue.adapters:
@@ -36,6 +40,15 @@ def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     files = [path for top in (TARGETS, CARDS) for path in (repository.folder / top).rglob("*")]
     found = {str(p.relative_to(repository.folder)): p.stat().st_size for p in sorted(files) if p.is_file()}
     return {path: size for path, size in found.items() if path not in used}
+
+
+def damaged(repository: Repository, change: Change) -> list[str]:
+    """Paths of the listed adapters whose files are missing or damaged; devices then keep what they have."""
+    places = {
+        target_place(offer.entry.path, offer.entry.sha256): offer.entry.sha256
+        for offer in change.catalogue.adapters
+    }
+    return [place for place, sha256 in places.items() if not repository.holds(place, sha256)]
 
 
 def clean(repository: Repository, days: float = GRACE_DAYS) -> dict[str, int]:

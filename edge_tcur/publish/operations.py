@@ -12,7 +12,7 @@ from securesystemslib.signer import Key
 from edge_tcur.publish.card import render_card
 from edge_tcur.publish.facts import Description, describe, find_sources
 from edge_tcur.publish.keys import ROLES
-from edge_tcur.publish.repository import CARDS, Change, Repository
+from edge_tcur.publish.repository import CARDS, Change, Repository, target_place
 from edge_tcur_runtime.errors import BadInputError, UsageError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.digest import digest_bytes
@@ -34,11 +34,15 @@ LATER = ("targets", "snapshot", "timestamp")
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter that was published: its offer, and the paths of those that it superseded."""
+    """An adapter that was published: its offer, and the paths of those that it superseded.
+
+    With `put_back` it was published before, and its file was missing or damaged.
+    """
 
     offer: Offer
     superseded: tuple[str, ...]
     canary: bool
+    put_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         catalogue = change.catalogue
         for offer in catalogue.adapters:
             if offer.digest == digest:
+                if _put_back(repository, offer, raw):
+                    return Published(offer, (), offer.facts.canary is not None, put_back=True)
                 label = f"{offer.facts.name} version {offer.facts.version}"
                 hint = "'edge-tcur publish rollout' changes who gets it"
                 raise BadInputError(f"already published as {label}", where=str(path), hint=hint)
@@ -90,6 +96,15 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         repository.remove_file(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
     offer = _find(change, facts.name, facts.version)
     return Published(offer, tuple(o.entry.path for o in dropped), facts.canary is not None)
+
+
+def _put_back(repository: Repository, offer: Offer, raw: bytes) -> bool:
+    """Writes the file of a listed adapter again where it is missing or damaged; False where it is whole."""
+    place = target_place(offer.entry.path, offer.entry.sha256)
+    if repository.holds(place, offer.entry.sha256):
+        return False
+    repository.write_file(place, raw)
+    return True
 
 
 def withdraw(repository: Repository, name: str, version: int) -> Offer:

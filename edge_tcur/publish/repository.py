@@ -43,11 +43,13 @@ from edge_tcur_runtime.errors import (
     UsageError,
 )
 from edge_tcur_runtime.formats.adapter import read_bounded
+from edge_tcur_runtime.formats.digest import PREFIX, digest_file
 from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
 
 METADATA, TARGETS, CARDS = "metadata", "targets", "cards"
 KEPT_VERSIONS = 8  # of snapshot and targets: a device may be in the middle of reading an older one
 _INIT = ".init"
+_RESTORE = "restore the directory from what was last published (the copy on your server)"
 _MAX_BYTES = 4 * 2**20
 _VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json")
 
@@ -176,6 +178,10 @@ class Repository:
         """
         if not (self.folder / METADATA / "timestamp.json").is_file():
             hint = "'edge-tcur publish init DIR' makes one"
+            if (self.folder / METADATA).exists():
+                raise BadInputError(
+                    "metadata/timestamp.json is missing", where=str(self.folder), hint=_RESTORE
+                )
             raise BadInputError("there is no repository", where=str(self.folder), hint=hint)
         root = cast("Metadata[Root]", self._read(f"{self.root_version()}.root.json", Root))
         timestamp = cast("Metadata[Timestamp]", self._read("timestamp.json", Timestamp))
@@ -284,14 +290,21 @@ class Repository:
         folder, _, name = path.rpartition("/")
         self._write(folder, name, raw)
 
+    def holds(self, path: str, sha256: str) -> bool:
+        """Whether a file of the repository is there and whole."""
+        place = self.folder / path
+        try:
+            return place.is_file() and digest_file(place) == PREFIX + sha256
+        except OSError:  # it cannot be read
+            return False
+
     def remove_target(self, change: Change, path: str) -> None:
         """Takes a target out of the list; its file is removed after `publish`, by `drop_file`."""
         del change.targets.signed.targets[path]
 
     def drop_file(self, path: str, sha256: str) -> None:
         """Removes the file of a target that is no longer listed."""
-        folder, _, name = path.rpartition("/")
-        self.remove_file(f"{TARGETS}/{folder}/{sha256}.{name}")
+        self.remove_file(target_place(path, sha256))
 
     def remove_file(self, path: str) -> None:
         """Removes a file of the repository; DiskError where it cannot be removed."""
@@ -306,7 +319,7 @@ class Repository:
         names = [path.name for path in (self.folder / METADATA).glob("*.root.json")]
         versions = [int(match.group(1)) for name in names if (match := _VERSIONED.fullmatch(name))]
         if not versions:
-            raise BadInputError("there is no root", where=str(self.folder / METADATA))
+            raise BadInputError("there is no root", where=str(self.folder / METADATA), hint=_RESTORE)
         return max(versions)
 
     def root_bytes(self) -> bytes:
@@ -324,8 +337,10 @@ class Repository:
         path = self.folder / METADATA / name
         try:
             metadata = Metadata[Any].from_bytes(read_bounded(path, _MAX_BYTES))
+        except BadInputError as error:
+            raise BadInputError(error.message, where=str(path), hint=_RESTORE) from error
         except RepositoryError as error:
-            raise TrustError(f"not metadata: {error}", where=str(path)) from error
+            raise TrustError(f"not metadata: {error}", where=str(path), hint=_RESTORE) from error
         if not isinstance(metadata.signed, kind):
             raise TrustError(f"metadata of another role ({metadata.signed.type})", where=str(path))
         return metadata
@@ -344,6 +359,12 @@ class Repository:
             match = _VERSIONED.fullmatch(path.name)
             if match and int(match.group(1)) <= newest.get(match.group(2), 0) - KEPT_VERSIONS:
                 self.remove_file(f"{METADATA}/{path.name}")
+
+
+def target_place(path: str, sha256: str) -> str:
+    """Where the file of a listed target lies in the repository."""
+    folder, _, name = path.rpartition("/")
+    return f"{TARGETS}/{folder}/{sha256}.{name}"
 
 
 def catalogue_of(targets: Targets) -> Catalogue:
@@ -394,7 +415,7 @@ def _verify(root: Root, metadata: Metadata[Any], folder: Path) -> None:
         raise TrustError(
             f"the {role} metadata here is not signed by the root's keys: {error}",
             where=str(folder),
-            hint="restore the directory from what was last published",
+            hint=_RESTORE,
         ) from error
 
 

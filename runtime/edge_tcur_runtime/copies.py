@@ -29,6 +29,7 @@ class Current(Generic[T]):
     generation: int = 0  # 0: no valid copy was found
     slot: int = 1  # index into `NAMES`; the next write goes to the other one
     warnings: tuple[str, ...] = ()
+    valid: int = 0  # how many copies are valid; one is missing or damaged below 2, or not written yet
 
 
 class Copies(Generic[T]):
@@ -54,7 +55,7 @@ class Copies(Generic[T]):
                 an older document.
             BadInputError: no permission. FormatVersionError: written by a newer version.
         """
-        best, warnings = Current(empty), []
+        best, warnings, valid = Current(empty), [], 0
         for slot, name in enumerate(NAMES):
             try:
                 copy = self._read_copy(self.folder / name)
@@ -63,9 +64,10 @@ class Copies(Generic[T]):
                     raise
                 warnings.append(f"{error}; this copy of {self._what} is not used")
                 continue
+            valid += copy is not None
             if copy is not None and copy[1] > best.generation:
                 best = Current(*copy, slot)
-        return replace(best, warnings=tuple(warnings))
+        return replace(best, warnings=tuple(warnings), valid=valid)
 
     def write(self, current: Current[T], serialize: Callable[[int], bytes]) -> None:
         """Writes the next generation in the place of the older or damaged copy; DiskError where it cannot."""

@@ -220,6 +220,11 @@ class Store:
         return self._read().warnings
 
     @property
+    def may_be_behind(self) -> bool:
+        """Whether a copy of the state is damaged, gone or not written yet: the state may be an old one."""
+        return self._read().valid < len(NAMES)
+
+    @property
     def state(self) -> State:
         """The state on disk now."""
         return self._read().value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import replace
 from types import SimpleNamespace
@@ -393,3 +394,38 @@ def test_superseding_keeps_one_to_go_back_to():
     assert [o.facts.version for o in superseded(line, "a")] == [3, 2, 1]
     canary = replace(line[4], facts=replace(line[4].facts, rollout=100))
     assert [o.facts.version for o in superseded((*line[:4], canary), "a")] == [2, 1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "altered"])
+def test_a_damaged_file_of_an_adapter_is_named_and_put_back(ok, call, repo, bundle, adapters, damage):
+    added = ok("publish", "add", adapters[0], "--repo", repo, "--base", bundle, "--name", "a")
+    (place,) = (repo / "targets" / "adapters" / "a").iterdir()
+    place.unlink() if damage == "missing" else place.write_bytes(b"x" * place.stat().st_size)
+    assert ok("publish", "status", "--repo", repo)["damaged"] == [str(place.relative_to(repo))]
+    again = ok("publish", "add", adapters[0], "--repo", repo, "--base", bundle, "--name", "a")
+    assert again["put_back"]
+    assert not added["put_back"]
+    assert again["version"] == added["version"]
+    assert ok("update", bundle, "--url", repo)["active"] == added["digest"]
+    assert ok("publish", "status", "--repo", repo)["damaged"] == []
+    assert call("publish", "add", adapters[0], "--repo", repo)[0] == 3  # whole: published already
+
+
+def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, repo, bundle, tmp_path):
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    root = repo / "metadata" / "1.root.json"
+    chunks = [path for path in (repo / "targets" / "chunks").rglob("*") if path.is_file()]
+    chunk = max(chunks, key=os.path.getsize)
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    install = ("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
+    assert call(*install)[0] == 6
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    assert ok(*install)["installed_bundle"]
+
+
+@pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "1.root.json"])
+def test_lost_metadata_say_what_to_restore(call, repo, name):
+    (repo / "metadata" / name).unlink()
+    code, payload = call("publish", "status", "--repo", repo)
+    assert code == 3
+    assert "the copy on your server" in payload["error"]["hint"]

@@ -81,6 +81,7 @@ class Situation:
         personal: what to do where the adapter in use did not come by update.
         origin: what a personal adapter in use started from: a digest, ``base``, or None where not known.
         obstacle: why a personal adapter in use cannot be combined with a published one; None where it can.
+        went_back: the store's state lost its last change: nobody took `committed` out of use.
     """
 
     active: str | None = None
@@ -90,6 +91,7 @@ class Situation:
     personal: Personal = Personal.KEEP
     origin: str | None = None
     obstacle: str | None = None
+    went_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,8 @@ def _held(offer: Offer, listed: frozenset[str], situation: Situation) -> str | N
     """Why a version is not taken again after the user went back from it or from a later one."""
     committed = situation.committed
     if committed is None or committed.digest == situation.active or committed.digest not in listed:
+        return None
+    if situation.went_back:
         return None
     if offer.facts.name != committed.name or offer.facts.version > committed.version:
         return None

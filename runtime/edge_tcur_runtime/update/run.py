@@ -266,6 +266,18 @@ class _Update:
         own = active is not None and active not in self.state.published
         return committed is not None and committed.digest != active and not own
 
+    def _went_back(self) -> bool:
+        """Whether the store's state lost its last change, and with it what the last update put in use.
+
+        Who goes back by hand leaves it as the one to go back to.
+        """
+        committed, state = self.state.committed, self.store.state
+        known = committed is None or committed.digest in (state.active, state.previous, state.pending)
+        if known or not self.store.may_be_behind:
+            return False
+        self.notes.append(f"{self.store.root}: the store's state was damaged and is an older one")
+        return True
+
     def _device(self) -> Device:
         manifest = self.bundle.manifest
         if self.settings.channel not in CHANNELS:
@@ -291,6 +303,7 @@ class _Update:
             frozenset(self.state.published),
             self.state.rejected,
             self.settings.personal,
+            went_back=self._went_back(),
         )
         if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
             return situation

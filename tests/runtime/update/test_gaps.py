@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import socket
 import threading
@@ -210,6 +211,31 @@ def test_a_torn_copy_of_the_state_costs_one_write_and_heals(simulator, device, p
     assert any(newest.name in note for note in result.notes)
     assert (device.state["device_id"], device.state["floor"]) == (before["device_id"], before["floor"])
     assert device.update(simulator).notes == ()
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone"])
+@pytest.mark.parametrize("lost", ["newest", "both"])
+def test_a_damaged_state_of_the_store_is_no_choice_of_the_user(simulator, device, published, damage, lost):
+    """The store is then behind; the update must not take that for a rollback by hand, and stay behind."""
+    assert device.update(simulator).active == simulator.second.digest
+    copies = sorted(
+        device.store_path.glob("state-?.json"), key=lambda path: json.loads(path.read_text())["generation"]
+    )
+    for path in copies[-1:] if lost == "newest" else copies:
+        path.write_bytes(path.read_bytes()[:50]) if damage == "torn" else path.unlink()
+    assert device.active != simulator.second.digest
+    result = device.update(simulator)
+    assert result.active == device.active == simulator.second.digest
+    assert any("damaged" in note for note in result.notes)
+
+
+def test_a_rollback_by_hand_is_respected_though_the_older_copy_is_damaged(simulator, device, published):
+    device.update(simulator)
+    device.store.rollback()
+    before = device.active
+    copies = device.store_path.glob("state-?.json")
+    min(copies, key=lambda path: json.loads(path.read_text())["generation"]).write_bytes(b"{")
+    assert device.update(simulator).active == before != simulator.second.digest
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
