@@ -177,8 +177,7 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
     tables = site.bundle.manifest.memory
     if budget.limit is None:
         return _unlimited(site, make, progress), None
-    if budget.limit is not None:
-        give_back_at_once()
+    give_back_at_once()
     if tables is None or not site.runs():
         return _calibrated(site, make, progress), None
     import_onnxruntime()
