@@ -24,7 +24,7 @@ from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.cli.plan import shown
 from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.engines import open_engine
-from edge_tcur_runtime.errors import BudgetError, PausedError
+from edge_tcur_runtime.errors import BudgetError, IncompatibleError, PausedError
 from edge_tcur_runtime.formats.bundle import open_bundle, serialize_manifest
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.guard import Guard
@@ -351,6 +351,15 @@ def test_a_bundle_without_tables_cannot_be_planned(cli, user):
     code, out = cli("--json", source=V1)
     assert code == 4
     assert "nothing can be planned" in json.loads(out)["error"]["message"]
+
+
+def test_what_the_tables_are_not_of_is_not_blamed_on_the_bundle(bundle, user, monkeypatch):
+    """ExecuTorch's programs: exporting again would not help."""
+    monkeypatch.setattr(fitting.Site, "runs", lambda _: [])
+    with pytest.raises(IncompatibleError, match="no table of what passes of ort-step take") as caught:
+        plan_personalize(bundle, user, quick())
+    assert "export it again" not in caught.value.hint
+    assert "--budget measures" in caught.value.hint
 
 
 def test_the_plan_is_that_of_the_run(bundle, user):
