@@ -169,7 +169,7 @@ class RunPlan:
             "updates": self.updates,
             "chosen": None if plan.chosen is None else plan.chosen.to_dict(self.updates),
             "candidates": [candidate.to_dict(self.updates) for candidate in plan.candidates],
-            "smallest_budget_bytes": plan.smallest.peak,
+            "smallest_budget_bytes": plan.named * 2**20,
             "advice": list(self.advice),
             "samples": self.samples,
             "holdout_samples": self.holdout_samples,

@@ -19,6 +19,7 @@ from edge_tcur_runtime.origin import (
     blank_adapter,
     bundle_adapter,
     content_digest,
+    spent_together,
     start_of,
     starting_from,
 )
@@ -68,6 +69,7 @@ def blend(new: Adapter, personal: Adapter, store: Store, bundle: Bundle) -> Adap
         "method": "published and personal, combined",
         **starting_from(new),
         **PERSONAL,
+        **spent_together((new, personal)),
     }
     return replace(mixed, header=replace(new.header, provenance=provenance))
 

@@ -13,16 +13,16 @@ from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.origin import blank_adapter, bundle_adapter, content_digest, start_of, starting_from
 from edge_tcur_runtime.personalize import personalize
-from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.settings import PersonalizeSettings, PrivacySettings
 from edge_tcur_runtime.update.policy import Action, Personal
 
 pytest.importorskip("onnxruntime")
 USER = Path(__file__).parents[2] / "data" / "user.npz"
 
 
-def train(device, start):
+def train(device, start, privacy=None):
     """Trains two epochs from `start` (None is the base) and puts the result in use."""
-    settings = PersonalizeSettings(epochs=2, engine="ort-step", seed=1)
+    settings = PersonalizeSettings(epochs=2, engine="ort-step", seed=1, privacy=privacy)
     bundle = open_bundle(device.bundle)
     trained = personalize(
         bundle, load_dataset(USER, "image", image_size=(8, 8), channels=1), settings, start=start
@@ -79,6 +79,20 @@ def test_training_on_keeps_the_first_start(simulator, device, adapters):
     last = device.store.load("active")
     check_sum(last, parse_adapter(adapters[3]), again, parse_adapter(adapters[2]))
     assert start_of(last) == third.digest
+
+
+def test_what_a_private_run_spent_goes_with_what_it_learned(simulator, device, adapters):
+    simulator.release(adapters[1])
+    device.update(simulator)
+    spent = train(device, parse_adapter(adapters[1]), PrivacySettings(epsilon=8.0)).header.provenance
+    simulator.release(adapters[2])
+    device.update(simulator, personal=Personal.COMBINE)
+    found = device.store.load("active").header.provenance
+    assert found["method"] == "published and personal, combined"
+    assert 0 < float(spent["epsilon"]) <= 8
+    assert {key: found[key] for key in ("personal", "epsilon", "delta")} == {
+        key: spent[key] for key in ("personal", "epsilon", "delta")
+    }
 
 
 def test_an_older_adapter_that_is_trained_on_stays_of_unknown_start(adapters):
