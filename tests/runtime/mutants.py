@@ -22,6 +22,7 @@ import math
 import random
 import struct
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -306,6 +307,11 @@ ODD: tuple[Any, ...] = (
 )  # fmt: skip
 
 
+def _odd(rng: random.Random) -> Any:
+    """One of `ODD`, of its own: an edit of the next mutant may go into it."""
+    return deepcopy(rng.choice(ODD))
+
+
 def _walk(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Paths of every value inside a JSON value."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -316,22 +322,22 @@ def edit_json(rng: random.Random, document: Document) -> str:
     """Changes one thing in place, and says what."""
     paths = _walk(document)
     if not paths:
-        document["x"] = rng.choice(ODD)
+        document["x"] = _odd(rng)
         return "set at x"
     path, parent = rng.choice(paths), cast("Any", document)
     for key in path[:-1]:
         parent = parent[key]
     key, how = path[-1], rng.choice(("set", "set", "set", "near", "delete", "add", "order", "double"))
     if how == "set":
-        parent[key] = rng.choice(ODD)
+        parent[key] = _odd(rng)
     elif how == "near":
         parent[key] = _near(rng, parent[key])
     elif how == "delete":
         del parent[key]
     elif how == "add" and isinstance(parent, dict):
-        parent[rng.choice(("x", "", "../x", "sha256", "n1", "q.core", str(key) + " "))] = rng.choice(ODD)
+        parent[rng.choice(("x", "", "../x", "sha256", "n1", "q.core", str(key) + " "))] = _odd(rng)
     elif how == "double" and isinstance(parent, list):
-        parent.insert(key, parent[key])
+        parent.insert(key, deepcopy(parent[key]))
     elif isinstance(parent, dict):
         items = list(parent.items())
         rng.shuffle(items)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import random
 import secrets
 import sys
 import tracemalloc
@@ -49,6 +50,13 @@ def test_a_mutant_is_a_function_of_its_seed_and_number(fuzz):
     made = [fuzz.mutants.make(7, number) for number in range(50)]
     assert [mutant.raw for _, mutant in made] == [fuzz.mutants.make(7, number)[1].raw for number in range(50)]
     assert len({mutant.raw for _, mutant in made}) >= 45
+
+
+def test_no_mutant_changes_what_the_next_one_is_made_from(fuzz):
+    odd, document = repr(fuzz.mutants.ODD), {"x": [{}]}
+    for number in range(300):
+        fuzz.mutants.edit_json(random.Random(number), document)
+    assert repr(fuzz.mutants.ODD) == odd
 
 
 def test_the_seeds_are_valid_by_both_sets_of_rules(fuzz):
