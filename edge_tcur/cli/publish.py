@@ -315,6 +315,7 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
         "adapters": [_offer(offer) for offer in catalogue.adapters],
         "bundles": [offer.entry.path for offer in catalogue.bundles],
         "metadata_bytes": cost,
+        "skipped": dict(catalogue.skipped),
         "unreferenced": left,
         "damaged": (broken := damaged(opened, change)),
     }
@@ -323,6 +324,8 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
     lines += _leftovers(left, repo)
+    for path, reason in catalogue.skipped.items():
+        sink.note(f"warning: {path} {reason}; until edge-tcur is updated no file counts as unreferenced")
     for place in broken:
         sink.note(
             f"warning: {place} is missing or damaged; 'edge-tcur publish add' of that file puts it back"

@@ -19,9 +19,13 @@ _MAX_INDEX = 16 * 2**20
 def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     """Path in the repository -> bytes, of all under ``targets/`` and ``cards/`` that nothing refers to.
 
+    None where a newer publisher's entries are listed: what these refer to is not known.
+
     Raises:
         IntegrityError: a bundle's index is not the signed one: what it refers to is not known.
     """
+    if change.catalogue.skipped:
+        return {}
     indexes = _indexes(repository, change)
     used = {str(path.relative_to(repository.folder)) for path in indexes}
     for path in indexes:
@@ -37,7 +41,6 @@ def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     for offer in change.catalogue.adapters:
         used.add(target_place(offer.entry.path, offer.entry.sha256))
         used.add(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
-    used |= {f"{TARGETS}/{path}" for path in change.catalogue.skipped}
     files = [path for top in (TARGETS, CARDS) for path in (repository.folder / top).rglob("*")]
     found = {str(p.relative_to(repository.folder)): p.stat().st_size for p in sorted(files) if p.is_file()}
     return {path: size for path, size in found.items() if path not in used}
@@ -55,8 +58,7 @@ def damaged(repository: Repository, change: Change) -> list[str]:
 def clean(repository: Repository, days: float = GRACE_DAYS) -> dict[str, int]:
     """Removes what is not referenced, and was not touched for `days`; returns it.
 
-    Nothing is removed while a bundle was published less than `days` ago, or where a newer
-    publisher's entries are listed: what these refer to is not known.
+    Nothing is removed while a bundle was published less than `days` ago.
 
     Raises:
         IntegrityError: see `unreferenced`. DiskError: a file cannot be removed.
@@ -65,7 +67,7 @@ def clean(repository: Repository, days: float = GRACE_DAYS) -> dict[str, int]:
     with repository.keys.locked():
         change = repository.load()
         found = unreferenced(repository, change)
-        if change.catalogue.skipped or any(p.stat().st_mtime > end for p in _indexes(repository, change)):
+        if any(path.stat().st_mtime > end for path in _indexes(repository, change)):
             return {}
         old = {path: size for path, size in found.items() if _touched(repository, path) <= end}
         for path in old:
