@@ -317,7 +317,7 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
         "metadata_bytes": cost,
         "skipped": dict(catalogue.skipped),
         "unreferenced": left,
-        "damaged": (broken := damaged(opened, change)),
+        "damaged": list(broken := damaged(opened, change)),
     }
     rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {', '.join(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
@@ -326,10 +326,8 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     lines += _leftovers(left, repo)
     for path, reason in catalogue.skipped.items():
         sink.note(f"warning: {path} {reason}; until edge-tcur is updated no file counts as unreferenced")
-    for place in broken:
-        sink.note(
-            f"warning: {place} is missing or damaged; 'edge-tcur publish add' of that file puts it back"
-        )
+    for place, command in broken.items():
+        sink.note(f"warning: {place} is missing or damaged; {command} puts it back")
     for role, state in roles.items():
         if state.days_left < WARN_DAYS[role]:
             sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")

@@ -13,9 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_tcur.cli import edge_tcur
 from edge_tcur.publish.keys import KeyStore
 from edge_tcur.publish.operations import superseded
 from edge_tcur.publish.repository import Repository
+from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import DiskError
 from edge_tcur_runtime.formats.offer import AdapterFacts, BaseFacts, Entry, Offer, adapter_path
 
@@ -407,7 +409,9 @@ def test_a_damaged_file_of_an_adapter_is_named_and_put_back(ok, call, repo, bund
     assert call("publish", "add", adapters[0], "--repo", repo)[0] == 3  # whole: published already
 
 
-def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, repo, bundle, tmp_path):
+def test_damaged_chunks_are_named_and_repaired_by_publishing_the_bundle_again(
+    ok, call, repo, bundle, tmp_path, capsys
+):
     ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
     root = repo / "metadata" / "1.root.json"
     chunks = [path for path in (repo / "targets" / "chunks").rglob("*") if path.is_file()]
@@ -415,7 +419,19 @@ def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, re
     chunk.write_bytes(bytes(chunk.stat().st_size))
     install = ("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
     assert call(*install)[0] == 6
+    lost = min(chunks, key=os.path.getsize)
+    lost.unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(edge_tcur, ["publish", "status", "--repo", str(repo)])
+    told = capsys.readouterr().err
+    for path in (chunk, lost):
+        assert f"{path.relative_to(repo)} is missing or damaged; 'edge-tcur publish bundle'" in told
+    assert "--name bundle" in told
+    places = {str(path.relative_to(repo)) for path in (chunk, lost)}
+    assert set(ok("publish", "status", "--repo", repo)["damaged"]) == places
     ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    assert ok("publish", "status", "--repo", repo)["damaged"] == []
     assert ok(*install)["installed_bundle"]
 
 
