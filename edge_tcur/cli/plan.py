@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from edge_tcur.cli.inspect import RUN_FILE, not_ours
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import SIZE, output_options
 from edge_tcur_runtime.errors import ExitCode
@@ -70,6 +71,8 @@ def plan(context: click.Context, /, path: Path, targets: Sequence[str], sink: Si
     request, device = make_request(targets, options), options["device"]
     if (path / MANIFEST).is_file():
         report(plan_bundle(open_bundle(path), device, request), sink, context)
+    elif not (path / RUN_FILE).is_file():
+        raise not_ours(path)
     else:
         settings = ExportSettings(tuple(dict.fromkeys(targets)) or DEFAULT_TARGETS, device)
         plan_export(open_run(path), settings, request, sink, context)
