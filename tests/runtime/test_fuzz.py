@@ -31,7 +31,7 @@ def fuzz():
     sys.modules["fuzz_benchmark"] = module  # a dataclass looks its module up
     spec.loader.exec_module(module)
     yield module
-    for name in ("fuzz_benchmark", "mutants"):
+    for name in ("fuzz_benchmark", "mutants", "oracle"):
         sys.modules.pop(name, None)
 
 
@@ -52,26 +52,26 @@ def test_a_mutant_is_a_function_of_its_seed_and_number(fuzz):
 
 
 def test_the_seeds_are_valid_by_both_sets_of_rules(fuzz):
-    for raw in fuzz.mutants.seeds():
+    for raw in fuzz.oracle.seeds():
         assert serialize_adapter(parse_adapter(raw)) == raw
-        assert fuzz.mutants.is_valid(*fuzz.mutants.unpack(raw))
+        assert fuzz.oracle.is_valid(*fuzz.oracle.unpack(raw))
 
 
 def test_the_oracle_notices_a_reader_that_is_too_lax_or_too_strict(fuzz):
-    mutants, raw = fuzz.mutants, fuzz.mutants.seeds()[0]
-    document, tensors = mutants.unpack(raw)
+    oracle, raw = fuzz.oracle, fuzz.oracle.seeds()[0]
+    document, tensors = oracle.unpack(raw)
     read = {"tensors": tensors, "again": raw}
     changed = raw[:-1] + b"x"
-    assert mutants.fault(raw, mutants.Mutant(changed, ""), None) is None
-    assert mutants.fault(raw, mutants.Mutant(changed, ""), read) == "a changed file was accepted"
-    same = mutants.Mutant(raw, "", (document, tensors))
-    assert mutants.fault(raw, same, read) is None
-    assert mutants.fault(raw, same, None) == "a valid file was refused"
+    assert oracle.fault(raw, oracle.Mutant(changed, ""), None) is None
+    assert oracle.fault(raw, oracle.Mutant(changed, ""), read) == "a changed file was accepted"
+    same = oracle.Mutant(raw, "", (document, tensors))
+    assert oracle.fault(raw, same, read) is None
+    assert oracle.fault(raw, same, None) == "a valid file was refused"
     other = {**read, "again": changed}
-    assert mutants.fault(raw, same, other) == "what was read is not what was written"
+    assert oracle.fault(raw, same, other) == "what was read is not what was written"
     for wrong in ({**document, "alpha": 1}, {**document, "rank": 3}, dict(reversed(document.items()))):
-        mutant = mutants.Mutant(raw, "", (wrong, tensors))
-        assert mutants.fault(raw, mutant, read) == "a file that breaks the rules was accepted"
+        mutant = oracle.Mutant(raw, "", (wrong, tensors))
+        assert oracle.fault(raw, mutant, read) == "a file that breaks the rules was accepted"
 
 
 def test_a_large_file_takes_twice_its_size_and_little_more(tmp_path):
