@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import secrets
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_tcur_runtime.errors import BadInputError
 from edge_tcur_runtime.formats.adapter import (
     Adapter,
     AdapterHeader,
@@ -19,6 +21,7 @@ from edge_tcur_runtime.formats.adapter import (
     serialize_adapter,
     write_adapter,
 )
+from edge_tcur_runtime.formats.factors import GroupSpec, SketchFactors
 
 SECONDS = 5.0
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
@@ -84,6 +87,46 @@ def test_a_large_file_takes_twice_its_size_and_little_more(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 2 * path.stat().st_size + 4 * 2**20
+
+
+def large_sketch(path):
+    """Writes 4 MiB of two bits an entry: 16 million of them."""
+    side, rank = 2**14, 512
+    packed = np.full((1, side * rank // 4), 0b10010110, np.uint8)
+    core = np.zeros((1, rank, rank), np.float32)
+    header = AdapterHeader(
+        "base", {"q": GroupSpec(("q.0",), side, side)}, "t", ("a",), "none", "identity", "sketch"
+    )
+    write_adapter(path, Adapter(header, {"q": SketchFactors(core, packed, packed, side, side)}))
+
+
+@pytest.mark.parametrize("kind", ["good", "pattern", "sizes", "cut"])
+def test_a_large_sketch_takes_twice_its_size_and_little_more(fuzz, tmp_path, kind):
+    """Its vectors stay at two bits an entry until they are used, also where the file is refused."""
+    path = tmp_path / "sketch.safetensors"
+    large_sketch(path)
+    if kind in ("pattern", "sizes"):
+        document, tensors = fuzz.oracle.unpack(path.read_bytes())
+        if kind == "pattern":
+            tensors["q.right"] = tensors["q.right"].copy()
+            tensors["q.right"][0, -1] = 0xFF
+        else:
+            document["groups"]["q"]["n2"] *= 2
+        path.write_bytes(fuzz.oracle.forge(document, tensors))
+        del document, tensors
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    expected = contextlib.nullcontext() if kind == "good" else pytest.raises(BadInputError)
+    tracemalloc.start()
+    with expected:
+        adapter = read_adapter(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 2 * path.stat().st_size + 4 * 2**20
+    if kind == "good":
+        left, right = adapter.factors["q"].left, adapter.factors["q"].right
+        assert (left.shape, right.shape) == ((1, 2**14, 512), (1, 512, 2**14))
+        np.testing.assert_array_equal(left[0, 0, :4], [1, 0, 0, 1])
 
 
 def test_a_small_file_does_not_reserve_the_largest(tmp_path):
