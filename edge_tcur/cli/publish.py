@@ -10,6 +10,7 @@ import click
 
 from edge_tcur.cli.publish_options import key_options, open_repository, repo_option
 from edge_tcur_runtime.cli.framework import (
+    COUNT,
     DIRECTORY,
     EXISTING_DIRECTORY,
     EXISTING_FILE,
@@ -188,7 +189,7 @@ def add(
 
 @publish.command(epilog="\b\nExample:\n  edge-tcur publish withdraw banking 2 --repo repo/")
 @click.argument("name")
-@click.argument("version", type=click.IntRange(min=1))
+@click.argument("version", type=COUNT)
 @repo_option
 @key_options
 @output_options
@@ -202,7 +203,7 @@ def withdraw(name: str, version: int, repo: Path, keys: dict[str, Any], sink: Si
 
 @publish.command(epilog="\b\nExample:\n  edge-tcur publish rollout banking 2 50% --repo repo/")
 @click.argument("name")
-@click.argument("version", type=click.IntRange(min=1))
+@click.argument("version", type=COUNT)
 @click.argument("percent", callback=_percent)
 @click.option("--channel", type=click.Choice(("stable", "beta")), help="Move it to this channel too.")
 @repo_option

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_tcur.cli import convert, edge_tcur, plan
+from edge_tcur.cli import convert, edge_tcur, options
 from edge_tcur.cli import export as command
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export.convert import KINDS
@@ -101,13 +101,11 @@ def test_options_of_executorch_need_its_target(trained, tmp_path, capsys):
 
 
 def test_the_command_offers_what_there_is():
-    assert set(command.TARGETS) == set(TARGETS)
-    assert {*command.TARGETS, command.EXECUTORCH} == set(ALL_TARGETS)
+    assert set(options.DEFAULT_TARGETS) == set(TARGETS)
+    assert set(options.TARGETS) == set(ALL_TARGETS)
     assert (*command.BACKENDS, command.VULKAN) == ALL_BACKENDS
     assert command.BACKENDS == BACKENDS
     assert command.PRECISIONS == PRECISIONS
-    assert set(plan.TARGETS) == set(ALL_TARGETS)
-    assert set(plan.DEFAULT_TARGETS) == set(TARGETS)
     assert convert.KINDS == KINDS
 
 
