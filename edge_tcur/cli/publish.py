@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,8 @@ RENEW = dict.fromkeys(WARN_DAYS, "run 'edge-tcur publish refresh'") | {
 METADATA_BYTES = 8 * 2**10  # what an update may cost besides its adapter
 
 if TYPE_CHECKING:
-    from edge_tcur_runtime.formats.offer import Offer
+    from edge_tcur.publish.operations import RoleStatus
+    from edge_tcur_runtime.formats.offer import Catalogue, Offer
 
 EPILOG = """\b
 Examples:
@@ -325,15 +327,8 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
     lines += _leftovers(left, repo)
-    for path, reason in catalogue.skipped.items():
-        sink.note(f"warning: {path} {reason}; until edge-tcur is updated no file counts as unreferenced")
-    for place, command in broken.items():
-        sink.note(f"warning: {place} is missing or damaged; {command} puts it back")
-    for role, state in roles.items():
-        if state.days_left < WARN_DAYS[role]:
-            sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")
-    if cost > METADATA_BYTES:
-        sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
+    for warning in _warnings(roles, catalogue, broken, cost):
+        sink.note(f"warning: {warning}")
     sink.result(payload, "\n".join(lines))
 
 
@@ -354,6 +349,29 @@ def clean(days: float, repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     size = sum(removed.values())
     human = f"removed {len(removed)} files ({format_size(size)}) older than {days:g} days"
     sink.result({"removed": list(removed), "bytes": size}, human)
+
+
+def _warnings(
+    roles: Mapping[str, RoleStatus], catalogue: Catalogue, broken: Mapping[str, str], cost: int
+) -> list[str]:
+    """What a publisher should know of the state, each with what to do."""
+    found = [
+        f"{path} {reason}; until edge-tcur is updated no file counts as unreferenced"
+        for path, reason in catalogue.skipped.items()
+    ]
+    found += [f"{place} is missing or damaged; {command} puts it back" for place, command in broken.items()]
+    found += [
+        f"{role} expires in {state.days_left:.1f} days; {RENEW[role]}"
+        for role, state in roles.items()
+        if state.days_left < WARN_DAYS[role]
+    ]
+    if cost > METADATA_BYTES:
+        found.append(
+            f"with {len(catalogue.adapters)} adapters listed an update takes {format_size(cost)} of "
+            f"metadata, more than {format_size(METADATA_BYTES)}; take out those that no device needs "
+            "('edge-tcur publish withdraw NAME VERSION'), or give some lines a repository of their own"
+        )
+    return found
 
 
 def _leftovers(left: dict[str, int], repo: Path) -> list[str]:
