@@ -25,7 +25,7 @@ from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.providers import CPU
 from edge_tcur_runtime.engines.selfcheck import Choice, choose_for_training
 from edge_tcur_runtime.errors import IntegrityError, UsageError
-from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
@@ -294,7 +294,7 @@ def _prepare(
     bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, start: Adapter
 ) -> tuple[Site, str]:
     """What the run is planned for, and why its engine is the default."""
-    build_feeds(bundle.manifest, start)
+    check_fit(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
