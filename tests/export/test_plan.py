@@ -10,7 +10,7 @@ import onnx.parser
 import pytest
 
 from edge_tcur.training import TrainConfig, train
-from edge_tcur_devices import load_profile
+from edge_tcur_devices import list_profiles, load_profile
 from edge_tcur_export import operator_checks
 from edge_tcur_export import plan as plans
 from edge_tcur_export.bundle import export_run
@@ -179,7 +179,7 @@ def test_tables_say_where_they_come_from():
         find_provider("tpu")
     assert "webgpu" in caught.value.hint
     with pytest.raises(UsageError):
-        PlanRequest(provider="tensorrt")
+        PlanRequest(provider="rocm")
 
 
 def test_what_cannot_be_planned_is_refused(vit):
@@ -189,7 +189,12 @@ def test_what_cannot_be_planned_is_refused(vit):
         plan_bundle(vit.bundle, "pixel-800", PlanRequest())
 
 
-def test_the_providers_of_a_device_are_looked_up(vit):
+def test_there_is_a_table_for_each_provider_that_a_profile_lists():
+    assert {name for device in list_profiles() for name in device.providers} <= set(PROVIDERS)
+
+
+def test_the_providers_of_a_device_are_looked_up(vit, monkeypatch):
+    monkeypatch.delitem(PROVIDERS, "tensorrt")
     plan = plan_bundle(vit.bundle, "jetson-orin-nano-8gb", PlanRequest())
     listed = load_profile("jetson-orin-nano-8gb").providers
     assert set(plan.no_kernel) == set(listed) & set(PROVIDERS)
