@@ -270,7 +270,7 @@ def test_a_failure_of_executorch_leaves_nothing(bert, tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("no such kernel\n")
 
-    monkeypatch.setattr(executorch, "lower", fail)
+    monkeypatch.setattr(executorch.Lowering, "lower", fail)
     with pytest.raises(ExportError, match="infer-portable program: no such kernel"):
         export_run(bert.run, tmp_path / "out", ExportSettings(("onnx", "executorch")))
     assert not list(tmp_path.iterdir())
