@@ -40,10 +40,7 @@ from edge_tcur_runtime.formats.bundle import BASE_PTD, ProgramSpec
 BACKENDS = (PORTABLE, XNNPACK)
 # Vulkan: inference alone, and only where it is asked for, since no package of Python's can run it.
 ALL_BACKENDS = (*BACKENDS, VULKAN)
-# What ExecuTorch's runtime calls the delegates of a backend.
-BACKEND_NAMES = {XNNPACK: "XnnpackBackend", VULKAN: "VulkanBackend"}
 INFER, TRAIN = "infer", "train"
-PREFIX = "trained."  # of a parameter of the training program, before the name of the core or extra
 _BASE = BASE_PTD.removesuffix(".ptd")
 _ALIGNMENT = 128  # bytes, of each tensor in a .ptd file
 _SMALLEST = 32  # bytes; a smaller tensor is found in any program by chance

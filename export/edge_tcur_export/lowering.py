@@ -183,6 +183,8 @@ def xnnpack() -> list[Any]:
         from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
+    # It warns of a conversion without its partitioner, which takes apart what it keeps whole: `_keeps_any`.
+    logging.getLogger(XnnpackPartitioner.__module__).setLevel(logging.ERROR)
     configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in _SWALLOWING]
     return [XnnpackPartitioner(configs=configs)]
 
