@@ -31,6 +31,7 @@ from edge_tcur_runtime.planner import (
     FACTORS,
     Footprint,
     Load,
+    Passes,
     Plan,
     footprint_of,
     make_plan,
@@ -175,11 +176,25 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
     """A trainer whose passes fit the budget, with the plan that led to it; None where none was made.
 
     Args:
-        progress: what the run goes on from: its engine, graph and micro-batches are kept.
+        progress: what the run goes on from: its engine, graph and micro-batches are kept, and so is what it
+            was accepted under; where the budget no longer holds them, smaller passes are planned for.
 
     Raises:
         BudgetError: nothing fits; the smallest budget that would do is named.
     """
+    trainer, plan = _fit(site, make, budget, progress)
+    chosen = None if plan is None else plan.chosen
+    trainer.predicted = 0 if chosen is None else chosen.peak
+    if progress is not None and progress.predicted and (chosen is None or chosen.passes == _passes(progress)):
+        trainer.predicted = progress.predicted
+    return trainer, plan
+
+
+def _passes(progress: Progress) -> Passes:
+    return Passes(progress.micro_batch, dict(progress.limits))
+
+
+def _fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tuple[Trainer, Plan | None]:
     tables = site.bundle.manifest.memory
     if budget.limit is None:
         return _unlimited(site, make, progress), None
@@ -188,14 +203,17 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
         return _calibrated(site, make, progress), None
     import_onnxruntime()
     footprints = predict(site, tables, read_memory().resident)
+    kept = None
     if progress is not None:
+        kept = _passes(progress)
         running = (progress.engine or site.default, progress.graph)
         footprints = [found for found in footprints if (found.engine, found.graph) == running]
         if not footprints:
             return _unlimited(site, make, progress), None
-    trainer, plan = _search(site, make, budget, footprints)
+    trainer, plan = _search(site, make, budget, footprints, kept)
     chosen = plan.require(advice(site, plan, tables))
-    trainer.passes, trainer.guard = chosen.passes, Guard(room(budget.limit), chosen.footprint)
+    trainer.passes = chosen.passes
+    trainer.guard = Guard(max(room(budget.limit), chosen.peak), chosen.footprint)
     return trainer, plan
 
 
@@ -205,9 +223,12 @@ def _unlimited(site: Site, make: Make, progress: Progress | None) -> Trainer:
     return make(progress.engine or site.default, progress.graph)
 
 
-def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint]) -> tuple[Trainer, Plan]:
-    """Opens what the plan takes, measures it and plans again, until that is what it takes."""
-    load, tables = site.load, site.bundle.manifest.memory
+def _search(
+    site: Site, make: Make, budget: Budget, footprints: list[Footprint], kept: Passes | None = None
+) -> tuple[Trainer, Plan]:
+    """Opens what the plan takes, measures it and plans again, until that is what it takes. The passes that
+    are to be kept are, unless the budget no longer holds them."""
+    load, tables = replace(site.load, passes=kept), site.bundle.manifest.memory
     assert tables is not None
     trainer: Trainer | None = None
     opened: tuple[str, str] | None = None
@@ -215,6 +236,9 @@ def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint])
     while True:
         floor = read_memory().peak or budget.check("while it was planned").peak
         plan = make_plan(footprints, load, budget.limit, floor)
+        if plan.chosen is None and load.passes is not None:
+            load = site.load
+            plan = make_plan(footprints, load, budget.limit, floor)
         chosen = plan.require(advice(site, plan, tables))
         micro = chosen.passes.micro_batch
         settled = (*chosen.runs, micro) in tried or len(tried) >= _MOST_TRIED

@@ -73,6 +73,7 @@ class Trainer:
         self._move(coordinates.initial())
         self.passes = Passes(settings.batch_size)
         self.guard: Guard | None = None
+        self.predicted = 0  # bytes at the peak, by the plan that the run was accepted under; 0 without one
         self._growth, self._peak_two = 0, 0
         self._mapped: int | None = None  # bytes of rows that the first pass made resident
         self.step_seconds: list[float] = []
@@ -324,6 +325,7 @@ class Trainer:
             limits=self.passes.limits,
             engine=self._engine.name,
             graph=self.graph,
+            predicted=self.predicted,
         )
         self._keeper.reached(progress)
 
