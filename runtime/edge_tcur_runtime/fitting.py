@@ -15,13 +15,13 @@ from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.engines import ENGINES, choose_engine
-from edge_tcur_runtime.engines.engine import EXECUTORCH
+from edge_tcur_runtime.engines.engine import EXECUTORCH, require_program
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.selfcheck import Choice
 from edge_tcur_runtime.engines.session import import_onnxruntime
-from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError
+from edge_tcur_runtime.errors import BudgetError, IncompatibleError, MissingEngineError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.guard import Guard
@@ -35,6 +35,7 @@ from edge_tcur_runtime.planner import (
     Plan,
     footprint_of,
     make_plan,
+    named,
     resident_rows,
     room,
     session_bytes,
@@ -48,6 +49,9 @@ from edge_tcur_runtime.units import format_size
 Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer over it
 
 _WORTH_SAYING = 2**20  # bytes that another precision saves
+# What ExecuTorch and torch take: 187 MiB to import, and 25 that stay after a first pass (torch 2.13 for CPUs;
+# tests/benchmarks/budget.py --bundle). No build of torch stays below the other figure.
+_TORCH_BYTES, _TORCH_LEAST = 212 * 2**20, 128 * 2**20
 _MOST_TRIED = 6  # engines and micro-batches that are measured in search of the fastest
 
 
@@ -184,7 +188,8 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
     """
     trainer, plan = _fit(site, make, budget, progress)
     chosen = None if plan is None else plan.chosen
-    trainer.predicted = 0 if chosen is None else chosen.peak
+    if chosen is not None:
+        trainer.predicted = chosen.peak
     if progress is not None and progress.predicted and (chosen is None or chosen.passes == _passes(progress)):
         trainer.predicted = progress.predicted
     return trainer, plan
@@ -200,7 +205,7 @@ def _fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> t
         return _unlimited(site, make, progress), None
     give_back_at_once()
     if tables is None or not site.runs():
-        return _calibrated(site, make, progress), None
+        return _calibrated(site, make, budget, progress), None
     import_onnxruntime()
     footprints = predict(site, tables, read_memory().resident)
     kept = None
@@ -282,9 +287,11 @@ def advice(site: Site, plan: Plan, tables: MemoryTables) -> list[str]:
     return found
 
 
-def _calibrated(site: Site, make: Make, progress: Progress | None) -> Trainer:
-    """For bundles without tables: a trainer with the micro-batch that fits by two steps, on the plain graph
-    where that fits too."""
+def _calibrated(site: Site, make: Make, budget: Budget, progress: Progress | None) -> Trainer:
+    """For bundles without tables, and programs of ExecuTorch: a trainer with the micro-batch that fits by two
+    steps, on the plain graph where that fits too."""
+    if site.default == EXECUTORCH:
+        _refuse_torch(site.bundle, budget)
     if progress is not None:
         return _unlimited(site, make, progress)
     graph = graph_to_try(site.default, site.bundle, site.settings)
@@ -294,7 +301,29 @@ def _calibrated(site: Site, make: Make, progress: Progress | None) -> Trainer:
         del trainer  # two sessions would hold the base twice
         trainer = make(site.default, "step")
         trainer.calibrate()
+    trainer.predicted = max(trainer.predicted, read_memory().resident + site.load.between)
+    _require_room(trainer.predicted, budget)
     return trainer
+
+
+def _require_room(predicted: int, budget: Budget) -> None:
+    """Refuses what would leave nothing of the budget free: a run takes a little more than its first steps."""
+    assert budget.limit is not None
+    if predicted > room(budget.limit):
+        raise BudgetError(
+            f"the budget of {format_size(budget.limit)} cannot be met: by its first steps training takes "
+            f"about {format_size(predicted)} here",
+            hint=f"give at least --budget {named(predicted)}MiB",
+        )
+
+
+def _refuse_torch(bundle: Bundle, budget: Budget) -> None:
+    """ExecuTorch's Python interface needs torch, which alone is more than many a budget."""
+    program = require_program(bundle)
+    before = read_memory().resident + program.memory
+    likely = named(before + _TORCH_BYTES + bundle.manifest.files[BASE_PTD].size) * 2**20
+    least = before + _TORCH_LEAST
+    budget.require(least, "ExecuTorch with torch, which its Python interface is of,", likely - least)
 
 
 def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:

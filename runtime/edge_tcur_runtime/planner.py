@@ -236,7 +236,7 @@ class Plan:
     def named(self) -> int:
         """The budget in MiB that is named where nothing fits: the smallest, and a little for what differs
         from one process to the next."""
-        return math.ceil(_RESERVE * self.smallest.peak / 2**20)
+        return named(self.smallest.peak)
 
     def require(self, advice: Sequence[str] = ()) -> Candidate:
         """The candidate that is taken.
@@ -256,6 +256,11 @@ class Plan:
             f"{least.passes.micro_batch} samples at once)",
             hint="; ".join((f"give at least --budget {self.named}MiB", *advice)),
         )
+
+
+def named(peak: int) -> int:
+    """The budget in MiB to name for a peak in bytes."""
+    return math.ceil(_RESERVE * peak / 2**20)
 
 
 def room(limit: int) -> int:
