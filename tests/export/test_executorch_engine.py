@@ -146,6 +146,9 @@ def test_a_budget_is_refused_before_torch_is_imported_or_measured_and_kept(minil
     assert (code_of, imported) == (5, "False")
     assert "cannot be met: ExecuTorch with torch" in refused["error"]["message"]
     named = re.fullmatch(r"give at least --budget (\d+MiB)", refused["error"]["hint"]).group(1)
+    code_of, refused, imported = personalized("240MiB")
+    assert (code_of, imported) == (5, "True")
+    assert "cannot be met: the training program of ExecuTorch" in refused["error"]["message"]  # not crossed
     code_of, result, imported = personalized(named)
     assert (code_of, imported) == (0, "True")
     assert result["peak_rss_bytes"] <= result["budget_bytes"]
