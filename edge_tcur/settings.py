@@ -48,7 +48,11 @@ class TrainConfig:
     transform: str = setting(
         AUTO, "Along the coupled weights; auto: dft, identity without coupling.", choices=(AUTO, *TRANSFORMS)
     )
-    selection: str = setting(GRADIENT, "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
+    selection: str = setting(
+        GRADIENT,
+        "Rule that picks rows and columns; update rehearses first, which takes as long again.",
+        choices=tuple(SELECTIONS),
+    )
     frame: str = setting("orthonormal", "Coordinates of training; sketch stores its vectors.", choices=FRAMES)
     targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
     alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
@@ -64,7 +68,9 @@ class TrainConfig:
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
     head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
     gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
-    rehearsal_rate: float = setting(0.001, "Peak learning rate of what selection update learns first.")
+    rehearsal_rate: float = setting(
+        0.0, "Peak learning rate of what selection update learns first; 0 goes by the width of the base."
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")
@@ -86,9 +92,11 @@ class TrainConfig:
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         self._check_budget()
-        for name in ("learning_rate", "head_learning_rate", "rehearsal_rate"):
+        for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
+        if not 0 <= self.rehearsal_rate < 100:
+            raise ConfigError(f"{self.rehearsal_rate}; expected from 0 to below 100", where="rehearsal_rate")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
         if not 0 < self.eval_fraction < 1:
