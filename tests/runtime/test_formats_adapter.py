@@ -676,7 +676,7 @@ def test_every_block_is_checked_and_not_the_first_alone(bad):
     alone = edited("coupling", "none")
     assert parse_adapter(forge(alone, PER_SLICE)).factors["q"].blocks == 2
     with pytest.raises(
-        BadInputError, match="rows must be strictly increasing indices from 0 to 3; block 0 has"
+        BadInputError, match="rows must be strictly increasing indices from 0 to 3; block 1 has"
     ):
         parse_adapter(forge(alone, {**PER_SLICE, "q.rows": i32([0, 1], bad)}))
 
