@@ -14,7 +14,7 @@ from typing import Any
 
 import tomllib
 
-from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig
+from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig, split_names
 from edge_tcur.method.selection import GRADIENT, SELECTIONS, UPDATE
 from edge_tcur.tasks import TASKS, find_task
 from edge_tcur_runtime.errors import ConfigError
@@ -54,14 +54,14 @@ class TrainConfig:
         choices=tuple(SELECTIONS),
     )
     frame: str = setting("orthonormal", "Coordinates of training; sketch stores its vectors.", choices=FRAMES)
-    targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
+    targets: str = setting("all-linear", "all-linear, or comma-separated names or patterns of modules.")
     alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
     rank_pattern: str = setting("", "Other ranks by module: comma-separated pattern=rank.")
     rank_budget: int = setting(
         0, "Trained numbers in all, shared out among single weights by energy; 0: --rank for each."
     )
     layers_to_transform: str = setting("", "Numbers of the layers to adapt, comma-separated; all by default.")
-    modules_to_save: str = setting("", "Patterns of modules trained in full and saved with the adapter.")
+    modules_to_save: str = setting("", "Names or patterns of modules trained in full and saved with it.")
     epochs: int = setting(20, "Passes over the training data.")
     batch_size: int = setting(16, "Samples per step.")
     learning_rate: float = setting(0.02, "Peak learning rate of the cores.")
@@ -133,7 +133,7 @@ class TrainConfig:
             alpha=self.alpha,
             rank_pattern=_parse_ranks(self.rank_pattern),
             layers_to_transform=_parse_layers(self.layers_to_transform),
-            modules_to_save=_split(self.modules_to_save),
+            modules_to_save=split_names(self.modules_to_save),
             seed=self.seed,
         )
 
@@ -142,14 +142,10 @@ class TrainConfig:
         return asdict(self)
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _parse_ranks(text: str) -> dict[str, int]:
     """``query=4,*dense=16`` as a mapping."""
     result = {}
-    for part in _split(text):
+    for part in split_names(text):
         pattern, _, rank = part.rpartition("=")
         if not pattern or not rank.isdecimal():
             raise ConfigError(f"{part!r}; expected pattern=rank", where="rank_pattern")
@@ -158,7 +154,7 @@ def _parse_ranks(text: str) -> dict[str, int]:
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    parts = _split(text)
+    parts = split_names(text)
     for part in parts:
         if not part.isdecimal():
             raise ConfigError(f"{part!r}; expected numbers of layers", where="layers_to_transform")

@@ -646,9 +646,17 @@ def i32(*values):
         ({"q.core": np.full((2, 2, 2), np.nan, np.float32)}, BadInputError, "core holds NaN"),
         ({"q.core": np.full((2, 2, 2), -np.inf, np.float32)}, BadInputError, "core holds NaN"),
         ({"head": np.array([1, np.inf], np.float32)}, BadInputError, "holds NaN or infinity"),
-        ({"q.rows": i32([-1, 3])}, BadInputError, "rows must be strictly increasing indices from 0 to 3"),
+        (
+            {"q.rows": i32([-1, 3])},
+            BadInputError,
+            "rows must be strictly increasing indices from 0 to 3; block 0 has -1 at place 0",
+        ),
         ({"q.rows": i32([1, 1])}, BadInputError, "rows must be strictly increasing"),
-        ({"q.rows": i32([3, 0])}, BadInputError, "rows must be strictly increasing"),
+        (
+            {"q.rows": i32([3, 0])},
+            BadInputError,
+            "rows must be strictly increasing indices from 0 to 3; block 0 has 0 at place 1",
+        ),
         ({"q.rows": i32([0, 4])}, BadInputError, "from 0 to 3"),
         ({"q.rows": i32([-(2**31), 2**31 - 1])}, BadInputError, "from 0 to 3"),
         ({"q.cols": i32([0, 5])}, BadInputError, "from 0 to 4"),
@@ -667,7 +675,9 @@ PER_SLICE = {"q.rows": i32([0, 1], [2, 3]), "q.cols": i32([0, 1], [3, 4])}
 def test_every_block_is_checked_and_not_the_first_alone(bad):
     alone = edited("coupling", "none")
     assert parse_adapter(forge(alone, PER_SLICE)).factors["q"].blocks == 2
-    with pytest.raises(BadInputError, match="rows must be strictly increasing indices from 0 to 3"):
+    with pytest.raises(
+        BadInputError, match="rows must be strictly increasing indices from 0 to 3; block 1 has"
+    ):
         parse_adapter(forge(alone, {**PER_SLICE, "q.rows": i32([0, 1], bad)}))
 
 

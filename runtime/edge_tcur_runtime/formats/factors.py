@@ -223,9 +223,14 @@ def _check_indices(factors: Factors, spec: GroupSpec, rank: int, where: str) -> 
             )
         # Compared, not subtracted: the difference of two int32 may wrap around and look like an increase.
         rising = indices[:, 1:] > indices[:, :-1]
-        if (indices[:, 0] < 0).any() or (indices[:, -1] >= size).any() or not rising.all():
+        wrong = (indices < 0) | (indices >= size)
+        wrong[:, 1:] |= ~rising
+        if wrong.any():
+            block, place = np.argwhere(wrong)[0]
             raise BadInputError(
-                f"{name} must be strictly increasing indices from 0 to {size - 1}", where=where
+                f"{name} must be strictly increasing indices from 0 to {size - 1}; block {block} has "
+                f"{indices[block, place]} at place {place}",
+                where=where,
             )
 
 
