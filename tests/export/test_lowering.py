@@ -107,6 +107,22 @@ def test_without_the_pass_xnnpack_leaves_products_to_slower_kernels(monkeypatch)
     assert left["mm"] == 2
 
 
+@pytest.mark.parametrize("axes", [6, 7])
+def test_tensors_of_more_axes_than_xnnpack_has_stay_outside(axes):
+    """ExecuTorch's partitioner takes them, and the program cannot be loaded. A transposed convolution over
+    three axes, written as a product, turns eight."""
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.reshape([2] * axes).permute(*reversed(range(axes))).reshape(x.shape) * 2
+
+    x = torch.arange(2.0**axes).reshape(4, -1)
+    left, content = lowered(traced(Turned(), x), XNNPACK)
+    assert ("permute_copy" in left) == (axes > 6)
+    assert "mul" not in left
+    assert torch.equal(run(content, x)[0], Turned()(x))
+
+
 def test_convolutions_are_left_outside():
     module = nn.Conv2d(3, 8, 3).requires_grad_(False)
     left, _ = lowered(traced(module, torch.randn(1, 3, 8, 8)), XNNPACK)
