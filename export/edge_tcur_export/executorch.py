@@ -42,6 +42,7 @@ BACKENDS = (PORTABLE, XNNPACK)
 ALL_BACKENDS = (*BACKENDS, VULKAN)
 INFER, TRAIN = "infer", "train"
 _BASE = BASE_PTD.removesuffix(".ptd")
+_FROZEN = "base."  # of the frozen tensors in either program, before the name in `FactorModel`
 _ALIGNMENT = 128  # bytes, of each tensor in a .ptd file
 _SMALLEST = 32  # bytes; a smaller tensor is found in any program by chance
 _HINT = "pip install 'edge-tcur[executorch]'"
@@ -241,9 +242,15 @@ class ProgramWriter:
         return found
 
     def _frozen(self, program: ExportedProgram) -> dict[str, str]:
-        """Placeholders of frozen tensors -> the file that they go into; keeps the tensors for it."""
+        """Placeholders of frozen tensors -> the file that they go into; keeps the tensors for it.
+
+        The scalars of a graph are tensors too, under names that count them: two programs may have other
+        values under one name, so they stay in the programs.
+        """
         found = {}
         for placeholder, target in program.graph_signature.inputs_to_buffers.items():
+            if not target.startswith(_FROZEN):
+                continue
             value = program.state_dict.get(target, program.constants.get(target))
             assert isinstance(value, Tensor)
             self._tensors[target] = value

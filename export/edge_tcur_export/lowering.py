@@ -30,6 +30,7 @@ _COPIES = frozenset({
     "_clone_dim_order", "_to_dim_order_copy", "alias_copy", "expand_copy", "slice_copy", "view_copy",
 })  # fmt: skip
 _SMALLEST = 64  # a matrix product with a smaller side is no faster in XNNPACK than outside
+_MOST_AXES = 6  # XNN_MAX_TENSOR_DIMS
 _SWALLOWING = (
     "AddmmConfig",
     "BatchNormConfig",
@@ -186,7 +187,21 @@ def xnnpack() -> list[Any]:
     # It warns of a conversion without its partitioner, which takes apart what it keeps whole: `_keeps_any`.
     logging.getLogger(XnnpackPartitioner.__module__).setLevel(logging.ERROR)
     configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in _SWALLOWING]
-    return [XnnpackPartitioner(configs=configs)]
+
+    class Bounded(XnnpackPartitioner):  # type: ignore[misc]
+        """Leaves outside what XNNPACK takes and cannot load: tensors of more axes than it has."""
+
+        def get_matched_nodes_from_configs(self, ep: ExportedProgram) -> list[list[fx.Node]]:
+            found: list[list[fx.Node]] = super().get_matched_nodes_from_configs(ep)
+            return [nodes for nodes in found if max(map(_axes, nodes)) <= _MOST_AXES]
+
+    return [Bounded(configs=configs)]
+
+
+def _axes(node: fx.Node) -> int:
+    """The most axes of a tensor that a node reads or makes."""
+    values = (item.meta.get("val") for item in (node, *node.all_input_nodes))
+    return max((value.dim() for value in values if isinstance(value, torch.Tensor)), default=0)
 
 
 def vulkan() -> list[Any]:

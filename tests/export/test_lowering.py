@@ -107,6 +107,22 @@ def test_without_the_pass_xnnpack_leaves_products_to_slower_kernels(monkeypatch)
     assert left["mm"] == 2
 
 
+@pytest.mark.parametrize("axes", [6, 7])
+def test_tensors_of_more_axes_than_xnnpack_has_stay_outside(axes):
+    """ExecuTorch's partitioner takes them, and the program cannot be loaded. A transposed convolution over
+    three axes, written as a product, turns eight."""
+
+    class Turned(nn.Module):
+        def forward(self, x):
+            return x.reshape([2] * axes).permute(*reversed(range(axes))).reshape(x.shape) * 2
+
+    x = torch.arange(2.0**axes).reshape(4, -1)
+    left, content = lowered(traced(Turned(), x), XNNPACK)
+    assert ("permute_copy" in left) == (axes > 6)
+    assert "mul" not in left
+    assert torch.equal(run(content, x)[0], Turned()(x))
+
+
 def test_convolutions_are_left_outside():
     module = nn.Conv2d(3, 8, 3).requires_grad_(False)
     left, _ = lowered(traced(module, torch.randn(1, 3, 8, 8)), XNNPACK)
@@ -223,13 +239,25 @@ def test_backends_share_one_conversion(monkeypatch, caplog):
         calls.clear()
 
 
+class Scaled(nn.Module):
+    """A hardswish between scalars, which the edge dialect holds as tensors with numbers for names."""
+
+    def forward(self, x):
+        return nn.functional.hardswish(x * 3.7) * 0.21 + 0.3
+
+
 def test_an_operator_that_a_backend_keeps_whole_has_its_own_conversion(monkeypatch):
-    """`to_edge` takes a hardswish apart; XNNPACK has a kernel for the whole of it."""
-    calls, module, x = converted(monkeypatch), nn.Hardswish(), torch.randn(4, 8)
-    lowering = Lowering(traced(module, x))
+    """`to_edge` takes a hardswish apart; XNNPACK has a kernel for the whole of it. Neither conversion touches
+    what the other holds."""
+    calls, module, x = converted(monkeypatch), Scaled(), torch.randn(4, 8)
+    lowering, left = Lowering(traced(module, x)), []
     with quiet_torch():
-        left = {b: left_over(lowering.lower(b).exported_program()) for b in (PORTABLE, XNNPACK)}
-    assert left[XNNPACK] == {}
-    assert left[PORTABLE]
-    assert "hardswish" not in left[PORTABLE]
+        for backend in (PORTABLE, XNNPACK, PORTABLE):
+            edge = lowering.lower(backend)
+            left.append(left_over(edge.exported_program()))
+            (outputs,) = run(edge.to_executorch().buffer, x)
+            torch.testing.assert_close(outputs, module(x), rtol=0, atol=1e-5)
+    assert left[1] == {}
+    assert left[0] == left[2] != {}
+    assert "hardswish" not in left[0]
     assert calls == ["to_edge", "to_edge_transform_and_lower"]
