@@ -33,6 +33,7 @@ from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.reference import write_reference
 from edge_tcur_export.report import ExportReport, Stages
+from edge_tcur_export.saved import save_graph
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.step_graphs import StepGraphs
 from edge_tcur_export.trace import (
@@ -269,7 +270,7 @@ class BundleWriter:
                 defaults |= {f"{group.name}.{part}": unused for part in INDEX_PARTS}
         graphs.add_defaults(model, defaults)
         base_file.externalize(model, keep=frozenset(defaults))
-        ir.save(model, self._work / "infer.onnx")
+        save_graph(model, self._work / "infer.onnx")
         return "infer.onnx"
 
     def _write_programs(self, model: FactorModel, limits: Mapping[str, int]) -> None:
