@@ -189,6 +189,10 @@ def _describe(report: ExportReport, out: Path) -> str:
             "",
             *([table(("Program", "Reserves", "For at most"), reserved), ""] if reserved else []),
             *_outside(report),
+            *(
+                f"{count} tensors of the base were {dtype}; the graphs hold them in float32"
+                for dtype, count in report.converted.items()
+            ),
             *_quantised(report.quantization),
             parity,
             *(f"{name}: not compared: {reason}" for name, reason in report.not_run.items()),

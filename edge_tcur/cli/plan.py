@@ -30,6 +30,7 @@ Examples:
   edge-tcur plan bundle/ --budget 256MiB
 """
 _SHOWN = 8  # nodes and operators in the text; JSON has all of them
+_PLACES = 3  # nodes of an operator that are named
 
 
 @click.command("plan", epilog=EPILOG)
@@ -117,6 +118,7 @@ def _gradients(found: Plan) -> list[str]:
 
 
 def _kernels(provider: str, roles: dict[str, list[Unsupported]]) -> str:
+    from edge_tcur_export.kernels import kernel_instead
     from edge_tcur_export.providers import PROVIDERS
 
     lines = [f"kernels of the provider {provider} ({PROVIDERS[provider].source}):"]
@@ -129,9 +131,13 @@ def _kernels(provider: str, roles: dict[str, list[Unsupported]]) -> str:
         lines.append(f"  {role}: {len(values)} nodes of values have none; {where}")
         counts = Counter(node.operator for node in values)
         for operator, count in counts.most_common(_SHOWN):
-            first = next(node for node in values if node.operator == operator)
-            origin = f", from the module {first.module}" if first.module else ""
-            lines.append(f"    {operator} x {count}, first {first.node}{origin}: runs on the CPU provider")
+            own = [node for node in values if node.operator == operator]
+            places = [f"{node.node} ({node.module or 'module not known'})" for node in own[:_PLACES]]
+            places += ["..."] if count > _PLACES else []
+            lines.append(f"    {operator} x {count}: {', '.join(places)}")
+            lines.append(f"      use {kernel_instead(own[0], provider)}")
+        more = len(counts) - _SHOWN
+        lines += [f"    and {more} more operators (--json has all)"] if more > 0 else []
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
 from edge_tcur_runtime.formats.bundle import BASE_FILE
 
-_INLINE_BYTES = 256  # smaller tensors (shapes, axes, scalars) stay in the graph
+INLINE_BYTES = 256  # smaller tensors (shapes, axes, scalars) stay in the graph
 _SMALL_ALIGNMENT = 64  # bytes, a cache line
 _PAGE_BYTES = 4096  # large tensors start on a page, so that they can be mapped
 _LARGE_BYTES = 64 * 2**10
@@ -66,7 +66,7 @@ class BaseFile:
                 tensor = value.const_value
                 if tensor is None or name in keep:
                     continue
-                if tensor.nbytes <= _INLINE_BYTES and name not in quantised | self._always:
+                if tensor.nbytes <= INLINE_BYTES and name not in quantised | self._always:
                     continue
                 raw = tensor.tobytes()
                 key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())

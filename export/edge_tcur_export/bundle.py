@@ -23,6 +23,7 @@ from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
+from edge_tcur_export.dtypes import to_float32
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
 from edge_tcur_export.memory_tables import make_tables
@@ -33,6 +34,7 @@ from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.reference import write_reference
 from edge_tcur_export.report import ExportReport, Stages
+from edge_tcur_export.saved import save_graph
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_export.step_graphs import StepGraphs
 from edge_tcur_export.trace import (
@@ -124,6 +126,7 @@ def export_run(
         stages=stages.seconds,
         executorch=writer.programs,
         quantization=writer.quantization,
+        converted=writer.converted,
     )
 
 
@@ -141,6 +144,7 @@ class BundleWriter:
     ) -> None:
         self._run, self._base, self._adapter, self._work, self._stages = run, base, adapter, work, stages
         self._settings, self.programs = settings, ProgramReport()
+        self.converted = to_float32(base)
         self._task = find_task(run.config.task)
         self._groups: tuple[Group, ...] = find_targets(base.model, run.config.method(), keep=base.head).groups
         self.steps = StepGraphs(base, self._groups, self._task, settings, work)
@@ -269,7 +273,7 @@ class BundleWriter:
                 defaults |= {f"{group.name}.{part}": unused for part in INDEX_PARTS}
         graphs.add_defaults(model, defaults)
         base_file.externalize(model, keep=frozenset(defaults))
-        ir.save(model, self._work / "infer.onnx")
+        save_graph(model, self._work / "infer.onnx")
         return "infer.onnx"
 
     def _write_programs(self, model: FactorModel, limits: Mapping[str, int]) -> None:

@@ -115,6 +115,11 @@ _INSTEAD = {
 }
 
 
+def written_out(operator: str) -> str | None:
+    """Simpler operators that give the same as this one; None where we know of none."""
+    return _INSTEAD.get(operator)
+
+
 def replacement(operator: str) -> str:
     """What to use instead of an operator that ONNX Runtime Training cannot differentiate."""
     step = "--target step, whose graph has no such limit"

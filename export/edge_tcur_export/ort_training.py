@@ -20,8 +20,10 @@ import onnx_ir as ir
 
 from edge_tcur.errors import ExportError
 from edge_tcur_export.base_file import BaseFile
+from edge_tcur_export.frozen import name_each_reader, put_back, take_out
 from edge_tcur_export.graph import IR_VERSION, declare_layer_norm_outputs, to_proto
 from edge_tcur_export.operators import find_undifferentiable
+from edge_tcur_export.saved import check_size, save_graph
 from edge_tcur_runtime.formats.bundle import ADAMW, SGD
 from edge_tcur_runtime.installed import find_onnxruntime
 
@@ -92,17 +94,21 @@ def write_artifacts(
         role -> file name for the manifest.
 
     Raises:
-        ExportError: ONNX Runtime Training cannot build the gradient.
+        ExportError: ONNX Runtime Training cannot build the gradient, or what is trained is more than a
+            protobuf file can hold.
         OSError: no space for the temporary files.
     """
     declare_layer_norm_outputs(model)
+    name_each_reader(model, trained)
+    frozen = take_out(model, trained)
+    check_size(model, FILES["train"][1])
     with TemporaryDirectory() as work:
         _generate(to_proto(model), trained, Path(work), optimizer)
         for produced, name in (FILES["train"], FILES["eval"]):
             graph = ir.load(Path(work) / produced)
             graph.ir_version = IR_VERSION
-            base_file.externalize(graph)
-            ir.save(graph, directory / name)
+            base_file.externalize(put_back(graph, frozen))
+            save_graph(graph, directory / name)
         produced, name = FILES["optimizer"]
         update = onnx.load(str(Path(work) / produced))
         update.ir_version = IR_VERSION

@@ -20,6 +20,7 @@ from edge_tcur.training.train import set_threads
 from edge_tcur_devices import DeviceProfile, load_profile
 from edge_tcur_export.bundle import BundleWriter
 from edge_tcur_export.executorch import require_executorch
+from edge_tcur_export.kernels import kernel_instead, modules_of_weights
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
 from edge_tcur_export.operator_checks import CHECKS, can_write_checks
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
@@ -117,6 +118,13 @@ class Plan:
         content["no_gradient"] = [
             {**asdict(node), "instead": replacement(node.operator)} for node in self.no_gradient
         ]
+        content["no_kernel"] = {
+            name: {
+                role: [{**asdict(node), "instead": kernel_instead(node, name)} for node in nodes]
+                for role, nodes in roles.items()
+            }
+            for name, roles in self.no_kernel.items()
+        }
         content["sources"] = {name: PROVIDERS[name].source for name in self.no_kernel}
         return content
 
@@ -308,10 +316,9 @@ def _look_up(
 ) -> Plan:
     """The plan with kernels of the providers, and what the device has no engine for."""
     names, notes = _providers(request, device)
+    known = {role: {**modules_of_weights(model), **modules.get(role, {})} for role, model in found.items()}
     no_kernel = {
-        name: {
-            role: find_unsupported(model, PROVIDERS[name], modules.get(role)) for role, model in found.items()
-        }
+        name: {role: find_unsupported(model, PROVIDERS[name], known[role]) for role, model in found.items()}
         for name in names
     }
     impossible = {}

@@ -26,6 +26,7 @@ class ExportReport:
         seconds: of the whole export; `stages`: of each stage.
         executorch: ExecuTorch's programs; empty where they were not asked for.
         quantization: what the precision of the base changed.
+        converted: dtype -> how many tensors of the base were converted from it to float32.
         not_run: target that could not be compared on this machine -> why.
     """
 
@@ -40,6 +41,7 @@ class ExportReport:
     executorch: ProgramReport = field(default_factory=ProgramReport)
     quantization: QuantizationReport = field(default_factory=QuantizationReport)
     not_run: Mapping[str, str] = field(default_factory=dict)
+    converted: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -56,6 +58,7 @@ class ExportReport:
             "executorch": asdict(self.executorch),
             "quantization": self.quantization.to_dict(),
             "not_run": dict(self.not_run),
+            "converted": dict(self.converted),
         }
 
 

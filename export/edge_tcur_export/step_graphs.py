@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import onnx_ir as ir
-
 from edge_tcur.errors import ExportError
 from edge_tcur.method.targets import Group
 from edge_tcur.models import Base
@@ -21,6 +19,7 @@ from edge_tcur_export.log_softmax import write_log_softmax
 from edge_tcur_export.parity import Case
 from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
+from edge_tcur_export.saved import save_graph
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_export.trace import (
     EXAMPLE_LENGTH,
@@ -84,12 +83,12 @@ class StepGraphs:
         self.sources["step"] = Source.of(model, forward.signature.inputs)
         write_log_softmax(model)
         base_file.externalize(model)
-        ir.save(model, self._directory / STEP)
+        save_graph(model, self._directory / STEP)
         roles = {"step": STEP}
         if self._settings.recompute:
             self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS)))
             dequantize_late(model)
-            ir.save(model, self._directory / RECOMPUTE)
+            save_graph(model, self._directory / RECOMPUTE)
             roles["step_recompute"] = RECOMPUTE
             self.sources["step_recompute"] = self.sources["step"]
         return roles
@@ -123,7 +122,7 @@ class StepGraphs:
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)
-        ir.save(graph, self._directory / LAST)
+        save_graph(graph, self._directory / LAST)
         return {"step_last": LAST}
 
 

@@ -104,6 +104,14 @@ class FrozenLinear(FrozenLayer):
         bias = cast("Tensor | None", linear.bias)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
+    @property
+    def weight(self) -> Tensor:
+        """[n1, n2], for a model that asks its dtype, device or shape. Of a layer with an update all entries
+        are NaN: what a model computes with them would pass the update by."""
+        if self._update is None:
+            return self.weight_t.T
+        return self.weight_t.new_full((), float("nan")).expand(self.weight_t.shape[::-1])
+
     def rows_t(self, rows: Tensor) -> Tensor:
         """See `FrozenLayer`."""
         return self.weight_t.index_select(1, rows)

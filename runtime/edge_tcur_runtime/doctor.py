@@ -15,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.errors import EdgeError
@@ -29,10 +30,17 @@ from edge_tcur_runtime.installed import (
 from edge_tcur_runtime.output import table
 from edge_tcur_runtime.units import format_size
 
+if TYPE_CHECKING:
+    from edge_tcur_runtime.formats.bundle import Bundle
+
 PROBE_SECONDS = 60  # how long importing ONNX Runtime may take on a slow card
 _PROBE = (
     "import json; from edge_tcur_runtime.engines.session import import_onnxruntime as load; "
     "print(json.dumps(load().get_available_providers()))"
+)
+_PROBE_NEWEST = (
+    "import json; from edge_tcur_runtime.engines.readable import newest_readable; "
+    "found = newest_readable(); print(json.dumps([found.opset, found.ir_version]))"
 )
 _LIBRARIES = ("numpy", "safetensors", "tokenizers", "pillow", "tuf", "executorch")
 _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
@@ -150,7 +158,7 @@ def examine(store: Path, bundle: Path | None = None) -> Report:
     found = find_onnxruntime()
     runtime = None if found is None else _examine_onnxruntime(found)
     engines = tuple(_engine(name, runtime) for name in INSTALL)
-    examined = None if bundle is None else examine_bundle(bundle, engines)
+    examined = None if bundle is None else examine_bundle(bundle, engines, runtime)
     whole = bundle if examined is not None and examined.ok else None  # providers are checked with one
     return Report(
         version=__version__,
@@ -180,9 +188,7 @@ def probe_providers(executable: str = sys.executable) -> tuple[tuple[str, ...], 
         The providers, and why they could not be found (None where they could).
     """
     try:
-        done = subprocess.run(
-            [executable, "-c", _PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
-        )
+        done = _ask(_PROBE, executable)
     except (OSError, subprocess.TimeoutExpired) as error:
         return (), f"importing onnxruntime could not be tried: {error}"
     if done.returncode < 0:
@@ -192,6 +198,22 @@ def probe_providers(executable: str = sys.executable) -> tuple[tuple[str, ...], 
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
         return (), f"importing onnxruntime fails: {last}"
     return tuple(json.loads(lines[-1])), None
+
+
+def probe_newest(executable: str = sys.executable) -> tuple[int | None, int | None]:
+    """The newest opset and IR that the installed ONNX Runtime reads, asked in a child process; None where
+    they could not be found."""
+    try:
+        opset, ir_version = json.loads(_ask(_PROBE_NEWEST, executable).stdout.splitlines()[-1])
+    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
+        return None, None
+    return opset, ir_version
+
+
+def _ask(code: str, executable: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [executable, "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS, check=False
+    )
 
 
 def _examine_onnxruntime(found: OnnxRuntimeInstall) -> OrtReport:
@@ -298,13 +320,22 @@ def examine_store(path: Path) -> StoreReport:
     return StoreReport(str(path), path.is_dir(), writable, free)
 
 
-def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleReport:
-    """Verifies every file of a bundle and says which of the available engines can fine-tune it."""
+def examine_bundle(
+    path: Path, engines: tuple[EngineReport, ...], runtime: OrtReport | None = None
+) -> BundleReport:
+    """Verifies every file of a bundle and says which of the available engines can fine-tune it.
+
+    Args:
+        runtime: the installed ONNX Runtime, where it is to be asked whether it reads the graphs.
+    """
     from edge_tcur_runtime.engines.engine import lacks
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     try:
-        manifest = open_bundle(path).manifest
+        bundle = open_bundle(path)
+        manifest = bundle.manifest
+        if runtime is not None and runtime.problem is None:
+            _require_readable(bundle, runtime)
     except EdgeError as error:
         problem = str(error) if error.hint is None else f"{error} ({error.hint})"
         return BundleReport(str(path), False, problem, int(error.exit_code))
@@ -319,6 +350,16 @@ def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleRepor
         predict="infer" in graphs and "ort-step" in usable,
         compared=None if manifest.verified is None else manifest.verified.targets,
     )
+
+
+def _require_readable(bundle: Bundle, runtime: OrtReport) -> None:
+    from edge_tcur_runtime.engines.readable import Stamp, find_unreadable
+
+    graphs = [bundle.path(name) for role, name in bundle.manifest.graphs.items() if role != "checkpoint"]
+    library = f"{runtime.distribution} {runtime.version}"
+    problem = find_unreadable(bundle, graphs, Stamp(*probe_newest()), library)
+    if problem is not None:
+        raise problem
 
 
 def render(report: Report) -> str:

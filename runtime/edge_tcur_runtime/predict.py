@@ -12,6 +12,7 @@ import numpy as np
 from edge_tcur_runtime.canary import departs, read_canary
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
+from edge_tcur_runtime.engines.readable import require_readable
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.errors import DataError, EdgeError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
@@ -59,6 +60,7 @@ class Model:
         self.bundle = bundle
         self.labels = bundle.manifest.labels
         self.task = find_device_task(bundle.manifest.task)
+        require_readable(bundle, graph)
         self._session = open_session(graph, threads=threads, placement=placement)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)

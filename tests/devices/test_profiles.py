@@ -301,6 +301,17 @@ def test_the_documented_profile_of_ones_own_loads(tmp_path):
     assert load_profile(path).name == "kiosk-2026"
 
 
+def test_a_profile_may_list_every_provider_that_has_a_table(tmp_path):
+    from edge_tcur_export.providers import PROVIDERS
+
+    found = re.search(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    names = ", ".join(f'"{name}"' for name in PROVIDERS)
+    own = found.group(1).replace('providers = ["cpu"]', f"providers = [{names}]")
+    path = tmp_path / "own.toml"
+    path.write_text(own)
+    assert load_profile(path).providers == tuple(PROVIDERS)
+
+
 def test_the_documentation_names_every_allowed_value():
     from edge_tcur_runtime.formats import device
 

@@ -9,16 +9,18 @@ import numpy as np
 import onnx.parser
 import pytest
 
+from edge_tcur.cli.plan import describe
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_devices import list_profiles, load_profile
 from edge_tcur_export import operator_checks
 from edge_tcur_export import plan as plans
 from edge_tcur_export.bundle import export_run
+from edge_tcur_export.kernels import kernel_instead, modules_of_weights
 from edge_tcur_export.memory_model import MemoryEstimate
 from edge_tcur_export.operator_checks import CHECKS
 from edge_tcur_export.operators import NO_GRADIENT, replacement
 from edge_tcur_export.plan import PlanRequest, measure, plan_bundle, plan_run
-from edge_tcur_export.providers import PROVIDERS, find_provider, find_unsupported
+from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import open_bundle
@@ -169,6 +171,52 @@ def test_kernels_of_a_provider():
     ]
     assert [n.operator for n in find_unsupported(model, PROVIDERS["cpu"])] == ["com.microsoft.FusedMatMul"]
     assert {n.operator for n in find_unsupported(model, PROVIDERS["xnnpack"])} >= {"Where", "Gather"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "provider", "integer", "expected"),
+    [
+        ("LogSoftmax", "webgpu", False, ["the CPU provider, where it runs by itself; or --provider", "cuda"]),
+        ("Add", "webgpu", True, ["sizes and indices are a few bytes"]),
+        ("Softplus", "nnapi", False, ["or log(1 + exp(x)), in the model"]),
+        ("com.microsoft.FusedMatMul", "webgpu", False, ["the domain com.microsoft that the CPU provider"]),
+        ("Nonesuch", "cpu", False, ["other operators in the model"]),
+    ],
+)
+def test_what_to_use_instead_of_a_kernel(operator, provider, integer, expected):
+    found = kernel_instead(Unsupported(operator, "n", None, integer), provider)
+    assert all(text in found for text in expected)
+    named = found.partition("--provider ")[2].partition(",")[0].split(" or ")
+    assert all(operator in PROVIDERS[name].operators for name in named if name)
+    assert provider not in named
+
+
+def test_the_modules_of_a_bundles_nodes_are_those_of_their_weights(vit):
+    """A graph on disk has no others; JSON and text say what to use, and where no module is known."""
+    plan = plan_bundle(vit.bundle, None, PlanRequest(provider="xnnpack"))
+    nodes = plan.no_kernel["xnnpack"]["infer"]
+    modules = {name for name, _ in vit.base().model.named_modules()}
+    known = {node.module for node in nodes if node.module is not None}
+    assert known
+    assert known <= modules
+    content = json.loads(json.dumps(plan.to_dict()))["no_kernel"]["xnnpack"]["infer"]
+    assert [entry["module"] for entry in content] == [node.module for node in nodes]
+    assert all(entry["instead"] for entry in content)
+    text = describe(plan)
+    first = next(node for node in nodes if not node.integer)
+    assert f"{first.node} ({first.module or 'module not known'})" in text
+    assert f"      use {kernel_instead(first, 'xnnpack')}" in text
+    assert "module not known" in text
+
+
+def test_a_quantised_weight_names_its_module():
+    model = onnx.parser.parse_model(
+        HEADER + "g (float[b, 4] x) => (float[b, 4] y) { w = DequantizeLinear(v, s) y = MatMul(x, w) }"
+    )
+    for name, place in (("model.a.b.weight_t.values", 0), ("model.a.b.weight_t.scales", 1)):
+        model.graph.node[0].input[place] = name
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), name))
+    assert modules_of_weights(model) == {"w": "a.b"}
 
 
 def test_tables_say_where_they_come_from():

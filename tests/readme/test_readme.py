@@ -74,6 +74,15 @@ def test_the_text_example_personalises(transcript):
 
 
 @pytest.mark.timeout(900)
+def test_the_graphs_of_minilm_are_small_without_its_weights(transcript, workdir):
+    """2 MiB each at most: the weights are in the one base file, as external data of every graph."""
+    sizes = {path.name: path.stat().st_size for path in (workdir / "bundle").glob("*.onnx")}
+    assert {"infer.onnx", "step.onnx", "train.onnx"} <= set(sizes)
+    assert {name: size for name, size in sizes.items() if size > 2 * 2**20} == {}
+    assert (workdir / "bundle" / "base.bin").stat().st_size > 80 * 2**20
+
+
+@pytest.mark.timeout(900)
 def test_the_python_example_runs(transcript, workdir):
     done = subprocess.run(
         [sys.executable, "-c", block("python")], cwd=workdir, capture_output=True, text=True, check=False

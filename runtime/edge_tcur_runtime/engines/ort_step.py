@@ -13,6 +13,7 @@ from edge_tcur_runtime.engines.engine import (
     trained_names,
 )
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
+from edge_tcur_runtime.engines.readable import require_readable
 from edge_tcur_runtime.engines.session import open_session, require_names
 from edge_tcur_runtime.formats.bundle import Bundle
 
@@ -29,6 +30,7 @@ class OrtStepEngine:
         self, bundle: Bundle, *, threads: int = 0, graph: str = "step", placement: Placement = ON_CPU
     ) -> None:
         path = require_graph(bundle, graph, self.name)
+        require_readable(bundle, path)
         # What is recomputed must wait for the backward pass; ONNX Runtime's own order suits the others, whose
         # quantised weights stand first in the file.
         in_order = graph == "step_recompute"

@@ -20,6 +20,7 @@ from edge_tcur_runtime.engines.engine import (
     trained_names,
 )
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
+from edge_tcur_runtime.engines.readable import require_readable
 from edge_tcur_runtime.engines.session import (
     cannot_load,
     import_onnxruntime,
@@ -57,6 +58,7 @@ class OrtTrainingEngine:
     def __init__(self, bundle: Bundle, *, threads: int = 0, placement: Placement = ON_CPU) -> None:
         train, checkpoint = (require_graph(bundle, role, self.name) for role in ("train", "checkpoint"))
         api, options = import_training_api(), session_options(threads)
+        require_readable(bundle, train)
         reading = checkpoint
         try:
             self._state = api.CheckpointState.load_checkpoint(str(checkpoint))

@@ -22,7 +22,7 @@ ISA = {
 }
 GPU_APIS = ("vulkan", "metal", "cuda", "opencl", "none")
 ENGINES = ("ort-training", "ort-step", "executorch")
-PROVIDERS = ("cpu", "xnnpack", "nnapi", "coreml", "cuda", "tensorrt", "openvino")
+PROVIDERS = ("cpu", "xnnpack", "nnapi", "coreml", "webgpu", "qnn", "cuda", "tensorrt", "openvino")
 FIGURES = ("arch", "cores", "big_cores", "memory", "app_memory", "isa", "gpu", "engines", "providers")
 _KEYS = ("name", "title", "kind", *FIGURES, "sources")
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
