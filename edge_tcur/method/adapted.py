@@ -170,7 +170,7 @@ class Injection:
         adapter = self.adapters[name]
         for group in adapter.groups.values():
             for position, module in enumerate(group.spec.modules):
-                self._layers[module].use(Slot(group, position))
+                self._layers[module].use(Slot(group, position, f"{module}.bias" in adapter.saved))
         for parameter, value in adapter.saved.items():
             self._originals[parameter] = _set_parameter(self.model, parameter, value)
 

@@ -49,7 +49,8 @@ class TCurConfig:
         alpha: scale of the update (and so of the effective learning rate).
         rank_pattern: name pattern of a module -> rank of its group; the first that matches counts.
         layers_to_transform: numbers of the layers that are adapted, or one number; empty for all.
-        modules_to_save: names of modules that are trained in full and saved with the adapter.
+        modules_to_save: names of modules that are trained in full and saved with the adapter; one that
+            matches no module names parameters (``*.bias``).
         seed: of selections that draw at random.
 
     Names are as in peft: a plain one means the module of that name and all whose last components it is

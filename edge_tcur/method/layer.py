@@ -19,10 +19,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a layer finds its update: slice `position` of a group."""
+    """Where a layer finds its update: slice `position` of a group.
+
+    `trains_bias`: whether the adapter has a bias of its own for the layer (`modules_to_save`).
+    """
 
     group: CoreGroup
     position: int
+    trains_bias: bool = False
 
 
 class AdaptedLayer(nn.Module):
@@ -75,8 +79,8 @@ class AdaptedLayer(nn.Module):
         return self._form(x, slot)(self.base, self.view, x, slot.group.slice(slot.position))
 
     def _form(self, x: Tensor, slot: Slot) -> Form:
-        if _is_watched(self.base):
-            return beside  # other forms compute from its weight, not by it
+        if _is_watched(self.base) or slot.trains_bias:
+            return beside  # other forms compute from its weight, not by it, and take its bias as frozen
         form = self.form or self._cheapest(x, slot)
         if torch.is_autocast_enabled(x.device.type):
             # Our own backward passes run where nothing is cast; torch's operators remember.

@@ -86,7 +86,8 @@ def find_targets(model: nn.Module, config: TCurConfig, *, keep: Collection[str] 
     """
     skipped: dict[str, str] = {}
     found = _candidates(model, keep, skipped)
-    saved = [name for name in found if _is_saved(name, config.modules_to_save)]
+    own = saved_parameters(model, config.modules_to_save, missing_ok=True)
+    saved = [n for n in found if _is_saved(n, config.modules_to_save) or f"{n}.weight" in own]
     for name in saved:
         skipped[name] = "trained in full (modules_to_save)"
         del found[name]
@@ -112,37 +113,49 @@ def group_specs(targets: Targets) -> dict[str, GroupSpec]:
     }
 
 
-def saved_parameters(model: nn.Module, patterns: Collection[str]) -> dict[str, nn.Parameter]:
-    """The parameters of the modules that `patterns` (`TCurConfig.modules_to_save`) name, by name.
+def saved_parameters(
+    model: nn.Module, patterns: Collection[str], *, missing_ok: bool = False
+) -> dict[str, nn.Parameter]:
+    """The parameters that `patterns` (`TCurConfig.modules_to_save`) name, by name.
+
+    A pattern means modules, with all their parameters; where it matches none that has any, parameters
+    themselves (``*.bias``).
+
+    Args:
+        model: without adapted layers.
+        missing_ok: pass over patterns that match nothing.
 
     Raises:
-        ConfigError: a pattern matches no module with parameters, or one of two that are tied.
+        ConfigError: a pattern matches neither, or one of two parameters that are tied.
     """
     result: dict[str, nn.Parameter] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
-    for name, value in model.named_parameters(remove_duplicate=False):
+    for name, value in parameters.items():
         owners.setdefault(id(value), []).append(name)
     for pattern in patterns:
         modules = [name for name, _ in model.named_modules() if name and _matches(name, (pattern,))]
-        found = {
-            name: value
-            for name, value in model.named_parameters(remove_duplicate=False)
-            if any(name.startswith(f"{module}.") for module in modules)
-        }
-        for name, value in found.items():
-            if len(owners[id(value)]) > 1:
-                other = next(owner for owner in owners[id(value)] if owner != name)
-                raise ConfigError(
-                    f"{name} is tied to {other}: training it would change both modules, or untie them",
-                    where="modules_to_save",
-                    hint="leave it frozen, or untie the two in the model first",
-                )
-        if not found:
+        found = [name for name in parameters if any(name.startswith(f"{module}.") for module in modules)]
+        found = found or [name for name in parameters if _matches(name, (pattern,))]
+        for name in found:
+            _refuse_tied(name, owners[id(parameters[name])])
+        if not found and not missing_ok:
             raise ConfigError(
-                f"the pattern {pattern!r} matches no module with weights", where="modules_to_save"
+                f"the pattern {pattern!r} matches no module with weights, and no parameter",
+                where="modules_to_save",
             )
-        result |= found
+        result |= {name: parameters[name] for name in found}
     return result
+
+
+def _refuse_tied(name: str, owners: list[str]) -> None:
+    if len(owners) > 1:
+        other = next(owner for owner in owners if owner != name)
+        raise ConfigError(
+            f"{name} is tied to {other}: training it would change both modules, or untie them",
+            where="modules_to_save",
+            hint="leave it frozen, or untie the two in the model first",
+        )
 
 
 def _is_saved(module: str, patterns: Collection[str]) -> bool:

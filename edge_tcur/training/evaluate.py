@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from edge_tcur.data import prepare
-from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.method.adapted import DEFAULT, Injection, inject
 from edge_tcur.method.targets import group_specs
 from edge_tcur.models import Base, load_base
 from edge_tcur.tasks import find_task
@@ -88,7 +88,7 @@ def apply_adapter(base: Base, run: Run, adapter: Adapter) -> Injection:
         injection.remove()
         raise BaseMismatchError("the adapter's groups name other weights than the run's settings give")
     with torch.no_grad():
-        for name, parameter in base.extra_parameters(method.modules_to_save).items():
+        for name, parameter in (injection.adapters[DEFAULT].saved | base.head_parameters()).items():
             parameter.copy_(torch.from_numpy(adapter.extras[name].copy()))
     return injection
 

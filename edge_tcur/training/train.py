@@ -13,7 +13,7 @@ import torch
 
 from edge_tcur import __version__
 from edge_tcur.data import PreparedData, prepare
-from edge_tcur.method.adapted import Injection, inject
+from edge_tcur.method.adapted import DEFAULT, Injection, inject
 from edge_tcur.method.allocation import share_out
 from edge_tcur.method.selection import GRADIENT, UPDATE
 from edge_tcur.method.targets import Targets, find_targets, group_specs
@@ -99,7 +99,8 @@ def build_adapter(base: Base, injection: Injection, config: TrainConfig, labels:
         alpha=config.alpha,
         provenance={"tool": f"edge-tcur {__version__}", "selection": config.selection},
     )
-    extras = base.extra_parameters(config.method().modules_to_save)
+    # Not `base.extra_parameters`: what belongs to an adapted layer (a bias) has another name in there.
+    extras = injection.adapters[DEFAULT].saved | base.head_parameters()
     return Adapter(header, injection.factors(), {name: value_of(value) for name, value in extras.items()})
 
 

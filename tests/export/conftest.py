@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from edge_tcur.method.adapted import inject
+from edge_tcur.method.adapted import DEFAULT, inject
 from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
@@ -240,9 +240,9 @@ def check_other_factors(exported, rank, samples):
     found = exported.session().run(["logits"], {**inputs, **feeds, **extras})[0]
     method = exported.run.config.method()
     plain = torch_outputs(base, inputs)
-    inject(base.model, method, factors=factors)
+    injection = inject(base.model, method, keep=base.head, factors=factors)
     with torch.no_grad():
-        for name, parameter in base.extra_parameters(method.modules_to_save).items():
+        for name, parameter in (injection.adapters[DEFAULT].saved | base.head_parameters()).items():
             parameter.copy_(torch.from_numpy(extras[name]))
     expected = torch_outputs(base, inputs)
     assert np.abs(expected - plain).max() > 1e-3

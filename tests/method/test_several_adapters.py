@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from edge_tcur.method.adapted import Injection
+from edge_tcur.method.adapted import DEFAULT, Injection
 from edge_tcur.method.config import TCurConfig
+from edge_tcur.method.forms import possible_forms
 from edge_tcur_runtime.errors import ConfigError, UsageError
 
 
@@ -241,3 +242,46 @@ def test_a_float64_base_is_merged_in_float64(kit):
         expected = model(x)
         injection.merge()  # of a zero core
         assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"coupling": "all"}, {"frame": "sketch"}])
+def test_a_bias_of_an_adapted_layer_is_trained_whatever_its_form(kit, options):
+    """Against the same model with weights plus updates, and with the biases as parameters of its own."""
+    model = kit.Net()
+    before = kit.bits(model)
+    names = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    injection = kit.adapt(model, TCurConfig(rank=2, modules_to_save=("*.bias",), **options))
+    kit.stir(injection)
+    saved = injection.adapters[DEFAULT].saved
+    assert set(saved) == names
+    with torch.no_grad():
+        for value in saved.values():
+            value.add_(torch.linspace(0.1, 0.4, len(value)))
+    plain = kit.Net()
+    with torch.no_grad():
+        for name, value in saved.items():
+            plain.get_parameter(name).copy_(value)
+        for group in injection.groups.values():
+            for position, module in enumerate(group.spec.modules):
+                plain.get_parameter(f"{module}.weight").add_(group.slice(position).dense())
+    loss = kit.loss_of(plain)
+    loss.backward()
+    forms = {
+        form
+        for layer in injection.layers().values()
+        for form in possible_forms(
+            layer.view, has_rows=injection.groups["up"].has_rows, in_block=injection.groups["up"].in_block
+        )
+    }
+    for form in (None, *sorted(forms)):
+        for layer in injection.layers().values():
+            layer.form = form
+        for value in saved.values():
+            value.grad = None
+        own = kit.loss_of(model)
+        own.backward()
+        torch.testing.assert_close(own, loss)
+        for name, value in saved.items():
+            torch.testing.assert_close(value.grad, plain.get_parameter(name).grad, msg=f"{form}: {name}")
+    injection.remove()
+    assert kit.bits(model) == before

@@ -180,7 +180,7 @@ def test_patterns_that_match_nothing(kit):
     assert "blocks.0.up" in refused(kit.Net(), ConfigError, match, "targets", targets="*.up,*.query")
     # A module that is there, but has no weight that can be adapted, is not one.
     refused(kit.Net(), ConfigError, r"'\*\.norm' matches no module that can be adapted", targets="*.norm")
-    with pytest.raises(ConfigError, match="'tail' matches no module with weights") as caught:
+    with pytest.raises(ConfigError, match="'tail' matches no module with weights, and no") as caught:
         saved_parameters(kit.Net(), ("head", "tail"))
     assert caught.value.where == "modules_to_save"
     assert set(saved_parameters(kit.Net(), ("head", "e*"))) == {
@@ -369,3 +369,16 @@ def test_a_weight_of_a_kind_that_cannot_be_read_is_refused_by_name(kit):
     assert [group.modules for group in targets.groups] == [tuple(f"blocks.{i}.down" for i in range(3))]
     with pytest.raises(BadInputError, match=r"blocks\.1\.up\.weight.*is a Packed"):
         base_digest(model)
+
+
+def test_parameters_are_named_where_no_module_is(kit):
+    model = kit.Net()
+    names = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    assert set(saved_parameters(model, ("*.bias",))) == set(saved_parameters(model, ("bias",))) == names
+    assert set(saved_parameters(model, ("0.up.bias",))) == {"blocks.0.up.bias"}
+    assert set(saved_parameters(model, ("*.1.up", "norm.weight"))) == {
+        "blocks.1.up.weight", "blocks.1.up.bias", *(f"blocks.{i}.norm.weight" for i in range(3)),
+    }  # fmt: skip
+    targets = find_targets(model, TCurConfig(rank=2, modules_to_save=("*.bias", "2.up.weight")))
+    assert {name for name, why in targets.skipped.items() if "modules_to_save" in why} == {"blocks.2.up"}
+    assert targets.groups[0].modules == ("blocks.0.up", "blocks.1.up")
