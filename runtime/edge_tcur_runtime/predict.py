@@ -44,6 +44,7 @@ class Model:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: it cannot load the graph, the bundle has none, or its answers to the canary are
             not those that were exported.
+        IntegrityError: the graph or the base was changed since the bundle was opened.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Model:
         self.bundle = bundle
         self.labels = bundle.manifest.labels
         self.task = find_device_task(bundle.manifest.task)
-        self._session = open_session(graph, threads=threads, placement=placement)
+        files = bundle.manifest.files
+        self._session = open_session(graph, threads=threads, files=files, placement=placement)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
         require_names(graph, "default for", names, bundle.manifest.inputs)
