@@ -42,6 +42,10 @@ class Sink:
         elif self.mode is Mode.HUMAN:
             click.echo(human)
 
+    def line(self, payload: Mapping[str, object]) -> None:
+        """One of many results, as soon as it is there: a line of JSON in every mode."""
+        click.echo(json.dumps(_plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
+
     def note(self, text: str) -> None:
         """A line for people, on stderr; silent in quiet mode."""
         if self.mode is not Mode.QUIET:
