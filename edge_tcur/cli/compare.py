@@ -28,7 +28,7 @@ Examples:
 """
 DEFAULT_METHODS = ("head", "full", "lora-r8", "gradient-r8", "sketch-r8")
 PROBLEMS = ("digits", "segmentation")
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)
 
 
 @click.command("compare", epilog=EPILOG)

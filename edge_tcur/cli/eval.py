@@ -17,7 +17,7 @@ Examples:
   edge-tcur eval run/ --data test.csv
   edge-tcur eval run/ --data test.csv --adapter personal.safetensors --json
 """
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)
 
 
 @click.command("eval", epilog=EPILOG)

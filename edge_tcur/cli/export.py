@@ -10,7 +10,7 @@ import click
 
 from edge_tcur.cli.plan import make_request, plan_export, plan_options
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_PATH, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
 from edge_tcur_runtime.output import Sink, table
@@ -39,7 +39,7 @@ _SHOWN = 6  # operators in one line
 
 
 @click.command("export", epilog=EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path, readable=False))
 @click.option("--out", type=DIRECTORY, metavar="BUNDLE", help="Directory to write; needed but for --dry-run.")
 @click.option(
     "--target",
@@ -90,7 +90,7 @@ _SHOWN = 6  # operators in one line
 )
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path, exists=True),
+    type=EXISTING_PATH,
     metavar="DATA",
     help="Public samples that go into the bundle: no device keeps an adapter that falls behind on them.",
 )

@@ -33,7 +33,7 @@ Description = tuple[dict[str, Any], str]
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path, readable=False))
 @output_options
 @click.pass_context
 def inspect(context: click.Context, path: Path, sink: Sink) -> None:

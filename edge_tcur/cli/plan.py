@@ -52,7 +52,7 @@ def plan_options(command: Callable[..., R]) -> Callable[..., R]:
 
 
 @click.command("plan", epilog=EPILOG)
-@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
+@click.argument("path", type=click.Path(path_type=Path, readable=False), metavar="RUN|BUNDLE")
 @click.option(
     "--target", "targets", type=click.Choice(TARGETS), multiple=True, help="Of a run, as for export."
 )

@@ -14,7 +14,7 @@ from edge_tcur_runtime.output import Sink, table
 if TYPE_CHECKING:
     from edge_tcur.training.rework import Reworked
 
-RUN = click.Path(path_type=Path)
+RUN = click.Path(path_type=Path, readable=False)
 _MERGE = """\b
 Examples:
   edge-tcur merge run/ --out merged/

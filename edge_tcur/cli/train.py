@@ -16,7 +16,7 @@ from edge_tcur.cli.progress import stage_bar
 from edge_tcur.method.config import PRESETS
 from edge_tcur.method.selection import UPDATE
 from edge_tcur.settings import TrainConfig, config_from_dict, read_config
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import DIRECTORY, PATH, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.tasks import find_device_task
@@ -54,7 +54,13 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("train", epilog=EPILOG)
-@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")
+@click.option(
+    "--config",
+    "file",
+    type=PATH,
+    metavar="FILE",
+    help="Settings as TOML.",
+)
 @click.option(
     "--preset",
     type=click.Choice(tuple(PRESETS)),

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from edge_tcur_runtime.cli.framework import EXISTING_DIRECTORY, data_options, output_options, store_option
+from edge_tcur_runtime.cli.framework import (
+    EXISTING_DIRECTORY,
+    PATH,
+    data_options,
+    output_options,
+    store_option,
+)
 from edge_tcur_runtime.cli.stream import answer_stream, is_stream
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
@@ -34,7 +40,7 @@ Examples:
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to answer; repeatable.")
 @click.option("--adapter", default="active", show_default=True, metavar="REF",
               help="base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
-@click.option("--masks", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--masks", type=PATH, metavar="FILE",
               help="Of a segmentation: write the masks to this .npz file.")  # fmt: skip
 @click.option(
     "--provider", default="auto", show_default=True, help="What runs the graph: auto, cpu, webgpu, ..."
