@@ -131,16 +131,16 @@ def test_a_bundle_guards_install_and_activate(cli, tmp_path, bundle, files):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("install", "/no/such/file"), 2),
+        (("install", "/no/such/file"), 3),
         (("install",), 2),
         (("activate", "nothing"), 2),
-        (("activate", "one", "--bundle", "/no/such/bundle"), 2),
+        (("activate", "one", "--bundle", "/no/such/bundle"), 3),
         (("rollback",), 2),
         (("remove", "one"), 2),
         (("show", "base"), 2),
     ],
 )
-def test_usage_errors(cli, files, arguments, code):
+def test_mistakes_have_their_exit_codes(cli, files, arguments, code):
     cli("install", files["one"][0], "--name", "one")
     if arguments[0] == "remove":
         cli("activate", "one")
