@@ -17,7 +17,7 @@ from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_ada
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.factors import AnyFactors, Factors
-from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.output import Sink, table, visible
 from edge_tcur_runtime.units import format_size
 
 EPILOG = """\b
@@ -228,8 +228,9 @@ def _bundle_files(bundle: Bundle, damaged: Mapping[str, str]) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    width = max(len(key) for key in facts)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items())
+    shown = {visible(key): visible(value) for key, value in facts.items()}
+    width = max(len(key) for key in shown)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 
 
 def _indices(factors: AnyFactors) -> dict[str, list[list[int]]]:

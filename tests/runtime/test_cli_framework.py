@@ -26,7 +26,7 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.errors import BudgetError, DataError, EdgeError, IntegrityError
-from edge_tcur_runtime.output import Mode, Sink
+from edge_tcur_runtime.output import Mode, Sink, visible
 
 HEAVY = ("numpy", "onnxruntime", "safetensors", "torch", "edge_tcur_runtime.store")
 
@@ -355,3 +355,28 @@ def test_a_path_that_is_what_is_read_is_taken(capsys, paths):
     code, out, _ = outcome(capsys, command, *arguments, "--json")
     assert code == 0
     assert json.loads(out)["new"] == str(folder / "later")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, \u00e9, \u65e5\u672c, \u00a0", "plain, \u00e9, \u65e5\u672c, \u00a0"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("\u202e\u2028\ud800", r"\u202e\u2028\ud800"),
+        ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text, shown):
+    assert visible(text) == shown
+
+
+def test_every_text_of_the_sink_is_escaped_but_for_its_line_breaks(capsys):
+    sink = Sink()
+    sink.result({}, "one\ntwo\x1b[2J")
+    sink.note("note\x1b[2J")
+    sink.error(DataError("bad\x1b[2J", where="file\x07", hint="hint\x1b[2J"))
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\\x1b[2J\n"
+    assert "\x1b[2J" not in err
+    assert "\x07" not in err
