@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_tcur_runtime.cli.framework import COUNT, output_options
+from edge_tcur_runtime.cli.framework import COUNT, PATH, output_options
 from edge_tcur_runtime.errors import BadInputError, OutputExistsError, UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.units import format_size
@@ -22,7 +22,11 @@ Examples:
 @click.command("combine", epilog=EPILOG)
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER[=WEIGHT]...")
 @click.option(
-    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="Adapter to write."
+    "--out",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="Adapter to write.",
 )
 @click.option(
     "--head-of",

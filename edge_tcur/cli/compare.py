@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, PATH, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
 
@@ -28,7 +28,6 @@ Examples:
 """
 DEFAULT_METHODS = ("head", "full", "lora-r8", "gradient-r8", "sketch-r8")
 PROBLEMS = ("digits", "segmentation")
-PATH = click.Path(path_type=Path)
 
 
 @click.command("compare", epilog=EPILOG)

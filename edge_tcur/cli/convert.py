@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import DIRECTORY, PATH, output_options
 from edge_tcur_runtime.errors import OutputExistsError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.units import format_size
@@ -20,12 +20,18 @@ KINDS = ("onnx_adapter", "ptd")
 
 
 @click.command("convert", epilog=EPILOG)
-@click.argument("adapter", type=click.Path(path_type=Path))
+@click.argument("adapter", type=PATH)
 @click.option("--to", "kind", type=click.Choice(KINDS), required=True, help="Format of the new file.")
 @click.option(
     "--bundle", type=DIRECTORY, metavar="BUNDLE", help="Check that ADAPTER fits it; fill up to its rank."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE", help="File to write.")
+@click.option(
+    "--out",
+    type=PATH,
+    required=True,
+    metavar="FILE",
+    help="File to write.",
+)
 @click.option("--force", is_flag=True, help="Replace the file at --out.")
 @output_options
 def convert(adapter: Path, kind: str, bundle: Path | None, out: Path, force: bool, sink: Sink) -> None:

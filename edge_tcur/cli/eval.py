@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import output_options
+from edge_tcur_runtime.cli.framework import PATH, output_options
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.tasks import find_device_task
 
@@ -17,7 +17,6 @@ Examples:
   edge-tcur eval run/ --data test.csv
   edge-tcur eval run/ --data test.csv --adapter personal.safetensors --json
 """
-PATH = click.Path(path_type=Path)
 
 
 @click.command("eval", epilog=EPILOG)

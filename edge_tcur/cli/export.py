@@ -11,7 +11,7 @@ import click
 from edge_tcur.cli.options import DEFAULT_TARGETS, EXECUTORCH, force_option, plan_options, target_option
 from edge_tcur.cli.plan import make_request, plan_export
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, EXISTING_PATH, PATH, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
 from edge_tcur_runtime.output import Sink, table
@@ -38,7 +38,7 @@ _SHOWN = 6  # operators in one line
 
 
 @click.command("export", epilog=EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option("--out", type=DIRECTORY, metavar="BUNDLE", help="Directory to write; needed but for --dry-run.")
 @target_option("What to export; say it once for each. By default all that run on ONNX Runtime.")
 @click.option(
@@ -83,7 +83,7 @@ _SHOWN = 6  # operators in one line
 )
 @click.option(
     "--reference",
-    type=click.Path(path_type=Path, exists=True),
+    type=EXISTING_PATH,
     metavar="DATA",
     help="Public samples that go into the bundle: no device keeps an adapter that falls behind on them.",
 )

@@ -10,14 +10,14 @@ from typing import Any
 import click
 import numpy as np
 
-from edge_tcur_runtime.cli.framework import output_options
+from edge_tcur_runtime.cli.framework import PATH, output_options
 from edge_tcur_runtime.doctor import render_compared
 from edge_tcur_runtime.errors import BadInputError, ExitCode, IntegrityError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.factors import AnyFactors, Factors
-from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.output import Sink, table, visible
 from edge_tcur_runtime.units import format_size
 
 EPILOG = """\b
@@ -33,7 +33,7 @@ Description = tuple[dict[str, Any], str]
 
 
 @click.command("inspect", epilog=EPILOG)
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=PATH)
 @output_options
 @click.pass_context
 def inspect(context: click.Context, path: Path, sink: Sink) -> None:
@@ -233,8 +233,9 @@ def _bundle_files(bundle: Bundle, damaged: Mapping[str, str]) -> str:
 
 
 def _facts(facts: Mapping[str, str]) -> str:
-    width = max(len(key) for key in facts)
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in facts.items())
+    shown = {visible(key): visible(value) for key, value in facts.items()}
+    width = max(len(key) for key in shown)
+    return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
 
 
 def _indices(factors: AnyFactors) -> dict[str, list[list[int]]]:

@@ -12,7 +12,7 @@ import click
 from edge_tcur.cli.inspect import RUN_FILE, not_ours
 from edge_tcur.cli.options import DEFAULT_TARGETS, plan_options, target_option
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import output_options
+from edge_tcur_runtime.cli.framework import PATH, output_options
 from edge_tcur_runtime.errors import ExitCode
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
@@ -34,7 +34,7 @@ _PLACES = 3  # nodes of an operator that are named
 
 
 @click.command("plan", epilog=EPILOG)
-@click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
+@click.argument("path", type=PATH, metavar="RUN|BUNDLE")
 @target_option("Of a run, as for export.")
 @plan_options
 @output_options

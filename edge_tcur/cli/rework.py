@@ -9,13 +9,12 @@ import click
 
 from edge_tcur.cli.options import force_option, run_out_option
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, PATH, output_options
 from edge_tcur_runtime.output import Sink, table
 
 if TYPE_CHECKING:
     from edge_tcur.training.rework import Reworked
 
-RUN = click.Path(path_type=Path)
 _MERGE = """\b
 Examples:
   edge-tcur merge run/ --out merged/
@@ -33,7 +32,7 @@ Examples:
 
 
 @click.command("merge", epilog=_MERGE)
-@click.argument("source", type=RUN, metavar="RUN")
+@click.argument("source", type=PATH, metavar="RUN")
 @click.option("--undo", is_flag=True, help="RUN is a merged base: make the base again, bit by bit.")
 @click.option("--out", type=DIRECTORY, required=True, metavar="DIR", help="Directory to write.")
 @force_option
@@ -54,7 +53,7 @@ def merge(source: Path, undo: bool, out: Path, force: bool, sink: Sink) -> None:
 
 
 @click.command("migrate", epilog=_MIGRATE)
-@click.argument("run", type=RUN)
+@click.argument("run", type=PATH)
 @click.option("--base", required=True, metavar="TEXT", help="The new version of the run's base.")
 @run_out_option
 @force_option
@@ -74,7 +73,7 @@ def migrate(run: Path, base: str, out: Path, force: bool, sink: Sink) -> None:
 
 
 @click.command("reduce", epilog=_REDUCE)
-@click.argument("run", type=RUN)
+@click.argument("run", type=PATH)
 @click.option("--rank", type=COUNT, required=True, metavar="N", help="Rank of the new adapter.")
 @run_out_option
 @force_option

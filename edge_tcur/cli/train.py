@@ -17,7 +17,7 @@ from edge_tcur.cli.progress import stage_bar
 from edge_tcur.method.config import PRESETS
 from edge_tcur.method.selection import UPDATE
 from edge_tcur.settings import TrainConfig, config_from_dict, read_config
-from edge_tcur_runtime.cli.framework import add_options, output_options
+from edge_tcur_runtime.cli.framework import PATH, add_options, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.tasks import find_device_task
@@ -52,7 +52,13 @@ def _setting(item: Field[Any]) -> Callable[..., Any]:
 
 
 @click.command("train", epilog=EPILOG)
-@click.option("--config", "file", type=click.Path(path_type=Path), metavar="FILE", help="Settings as TOML.")
+@click.option(
+    "--config",
+    "file",
+    type=PATH,
+    metavar="FILE",
+    help="Settings as TOML.",
+)
 @click.option(
     "--preset",
     type=click.Choice(tuple(PRESETS)),

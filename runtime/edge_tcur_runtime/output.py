@@ -1,8 +1,9 @@
 """The one output sink of both tools: people read it, or scripts do, or nobody.
 
-In `human` mode results go to stdout as text; in `json` mode stdout carries exactly one JSON
-object with `schema_version`; `quiet` prints no result. Notes, progress and logs always go to
-stderr, and progress disappears when stderr is no terminal.
+In `human` mode results go to stdout as text, in which what a terminal would obey is escaped (`visible`); in
+`json` mode stdout carries exactly one JSON object with `schema_version` (a stream of answers: one a line);
+`quiet` prints no result. Notes, progress and logs always go to stderr, and progress disappears when stderr
+is no terminal.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -19,6 +21,8 @@ import click
 from edge_tcur_runtime.errors import EdgeError
 
 SCHEMA_VERSION = 1
+_OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats, half characters, separators of lines
+_JOINERS = "\u200c\u200d"
 
 
 class Mode(Enum):
@@ -40,20 +44,25 @@ class Sink:
         if self.mode is Mode.JSON:
             click.echo(json.dumps(plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
         elif self.mode is Mode.HUMAN:
-            click.echo(human)
+            click.echo(visible(human, keep="\n"))
+
+    def line(self, payload: Mapping[str, object]) -> None:
+        """One of many results, as soon as it is there: a line of JSON in every mode."""
+        click.echo(json.dumps(plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
 
     def note(self, text: str) -> None:
         """A line for people, on stderr; silent in quiet mode."""
         if self.mode is not Mode.QUIET:
-            click.echo(text, err=True)
+            click.echo(visible(text, keep="\n"), err=True)
 
     def error(self, error: EdgeError) -> None:
         """An error with its place and hint: text on stderr, and in JSON mode an object on stdout."""
         if self.mode is Mode.JSON:
             click.echo(json.dumps({"schema_version": SCHEMA_VERSION, "error": error.to_dict()}))
-        click.secho(f"error: {error}", fg="red", err=True)
+        shown = visible(str(error), keep="\n")
+        click.secho(f"error: {shown}", fg="red", err=True)
         if error.hint:
-            click.echo(f"  hint: {error.hint}", err=True)
+            click.echo(visible(f"  hint: {error.hint}", keep="\n"), err=True)
 
     @contextmanager
     def steps(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
@@ -102,9 +111,27 @@ def plain(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def visible(text: str, keep: str = "") -> str:
+    """`text` with escapes in the place of what a terminal would obey or hide.
+
+    Names in a file may hold anything: an escape sequence clears the screen, a line break forges a line, a
+    change of direction reorders one. JSON has them as they are. The two joiners, which scripts and emoji
+    need, stay.
+
+    Args:
+        keep: characters that stay; the sink keeps the line breaks of a layout.
+    """
+    return "".join(
+        character
+        if character in keep or unicodedata.category(character) not in _OBEYED or character in _JOINERS
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A plain text table: first column to the left, the others to the right."""
-    lines = [list(header), *(list(row) for row in rows)]
+    lines = [list(header), *([visible(cell) for cell in row] for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * width for width in widths]
     return "\n".join(

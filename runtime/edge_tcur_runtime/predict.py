@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +47,7 @@ class Model:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: it cannot load the graph, the bundle has none, or its answers to the canary are
             not those that were exported.
+        IntegrityError: the graph or the base was changed since the bundle was opened.
     """
 
     def __init__(
@@ -60,8 +63,9 @@ class Model:
         self.bundle = bundle
         self.labels = bundle.manifest.labels
         self.task = find_device_task(bundle.manifest.task)
+        files = bundle.manifest.files
         require_readable(bundle, graph)
-        self._session = open_session(graph, threads=threads, placement=placement)
+        self._session = open_session(graph, threads=threads, files=files, placement=placement)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
         require_names(graph, "default for", names, bundle.manifest.inputs)
@@ -197,6 +201,42 @@ class Model:
             results += self.task.answer(self.outputs(inputs), inputs, self.labels)
         return results
 
+    def stream(
+        self, samples: Iterable[str] | Iterable[np.ndarray], *, batch_size: int = 16
+    ) -> Iterator[Answer]:
+        """Answers for samples as they come, in their order; no more than `batch_size` are held at once.
+
+        Each batch is answered with the adapter that is in use when it is asked for. Where `samples` ends
+        with an exception, what came before it is answered first.
+
+        Args:
+            samples: texts, or images [*size] or [*size, c], of any number.
+            batch_size: how many are answered together; with 1 no answer waits for the next sample.
+
+        Raises:
+            UsageError: a batch size below 1.
+            DataError: a sample that the model does not take.
+        """
+        if batch_size < 1:
+            raise UsageError(f"a batch of {batch_size} samples; expected 1 or more")
+        return self._streamed(iter(samples), batch_size)
+
+    def _streamed(self, source: Iterator[Any], batch_size: int) -> Iterator[Answer]:
+        problem: Exception | None = None
+        while problem is None:
+            batch: list[Any] = []
+            try:
+                for sample in islice(source, batch_size):
+                    batch.append(sample)  # noqa: PERF402 - what came before an exception is kept
+            except Exception as error:  # noqa: BLE001 - the source's own; raised after the answers
+                problem = error
+            if not batch:
+                break
+            samples = _stacked(batch) if self.task.kind == "image" else batch
+            yield from self.predict(samples, batch_size=batch_size)
+        if problem is not None:
+            raise problem
+
     def evaluate(self, dataset: Dataset, *, batch_size: int = 16) -> tuple[list[Answer], float]:
         """The answers to a data set with targets, and their score by the task's metric.
 
@@ -220,6 +260,21 @@ class Model:
     def score(self, dataset: Dataset, *, batch_size: int = 16) -> float:
         """Score of the answers to a data set; see `evaluate`."""
         return self.evaluate(dataset, batch_size=batch_size)[1]
+
+
+def _stacked(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Images of one shape as one array [n, ...].
+
+    Raises:
+        DataError: they differ in shape.
+    """
+    shapes = {np.shape(image) for image in images}
+    if len(shapes) > 1:
+        raise DataError(
+            f"images of different shapes in one batch: {sorted(shapes)}",
+            hint="resize them to the model's size",
+        )
+    return np.stack(images)
 
 
 def _is_own(bundle: Bundle, adapter: Adapter) -> bool:

@@ -16,7 +16,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLE = ROOT / "tests" / "data" / "bundle-v1"
 USER = ROOT / "tests" / "data" / "user.npz"
-CASES = [("3.10", "ort-training"), ("3.11", "ort"), ("3.11", "ort-training"), ("3.13", "ort")]
+CASES = [
+    ("3.10", "ort-training"),
+    ("3.11", "ort"),
+    ("3.11", "ort-training"),
+    ("3.12", "ort-training"),
+    ("3.13", "ort"),
+]
+SLIM = ROOT / "runtime" / "requirements-slim.txt"
+MOST_INSTALLED = 100 * 2**20  # bytes
+# What each environment brings by itself, before anything of ours.
+OF_VENV = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils")
 
 
 def find_python(version):
@@ -46,19 +56,31 @@ def wheel(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("version", "extra"), CASES)
-def test_the_wheel_alone_predicts_and_personalises(wheel, tmp_path, version, extra):
+def make_environment(folder, version):
+    """An empty environment's folder of programs."""
     python = find_python(version)
     if python is None:
         pytest.skip(f"no Python {version} on this machine")
-    run(python, "-m", "venv", tmp_path / "venv")
-    bin_dir = tmp_path / "venv" / "bin"
-    run(bin_dir / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]")
-    installed = run(bin_dir / "python", "-m", "pip", "list", "--format=freeze").lower()
-    assert not [line for line in installed.splitlines() if line.startswith(("torch=", "transformers="))]
-    environment = {"PATH": str(bin_dir), "HOME": str(tmp_path), "EDGE_TCUR_STORE": str(tmp_path / "store")}
+    run(python, "-m", "venv", folder)
+    return folder / "bin"
+
+
+def installed_bytes(bin_dir):
+    """Bytes of the installed files, without compiled copies of modules and what the environment brought."""
+    (packages,) = bin_dir.parent.glob("lib/python3*/site-packages")
+    total = 0
+    for path in packages.rglob("*"):
+        own = path.relative_to(packages).parts[0].split("-")[0] not in OF_VENV
+        if own and path.is_file() and path.suffix != ".pyc":
+            total += path.stat().st_size
+    return total
+
+
+def check_it_works(bin_dir, folder, engine):
+    """Doctor, predict and personalize with the installed program alone."""
+    environment = {"PATH": str(bin_dir), "HOME": str(folder), "EDGE_TCUR_STORE": str(folder / "store")}
     device = bin_dir / "edge-tcur-device"
-    options = {"env": environment, "cwd": tmp_path}
+    options = {"env": environment, "cwd": folder}
     doctor = json.loads(run(device, "doctor", "--bundle", BUNDLE, "--json", **options))
     assert doctor["torch_importable"] is False
     assert doctor["bundle"]["ok"] is True
@@ -69,6 +91,28 @@ def test_the_wheel_alone_predicts_and_personalises(wheel, tmp_path, version, ext
     result = json.loads(
         run(device, "personalize", BUNDLE, "--data", USER, "--budget", "256MiB", "--json", **options)
     )
-    assert result["engine"] == {"ort": "ort-step", "ort-training": "ort-training"}[extra]
+    assert result["engine"] == engine
     assert result["base_digest_before"] == result["base_digest_after"]
     assert result["peak_rss_bytes"] < 256 * 2**20
+
+
+@pytest.mark.parametrize(("version", "extra"), CASES)
+def test_the_wheel_alone_predicts_and_personalises(wheel, tmp_path, version, extra):
+    bin_dir = make_environment(tmp_path / "venv", version)
+    run(bin_dir / "python", "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]")
+    installed = run(bin_dir / "python", "-m", "pip", "list", "--format=freeze").lower()
+    assert not [line for line in installed.splitlines() if line.startswith(("torch=", "transformers="))]
+    check_it_works(bin_dir, tmp_path, {"ort": "ort-step", "ort-training": "ort-training"}[extra])
+
+
+@pytest.mark.parametrize("version", ["3.11"])
+def test_the_slim_install_is_below_100_mib_and_personalises(wheel, tmp_path, version):
+    """The command of docs/deploy.md, with this tree's wheel in the place of the published one."""
+    command = "pip install --no-deps --no-compile -r runtime/requirements-slim.txt"
+    assert f"{command} edge-tcur-runtime" in (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    bin_dir = make_environment(tmp_path / "venv", version)
+    run(bin_dir / "python", "-m", *command.split(), "--quiet", wheel, cwd=ROOT)
+    assert 40 * 2**20 < installed_bytes(bin_dir) < MOST_INSTALLED  # the lower bound: it counts something
+    check_it_works(bin_dir, tmp_path, "ort-training")
+    # Text needs the tokenizer's library, and that imports without what it declares.
+    run(bin_dir / "python", "-c", "from tokenizers import Tokenizer; Tokenizer.from_str", cwd=tmp_path)

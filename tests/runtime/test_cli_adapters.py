@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
-from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, write_adapter
+from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, read_adapter, write_adapter
 from edge_tcur_runtime.formats.bundle import FileEntry, Manifest, serialize_manifest
 from edge_tcur_runtime.formats.factors import Factors, GroupSpec
 
@@ -131,16 +132,16 @@ def test_a_bundle_guards_install_and_activate(cli, tmp_path, bundle, files):
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [
-        (("install", "/no/such/file"), 2),
+        (("install", "/no/such/file"), 3),
         (("install",), 2),
         (("activate", "nothing"), 2),
-        (("activate", "one", "--bundle", "/no/such/bundle"), 2),
+        (("activate", "one", "--bundle", "/no/such/bundle"), 3),
         (("rollback",), 2),
         (("remove", "one"), 2),
         (("show", "base"), 2),
     ],
 )
-def test_usage_errors(cli, files, arguments, code):
+def test_mistakes_have_their_exit_codes(cli, files, arguments, code):
     cli("install", files["one"][0], "--name", "one")
     if arguments[0] == "remove":
         cli("activate", "one")
@@ -193,3 +194,24 @@ def test_every_command_has_help_with_an_example(cli, command):
     assert f"edge-tcur-device adapters {command}" in out.partition("Example")[2]
     for option in ("--store", "--json", "--quiet", "--debug"):
         assert option in out
+
+
+def test_what_a_terminal_would_obey_is_escaped_and_json_has_it_as_it_is(cli, files, tmp_path):
+    """Task, labels and provenance are texts of whoever wrote the adapter."""
+    own = read_adapter(files["one"][0])
+    task, label, tool = "im\x1b[2J", "a\x1b[31m\nactive: yes", "x\x9b31m\r\u202e\nforged: line"
+    header = replace(own.header, task=task, labels=(label, "\u00e9"), provenance={"tool": tool, "k\x07": "v"})
+    path = tmp_path / "hostile.safetensors"
+    write_adapter(path, replace(own, header=header))
+    assert cli("install", path, "--name", "hostile")[0] == 0
+    for command in (("show", "hostile"), ("list",)):
+        _, out, _ = cli(*command)
+        assert not set(out) & set("\x1b\x9b\x07\r\u202e")
+        assert r"im\x1b[2J" in out
+        assert not [line for line in out.splitlines() if line.startswith(("active", "forged"))]
+    shown = cli("show", "hostile")[1]
+    assert r"a\x1b[31m\nactive: yes, \u00e9" in shown.replace("\u00e9", r"\u00e9")  # letters stay
+    assert r"x\x9b31m\r\u202e\nforged: line" in shown
+    _, document, _ = cli("show", "hostile", "--json")
+    assert (document["task"], document["labels"][0]) == (task, label)
+    assert document["provenance"] == {"tool": tool, "k\x07": "v"}

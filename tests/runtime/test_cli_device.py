@@ -167,7 +167,10 @@ def test_predict_names_a_file_like_an_adapter_of_the_store(device, tmp_path):
         (("personalize", V1, "--data", USER, "--engine", "torch"), 2, "usage", "torch"),
         (("personalize", V1), 2, "usage", "--data"),
         (("adapters", "compare", V1, "--data", USER), 2, "usage", "--adapter"),
-        (("doctor", "--bundle", "nowhere"), 2, "usage", "nowhere"),
+        (("doctor", "--bundle", "nowhere"), 3, "bad-input", "does not exist"),
+        (("predict", "nowhere", "--data", USER), 3, "bad-input", "does not exist"),
+        (("predict", V1, "--data", USER, "--store", USER), 3, "bad-input", "not a directory"),
+        (("adapters", "install", "nothing.safetensors"), 3, "bad-input", "does not exist"),
     ],
 )
 def test_every_mistake_has_its_exit_code_and_one_json_object(device, store, arguments, code, kind, message):

@@ -14,7 +14,10 @@ import pytest
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.cli import COMMANDS, device
 from edge_tcur_runtime.cli.framework import (
+    DIRECTORY,
+    EXISTING_DIRECTORY,
     EXISTING_FILE,
+    EXISTING_PATH,
     HELP_NAMES,
     SIZE,
     LazyGroup,
@@ -23,7 +26,7 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.errors import BudgetError, DataError, EdgeError, IntegrityError
-from edge_tcur_runtime.output import Mode, Sink
+from edge_tcur_runtime.output import Mode, Sink, visible
 
 HEAVY = ("numpy", "onnxruntime", "safetensors", "torch", "edge_tcur_runtime.store")
 
@@ -140,7 +143,6 @@ def test_an_interrupt_is_one_line(capsys):
     ("arguments", "message"),
     [
         (("act", "--size", "1MB"), "write a number with a binary unit"),
-        (("act", "--file", "/no/such/file"), "does not exist"),
         (("act", "--nope"), "--nope"),
         (("nope",), "nope"),
         (("act", "surplus"), "surplus"),
@@ -288,3 +290,93 @@ def test_a_closed_pipe_is_quiet():
             stdout=pipe, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
     assert (done.returncode, done.stderr) == (141, "")
+
+
+# --- paths -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """A tool that takes a file, a directory, one that need not exist, and either kind; and its folder."""
+
+    @click.command("paths")
+    @click.option("--file", type=EXISTING_FILE)
+    @click.option("--folder", type=EXISTING_DIRECTORY)
+    @click.option("--new", type=DIRECTORY)
+    @click.option("--either", type=EXISTING_PATH)
+    @output_options
+    def command(sink, **given):
+        sink.result({name: value and str(value) for name, value in given.items()}, "")
+
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    return command, tmp_path
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--file", "nothing", "does not exist"),
+        ("--file", "folder", "not a file"),
+        ("--file", "file/below", "Not a directory"),
+        ("--folder", "nothing", "does not exist"),
+        ("--folder", "file", "not a directory"),
+        ("--new", "file", "not a directory"),
+        ("--either", "nothing", "does not exist"),
+        ("--file", "x" * 300, "File name too long"),
+    ],
+)
+def test_a_path_that_is_not_what_is_read_is_bad_input_with_the_path(capsys, paths, option, name, message):
+    command, folder = paths
+    code, out, err = outcome(capsys, command, option, str(folder / name), "--json")
+    shown = json.loads(out)["error"]
+    assert (code, shown["code"], shown["exit_code"]) == (3, "bad-input", 3)
+    assert shown["where"] == str(folder / name)
+    assert message in shown["message"]
+    assert message in err
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--file", "file"), ("--folder", "folder"), ("--new", "folder")]
+)
+def test_a_path_without_permission_is_bad_input_with_the_path(capsys, paths, monkeypatch, option, name):
+    command, folder = paths
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may read everything
+    code, out, _ = outcome(capsys, command, option, str(folder / name), "--json")
+    shown = json.loads(out)["error"]
+    assert (code, shown["code"], shown["where"]) == (3, "bad-input", str(folder / name))
+    assert "Permission denied" in shown["message"]
+
+
+def test_a_path_that_is_what_is_read_is_taken(capsys, paths):
+    command, folder = paths
+    given = {"--file": "file", "--folder": "folder", "--new": "later", "--either": "folder"}
+    arguments = [part for option, name in given.items() for part in (option, str(folder / name))]
+    code, out, _ = outcome(capsys, command, *arguments, "--json")
+    assert code == 0
+    assert json.loads(out)["new"] == str(folder / "later")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, \u00e9, \u65e5\u672c, \u00a0", "plain, \u00e9, \u65e5\u672c, \u00a0"),
+        ("\x1b[31m", r"\x1b[31m"),
+        ("a\nb\tc\r", r"a\nb\tc\r"),
+        ("\u202e\u2028\ud800", r"\u202e\u2028\ud800"),
+        ("\U0001f469\u200d\U0001f4bb", "\U0001f469\u200d\U0001f4bb"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text, shown):
+    assert visible(text) == shown
+
+
+def test_every_text_of_the_sink_is_escaped_but_for_its_line_breaks(capsys):
+    sink = Sink()
+    sink.result({}, "one\ntwo\x1b[2J")
+    sink.note("note\x1b[2J")
+    sink.error(DataError("bad\x1b[2J", where="file\x07", hint="hint\x1b[2J"))
+    out, err = capsys.readouterr()
+    assert out == "one\ntwo\\x1b[2J\n"
+    assert "\x1b[2J" not in err
+    assert "\x07" not in err

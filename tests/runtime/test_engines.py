@@ -15,7 +15,6 @@ from edge_tcur_runtime.engines import ENGINES, choose_engine, open_engine
 from edge_tcur_runtime.engines.session import import_onnxruntime, open_session, session_options
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError, UsageError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.factors import Factors, SketchFactors
 from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
 from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter
@@ -345,11 +344,13 @@ BROKEN = [
         for row in BROKEN
     ],
 )
-def test_a_graph_that_cannot_be_used_is_named_with_a_short_reason(tmp_path, name, damage, message, capfd):
+def test_a_graph_that_cannot_be_used_is_named_with_a_short_reason(
+    tmp_path, name, damage, message, capfd, resealed
+):
     root = shutil.copytree(V1, tmp_path / "bundle")
     damage(root)
     with pytest.raises(IncompatibleError, match=message) as caught:
-        open_engine(name, open_bundle(root, verify=False), threads=1)
+        open_engine(name, resealed(root), threads=1)
     assert Path(caught.value.where).parent == root
     assert "export" in caught.value.hint
     assert "\n" not in caught.value.message

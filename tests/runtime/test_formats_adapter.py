@@ -766,7 +766,7 @@ def test_tensor_names_that_could_do_harm_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    "shape", ["[4611686018427387904,0]", "[-1]", "[18446744073709551616]", "[1.5]", '"x"']
+    "shape", ["[4611686018427387904,0]", "[-1]", "[18446744073709551616]", "[1.5]", "[true]", "true", '"x"']
 )
 def test_an_absurd_shape_is_refused(shape):
     document = '"__metadata__":{"edge_tcur":"{\\"format_version\\":1}"}'

@@ -275,8 +275,7 @@ def test_accumulated_micro_batches_take_the_same_steps_as_the_whole_batch(bundle
     for micro in (3, 1):
         np.testing.assert_allclose(values[micro][1], values[16][1], rtol=1e-6)
         for key, value in values[micro][0].items():
-            # Adam divides by the gradient's size, so a float32 gradient near zero is felt in full.
-            np.testing.assert_allclose(value, values[16][0][key], atol=1e-5, err_msg=key)
+            np.testing.assert_allclose(value, values[16][0][key], rtol=0, atol=1e-6, err_msg=key)
 
 
 class Quadratic:

@@ -301,11 +301,11 @@ def test_a_bundle_without_an_inference_graph_is_refused(bundle):
         ),
     ],
 )
-def test_a_graph_that_cannot_be_used_is_named_with_the_reason(tmp_path, damage, message):
+def test_a_graph_that_cannot_be_used_is_named_with_the_reason(tmp_path, damage, message, resealed):
     root = shutil.copytree(V1, tmp_path / "bundle")
     damage(root)
     with pytest.raises(IncompatibleError, match=message) as caught:
-        Model(open_bundle(root, verify=False), threads=1)
+        Model(resealed(root), threads=1)
     assert caught.value.where == str(root / "infer.onnx")
 
 
@@ -426,17 +426,17 @@ def test_eight_threads_each_with_its_own_adapter(bundle, canary):
     assert wrong == []
 
 
-def changed_base(tmp_path):
+def changed_base(tmp_path, resealed):
     root = tmp_path / "bundle"
     shutil.copytree(V1, root)
     content = np.frombuffer((root / "base.bin").read_bytes(), np.float32).copy()
     content[: len(content) // 2] *= 1.5
     (root / "base.bin").write_bytes(content.tobytes())
-    return open_bundle(root, verify=False)
+    return resealed(root)
 
 
-def test_a_base_that_computes_something_else_is_refused_at_load(tmp_path):
-    bundle = changed_base(tmp_path)
+def test_a_base_that_computes_something_else_is_refused_at_load(tmp_path, resealed):
+    bundle = changed_base(tmp_path, resealed)
     with pytest.raises(
         IncompatibleError, match=r"the base gives outputs that are off by .* canary"
     ) as caught:

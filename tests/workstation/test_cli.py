@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import click
 import numpy as np
@@ -23,6 +24,7 @@ from edge_tcur_export.quantization import QuantizationReport
 from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import ExitCode
+from edge_tcur_runtime.formats.adapter import read_adapter, write_adapter
 from edge_tcur_runtime.formats.bundle import (
     BundleGroup,
     FileEntry,
@@ -288,6 +290,18 @@ def test_train_along_other_axes(cli, vit_dir, digits_npz, tmp_path):
     other = tmp_path / "run" / "adapter.safetensors"
     code, payload, _ = cli("eval", out, "--data", digits_npz, "--adapter", other, "--json")
     assert (code, payload["error"]["code"]) == (4, "incompatible")
+
+
+def test_inspect_escapes_what_a_terminal_would_obey(cli, tmp_path):
+    own = read_adapter(Path(__file__).parents[1] / "data" / "adapter-v1.safetensors")
+    header = replace(own.header, task="im\x1b[2J", provenance={"tool": "x\x1b[31m\ndigest  sha256:0"})
+    write_adapter(tmp_path / "hostile.safetensors", replace(own, header=header))
+    code, text, _ = cli("inspect", tmp_path / "hostile.safetensors")
+    assert code == 0
+    assert "\x1b" not in text
+    assert r"im\x1b[2J" in text
+    assert len([line for line in text.splitlines() if line.startswith("digest")]) == 1
+    assert cli("inspect", tmp_path / "hostile.safetensors", "--json")[1]["task"] == header.task
 
 
 def test_inspect_refuses(cli, trained, tmp_path):

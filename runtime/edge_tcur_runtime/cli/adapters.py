@@ -16,7 +16,7 @@ from edge_tcur_runtime.cli.framework import (
     output_options,
     store_option,
 )
-from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.output import Sink, table, visible
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
@@ -200,11 +200,13 @@ def _describe(adapter: Adapter) -> dict[str, object]:
 def _text(value: object) -> str:
     """A value of `_describe` for people."""
     if isinstance(value, list):
-        shown = ", ".join(value[:8])
+        shown = ", ".join(map(visible, value[:8]))
         return shown if len(value) <= 8 else f"{shown}, ... ({len(value)})"
     if isinstance(value, dict):
-        return "".join(f"\n  {key}: {_text(inner)}" for key, inner in value.items()).replace("\n    ", " ")
-    return str(value)
+        return "".join(f"\n  {visible(key)}: {_text(inner)}" for key, inner in value.items()).replace(
+            "\n    ", " "
+        )
+    return visible(str(value))
 
 
 adapters.add_command(compare)

@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib
 import os
+import stat
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -88,9 +89,52 @@ class SizeType(_IntParamType):
 
 SIZE = SizeType()
 COUNT = click.IntRange(min=1)
-EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
-EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
-DIRECTORY = click.Path(file_okay=False, path_type=Path)
+# Whoever opens it says what is wrong with it; click's own checks would make bad input a usage error.
+PATH = click.Path(path_type=Path, readable=False)
+
+
+class InputPath(click.Path):
+    """A path of one kind; what is missing, of another kind or unreadable is bad input (exit code 3).
+
+    Args:
+        kind: ``"file"``, ``"directory"`` or ``"path"`` (either).
+        exists: refuse a path where there is nothing.
+    """
+
+    def __init__(self, kind: str, *, exists: bool) -> None:
+        super().__init__(exists, kind != "directory", kind != "file", path_type=Path)
+        self._kind = kind
+
+    def convert(self, value: Any, _param: click.Parameter | None, _ctx: click.Context | None) -> Path:
+        """The path.
+
+        Raises:
+            BadInputError: it is not what it must be.
+        """
+        path = Path(value)
+        problem = self._problem(path)
+        if problem is not None:
+            raise BadInputError(
+                problem, where=str(path), hint=f"give a {self._kind} that is there and can be read"
+            )
+        return path
+
+    def _problem(self, path: Path) -> str | None:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return f"there is no such {self._kind}: it does not exist" if self.exists else None
+        except (OSError, ValueError) as error:
+            return f"cannot read: {getattr(error, 'strerror', None) or error}"
+        if self._kind != "path" and stat.S_ISDIR(mode) != (self._kind == "directory"):
+            return f"not a {self._kind}"
+        return None if os.access(path, os.R_OK) else f"cannot read: {os.strerror(errno.EACCES)}"
+
+
+EXISTING_FILE = InputPath("file", exists=True)
+EXISTING_PATH = InputPath("path", exists=True)
+EXISTING_DIRECTORY = InputPath("directory", exists=True)
+DIRECTORY = InputPath("directory", exists=False)
 
 
 def add_options(*options: Callable[[Any], Any]) -> Callable[[Decorated[R]], Decorated[R]]:
@@ -139,7 +183,7 @@ def data_options(*, required: bool) -> Callable[[Decorated[R]], Decorated[R]]:
     def decorate(command: Decorated[R]) -> Decorated[R]:
         @click.option(
             "--data",
-            type=click.Path(path_type=Path),
+            type=PATH,
             required=required,
             metavar="PATH",
             help=".csv, .jsonl, .npz, or a folder of images per class.",
@@ -174,7 +218,7 @@ def run(group: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     try:
-        code = _invoke(group, arguments)
+        code = _invoke(group, [*arguments])  # click empties the list that it is given
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         code = INTERRUPTED

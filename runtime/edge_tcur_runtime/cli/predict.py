@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from edge_tcur_runtime.cli.framework import EXISTING_DIRECTORY, data_options, output_options, store_option
+from edge_tcur_runtime.cli.framework import (
+    EXISTING_DIRECTORY,
+    PATH,
+    data_options,
+    output_options,
+    store_option,
+)
+from edge_tcur_runtime.cli.stream import answer_stream, is_stream
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink, table
 
@@ -23,6 +30,8 @@ Examples:
   edge-tcur-device predict bundle/ --text "where is my card?"
   edge-tcur-device predict bundle/ --data test.csv --adapter bundle --json
   edge-tcur-device predict bundle/ --data scans.npz --masks answers.npz
+  edge-tcur-device predict bundle/ --data large.jsonl --stream > answers.jsonl
+  echo '{"text": "where is my card?"}' | edge-tcur-device predict bundle/ --data -
 """
 
 
@@ -31,11 +40,16 @@ Examples:
 @click.option("--text", "texts", multiple=True, metavar="TEXT", help="A text to answer; repeatable.")
 @click.option("--adapter", default="active", show_default=True, metavar="REF",
               help="base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
-@click.option("--masks", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--masks", type=PATH, metavar="FILE",
               help="Of a segmentation: write the masks to this .npz file.")  # fmt: skip
 @click.option(
     "--provider", default="auto", show_default=True, help="What runs the graph: auto, cpu, webgpu, ..."
 )
+@click.option("--stream", is_flag=True,
+              help="Answer a .jsonl file line by line in bounded memory, as --data - (standard input) does: "
+              "a JSON line for each sample, at once. Labels in the data are not compared.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), metavar="N",
+              help="Samples of a stream answered at once.  [default: 16; from standard input 1]")  # fmt: skip
 @data_options(required=False)
 @store_option
 @output_options
@@ -48,7 +62,7 @@ def predict(
     columns: dict[str, str],
     store: Path,
     sink: Sink,
-    **running: str,
+    **running: Any,
 ) -> None:
     """Answer texts or a data set with BUNDLE and an adapter."""
     from edge_tcur_runtime.cli.references import load_reference
@@ -56,6 +70,9 @@ def predict(
 
     if bool(texts) == (data is not None):
         raise UsageError("give either --text or --data")
+    streamed = is_stream(data, running["stream"])
+    if running["batch_size"] is not None and not streamed:
+        raise UsageError("--batch-size is of a stream", hint="say --stream, or leave it out")
     opened = open_bundle(bundle)
     model = _model(opened, running["provider"], store, sink)
     _check_masks(model, masks)
@@ -65,6 +82,8 @@ def predict(
     with model.adapter(None if chosen is None else adapter):
         if data is None:
             _answer(model, list(texts), sink)
+        elif streamed:
+            answer_stream(model, data, columns["text_column"], running["batch_size"], sink)
         else:
             _answer_data(model, data, columns, masks, sink)
 

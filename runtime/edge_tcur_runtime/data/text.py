@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import codecs
 import csv
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from edge_tcur_runtime.data.limits import DataLimits
+from edge_tcur_runtime.data.limits import DEFAULT_LIMITS, DataLimits
 from edge_tcur_runtime.data.targets import (
     LABEL,
     LABELS,
@@ -65,7 +66,7 @@ class TextRows:
 class _Lines(Iterator[str]):
     """Decoded lines of a file, bounded per record and in total, counted from 1."""
 
-    def __init__(self, file: BinaryIO, path: Path, limits: DataLimits) -> None:
+    def __init__(self, file: BinaryIO, path: Path | str, limits: DataLimits) -> None:
         self._file, self._path, self._limits = file, path, limits
         self.number = 0
         self._total = 0
@@ -127,13 +128,7 @@ class _Rows:
             raise DataError(
                 f"more than {self._limits.samples} rows", where=where, hint="split the file into smaller ones"
             )
-        if text is None or not text.strip():
-            raise DataError(
-                f"the row has no text in the column {self._columns.text!r}",
-                where=where,
-                hint="remove the row, or fill the column in",
-            )
-        self._samples.append(text)
+        self._samples.append(_require_text(text, self._columns.text, where))
         self._places.append(where)
         if self._columns.reads == NOTHING or cells is None:
             return
@@ -216,6 +211,43 @@ def read_jsonl(path: Path, columns: Columns, limits: DataLimits) -> TextRows:
                 rows.add(where, *_parse_object(line, columns, where))
 
     return _read_lines(path, columns, limits, read)
+
+
+def stream_jsonl(
+    file: BinaryIO, name: str, text_column: str, limits: DataLimits = DEFAULT_LIMITS
+) -> Iterator[tuple[int, str]]:
+    """The texts of JSON Lines, one at a time as they come, each with the number of its line (from 1).
+
+    As `read_jsonl` without targets; the bound of a line holds, those of a whole file do not.
+
+    Args:
+        file: open for reading.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: a line that is not UTF-8, not an object, too long or without text; or reading fails.
+    """
+    columns = Columns(text_column, (), NOTHING, required=False)
+    lines = _Lines(file, name, replace(limits, decoded_bytes=sys.maxsize))
+    try:
+        for line in lines:
+            where = lines.where()
+            lines.begin_record()
+            if line.strip():
+                text, _ = _parse_object(line, columns, where)
+                yield lines.number, _require_text(text, text_column, where)
+    except OSError as error:
+        raise DataError(f"cannot read: {error.strerror}", where=f"{name}:{lines.number + 1}") from error
+
+
+def _require_text(text: str | None, column: str, where: str) -> str:
+    if text is None or not text.strip():
+        raise DataError(
+            f"the row has no text in the column {column!r}",
+            where=where,
+            hint="remove the row, or fill the column in",
+        )
+    return text
 
 
 def _read_lines(

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def examine(
     try:
         path = bundle.graph("checks")
         if path is not None:
-            checked, faults = check_operators(path, Placement(provider), roles, threads, opener)
+            opened = partial(opener, files=bundle.manifest.files)
+            checked, faults = check_operators(path, Placement(provider), roles, threads, opened)
         pinned = tuple(dict.fromkeys(name for fault in faults for name in fault.nodes))
         if pinned and not can_pin(provider, pinned):
             why = (
@@ -239,7 +241,8 @@ def run_pass(
     path = bundle.graph(role)
     if path is None:
         raise FileFormatError(f"the bundle has no {role} graph", where=str(bundle.root))
-    session = opener(path, threads=threads, in_order=role == "step_recompute", placement=placement)
+    in_order, files = role == "step_recompute", bundle.manifest.files
+    session = opener(path, threads=threads, files=files, in_order=in_order, placement=placement)
     feeds = _pass_feeds(bundle, session)
     _run(session, feeds, path)
     started = time.perf_counter()

@@ -22,6 +22,7 @@ import numpy as np
 
 from edge_tcur_runtime.engines.engine import StepResult, require_executorch, require_program, trained_names
 from edge_tcur_runtime.engines.session import require_names, usable_cores
+from edge_tcur_runtime.engines.verified import require_unchanged
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
 from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle, ProgramSpec
 from edge_tcur_runtime.tasks import find_device_task, mean_by_weight
@@ -59,6 +60,7 @@ class ExecutorchEngine:
             found = module.run_method(f"__et_training_fqn_{_METHOD}", ())
         except Exception as error:  # RuntimeError with an error number; its text went to stderr
             raise _cannot_load(error, self._path) from error
+        require_unchanged(bundle.root, bundle.manifest.files, program.file, BASE_PTD)
         self._task = find_device_task(bundle.manifest.task)
         self._inputs, self._limits = program.inputs, program.limits
         self._axes = {name: spec.shape for name, spec in bundle.manifest.inputs.items()}

@@ -27,8 +27,9 @@ from edge_tcur_runtime.engines.session import (
     require_names,
     session_options,
 )
+from edge_tcur_runtime.engines.verified import require_unchanged
 from edge_tcur_runtime.errors import IncompatibleError
-from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 
 TARGETS = "labels"
 
@@ -67,6 +68,8 @@ class OrtTrainingEngine:
             self._module = api.Module(str(train), self._state, device=device, session_options=options)
         except Exception as error:
             raise cannot_load(error, reading) from error
+        names = (train.name, checkpoint.name, BASE_FILE)  # the library takes no bytes
+        require_unchanged(bundle.root, bundle.manifest.files, *names)
         self._inputs = self._module.input_names()
         self._parameters = [name for name, _ in self._state.parameters]
         self._outputs = self._module.output_names()

@@ -13,6 +13,7 @@ from typing import Any
 
 from edge_tcur_runtime.engines.engine import require_onnxruntime
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement, session_providers
+from edge_tcur_runtime.engines.verified import Files, graph_source, require_session_unchanged
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
 
 _NOTHING = 4  # ONNX Runtime's log severity: its errors are raised, and shown once
@@ -93,6 +94,7 @@ def open_session(
     path: Path,
     *,
     threads: int,
+    files: Files | None = None,
     in_order: bool = False,
     placement: Placement = ON_CPU,
     optimized: bool = True,
@@ -100,6 +102,8 @@ def open_session(
     """An inference session, on the CPU where nothing else is said.
 
     Args:
+        files: entries of the bundle's manifest, which what is opened must still match; None where the graph
+            is of no bundle.
         in_order: run the nodes in the order of the file. ONNX Runtime's own order walks back from the last
             output, which puts off all gradients but one and may keep what is to be computed again.
         placement: the provider that runs it.
@@ -108,6 +112,7 @@ def open_session(
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: this ONNX Runtime cannot load the graph, or the provider does not start.
+        IntegrityError: the graph or the base is not what the manifest says.
     """
     onnxruntime, options = import_onnxruntime(), session_options(threads)
     if in_order:
@@ -115,10 +120,13 @@ def open_session(
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     providers = session_providers(onnxruntime, options, placement)
+    source = str(path) if files is None else graph_source(path, files, options)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, **providers)
+        session = onnxruntime.InferenceSession(source, options, **providers)
     except Exception as error:
         raise cannot_load(error, path) from error
+    if files is not None:
+        require_session_unchanged(path, files, source)
     _require_started(session, placement)
     return session
 

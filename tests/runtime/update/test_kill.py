@@ -3,45 +3,11 @@ and the next update finishes by itself."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 
 import pytest
 
-CALLS = ("open", "write", "fsync", "replace", "rename", "unlink", "remove", "symlink", "mkdir")
-KILLED, DONE = 9, 0
-
-
-def run_killed(update, number):
-    """Runs `update` in a child that ends right before its n-th call; the exit status, and calls made."""
-    read_end, write_end = os.pipe()
-    child = os.fork()
-    if child == 0:
-        count, real_write = 0, os.write
-
-        def wrap(function):
-            def call(*arguments, **options):
-                nonlocal count
-                count += 1
-                if count == number:
-                    os._exit(KILLED)
-                return function(*arguments, **options)
-
-            return call
-
-        for name in CALLS:
-            setattr(os, name, wrap(getattr(os, name)))
-        with contextlib.suppress(BaseException):
-            update()
-            real_write(write_end, str(count).encode())
-            os._exit(DONE)
-        os._exit(1)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), int(said or 0)
+KILLED, DONE = 9, 0  # what `run_killed` of tests/runtime/conftest.py returns
 
 
 @pytest.fixture
@@ -57,7 +23,7 @@ def second(simulator, device, adapters):
 
 
 def test_killed_at_every_call_it_is_old_or_new_and_the_next_update_recovers(
-    simulator, device, second, tmp_path
+    simulator, device, second, tmp_path, run_killed
 ):
     old, new = second
     saved = tmp_path / "saved"
@@ -86,7 +52,7 @@ def test_killed_at_every_call_it_is_old_or_new_and_the_next_update_recovers(
     assert seen == {old, new}
 
 
-def test_killed_at_every_call_of_the_first_update(simulator, device, adapters):
+def test_killed_at_every_call_of_the_first_update(simulator, device, adapters, run_killed):
     """The device has no store yet: no kill leaves it without a way on."""
     offer = simulator.add(adapters[0])
     simulator.publish()
