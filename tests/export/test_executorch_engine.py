@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,36 @@ def test_personalize_on_the_command_line(minilm, texts_csv, tmp_path):
     )
     assert result["losses"][-1] < result["losses"][0]
     assert result["base_digest_before"] == result["base_digest_after"]
+
+
+def test_a_budget_is_refused_before_torch_is_imported_or_measured_and_kept(minilm, texts_csv, tmp_path):
+    """What the refusal names is accepted, and what the first steps told is the peak."""
+    code = (
+        "import sys; from edge_tcur_runtime.cli import main\n"
+        "try: main()\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+
+    def personalized(budget):
+        command = [
+            sys.executable, "-c", code, "personalize", str(minilm.bundle.root), "--data", str(texts_csv),
+            "--engine", "executorch", "--epochs", "2", "--threads", "1", "--budget", budget,
+            "--start", "base", "--store", str(tmp_path / "store"), "--json",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout), done.stderr.split()[-1]
+
+    code_of, refused, imported = personalized("64MiB")
+    assert (code_of, imported) == (5, "False")
+    assert "cannot be met: ExecuTorch with torch" in refused["error"]["message"]
+    named = re.fullmatch(r"give at least --budget (\d+MiB)", refused["error"]["hint"]).group(1)
+    code_of, refused, imported = personalized("240MiB")
+    assert (code_of, imported) == (5, "True")
+    assert "cannot be met: the training program of ExecuTorch" in refused["error"]["message"]  # not crossed
+    code_of, result, imported = personalized(named)
+    assert (code_of, imported) == (0, "True")
+    assert result["peak_rss_bytes"] <= result["budget_bytes"]
+    assert 0.95 <= result["predicted_peak_bytes"] / result["peak_rss_bytes"] <= 1.1
 
 
 def without(bundle, *programs, graphs=()):

@@ -31,6 +31,9 @@ from edge_tcur_runtime.settings import (
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
+    from edge_tcur_runtime.data import Dataset
+    from edge_tcur_runtime.formats.adapter import Adapter
+    from edge_tcur_runtime.formats.bundle import Bundle
     from edge_tcur_runtime.personalize import PersonalizeResult
 
 EPILOG = """\b
@@ -164,7 +167,8 @@ def personalize(
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
     """
-    from edge_tcur_runtime.keeper import clear_checkpoints
+    from edge_tcur_runtime.cli.ending import Ending
+    from edge_tcur_runtime.origin import content_digest
     from edge_tcur_runtime.store import check_name
 
     check_name(name)
@@ -174,10 +178,15 @@ def personalize(
     if dry_run:
         show_plan(bundle, data, columns, (start, store), settings, sink)
         return
-    result = _run(bundle, data, columns, (start, store), settings, keep, sink)
-    digest = _install(result, store, name, keep_active) if result.better else None
-    clear_checkpoints(keep)
-    sink.result(_payload(result, digest), _report(result, digest, name))
+    given = _read(bundle, data, columns, (start, store))
+    ending = Ending(keep, store, name, sink, keep_active=keep_active)
+    if ending.came_before(*given, settings):
+        return
+    result = _run(*given, settings, keep, sink)
+    digest = content_digest(result.adapter) if result.better else None
+    ending.put_away(
+        result.adapter if result.better else None, _payload(result, digest), _report(result, digest, name)
+    )
 
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
@@ -215,40 +224,34 @@ def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
     return KeepSettings(directory, training.pop("checkpoint_seconds"), training.pop("resume"), gates)
 
 
-def _run(
-    root: Path,
-    data: Path,
-    columns: dict[str, str],
-    start: tuple[str, Path],
-    settings: PersonalizeSettings,
-    keep: KeepSettings,
-    sink: Sink,
-) -> PersonalizeResult:
+def _read(
+    root: Path, data: Path, columns: dict[str, str], start: tuple[str, Path]
+) -> tuple[Bundle, Adapter | None, Dataset]:
     """`start`: the reference of the adapter to start from, and the store that it may lie in."""
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
-    from edge_tcur_runtime.personalize import personalize as run
 
     bundle = open_bundle(root)
     dataset = load_for(bundle, data, columns, require_labels=True)
-    begin = load_reference(start[0], bundle, start[1])
+    return bundle, load_reference(start[0], bundle, start[1]), dataset
+
+
+def _run(
+    bundle: Bundle,
+    begin: Adapter | None,
+    dataset: Dataset,
+    settings: PersonalizeSettings,
+    keep: KeepSettings,
+    sink: Sink,
+) -> PersonalizeResult:
+    from edge_tcur_runtime.personalize import personalize as run
+
     with sink.steps("personalizing") as advance:
         result = run(bundle, dataset, settings, start=begin, keep=keep, on_step=advance)
     for note in result.notes:
         sink.note(note)
     return result
-
-
-def _install(result: PersonalizeResult, store: Path, name: str, keep_active: bool) -> str:
-    from edge_tcur_runtime.formats.adapter import serialize_adapter
-    from edge_tcur_runtime.store import Store
-
-    opened = Store.open(store)
-    digest = opened.install(serialize_adapter(result.adapter), name=name)
-    if not keep_active:
-        opened.activate(digest)
-    return digest
 
 
 def _payload(result: PersonalizeResult, digest: str | None) -> dict[str, object]:
