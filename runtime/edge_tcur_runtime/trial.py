@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from edge_tcur_runtime.budget import read_memory
 from edge_tcur_runtime.errors import (
@@ -152,24 +153,24 @@ def serve(store: Store, works: Check, *, confirm: bool = True, change: bool = Tr
 
 @dataclass
 class Incumbent:
-    """The adapter in use at the moment, as the one that a new adapter must beat.
+    """The adapter in use when it is called, which a new adapter must beat.
 
     Attributes:
-        open: opens the store; None where there is none yet.
+        place: of the store, which need not be there yet.
         bundle: that it must fit.
-        seen: the state when it was last asked for.
+        seen: the state when it was last asked for; None before.
     """
 
-    open: Callable[[], Store | None]
+    place: Path
     bundle: Bundle
-    seen: State = field(default_factory=State)
+    seen: State | None = None
 
     def __call__(self) -> Adapter | None:
         """The adapter; None is the base, also where what is in use does not fit."""
-        store = self.open()
-        if store is None:
-            self.seen = State()
+        self.seen = State()
+        if not self.place.is_dir():
             return None
+        store = Store.open(self.place, create=False)
         self.seen = store.state
         return serve(store, partial(check_fit, self.bundle.manifest), change=False).adapter
 

@@ -12,13 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur_runtime.cli import device
+from edge_tcur_runtime.cli import ending as ending_module
+from edge_tcur_runtime.cli.ending import Ending
 from edge_tcur_runtime.cli.framework import run
+from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.errors import BudgetError, IntegrityError
 from edge_tcur_runtime.formats.adapter import read_adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.personalize import personalize as run_personalize
+from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.store import State, Store
-from edge_tcur_runtime.trial import serve
+from edge_tcur_runtime.trial import Incumbent, serve
 
 DATA = Path(__file__).parents[1] / "data"
 V1, USER, ADAPTER = DATA / "bundle-v1", DATA / "user.npz", DATA / "adapter-v1.safetensors"
@@ -235,3 +241,118 @@ def test_a_trial_of_another_process_is_not_confirmed(store):
     store.confirm(DIGEST["other"])
     assert uses(store) == (None, None, DIGEST["good"])
     assert not store.settle(State(), None)
+
+
+# --- personalize -------------------------------------------------------------------------------------
+
+
+def personalize(cli, data=USER, *more):
+    return cli("personalize", V1, "--data", data, "--engine", "ort-step", "--threads", "1", *more)
+
+
+@pytest.fixture
+def few(tmp_path):
+    """One sample of each class."""
+    with np.load(USER) as found:
+        arrays = dict(found)
+    (name,) = [key for key, value in arrays.items() if value.ndim == 1]
+    places = [np.flatnonzero(arrays[name] == label)[0] for label in np.unique(arrays[name])]
+    np.savez(tmp_path / "few.npz", **{key: value[places] for key, value in arrays.items()})
+    return tmp_path / "few.npz"
+
+
+@pytest.fixture
+def learned(cli, place):
+    """The digest of an adapter in use that answers the user's data far better than the base."""
+    code, out, _ = personalize(cli)
+    assert code == 0
+    assert out["score_after"] > 0.8
+    return out["installed"]
+
+
+@needs_engine
+def test_a_new_adapter_takes_no_better_ones_place(cli, place, learned):
+    """Better than where it started from is not better than what is in use."""
+    _, out, _ = personalize(cli, USER, "--start", "base", "--epochs", "1", "--name", "worse")
+    assert out["score_after"] > out["score_before"]
+    assert (out["better"], out["installed"]) == (False, None)
+    assert out["in_use"]["score"] > out["score_after"]
+    assert "no better than the adapter in use" in out["verdict"]
+    assert Store.open(place).state.in_use == learned
+
+
+@needs_engine
+def test_the_adapter_in_use_after_training_is_the_one_to_beat(cli, place, learned):
+    """It may be another one than when training began."""
+    bundle, data = open_bundle(V1), load_dataset(USER, "image", image_size=(8, 8), channels=1)
+    settings = PersonalizeSettings(epochs=1, threads=1, engine="ort-step")
+    result = run_personalize(bundle, data, settings, in_use=Incumbent(place, bundle))
+    assert not result.better
+    assert run_personalize(bundle, data, settings).better  # compared with its start, the base, alone
+
+
+@needs_engine
+def test_what_was_compared_with_another_adapter_is_not_put_in_use(cli, place, learned, monkeypatch):
+    real = Ending.put_away
+
+    def late(self, *arguments):
+        Store.open(place).activate(Store.open(place).install(OTHER))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Ending, "put_away", late)
+    monkeypatch.setattr(Incumbent, "__call__", lambda self: None)  # it was the base when it was compared
+    code, out, _ = personalize(cli, USER, "--start", "base", "--epochs", "4")
+    assert code == 3
+    assert "another adapter was put in use meanwhile" in out["error"]["message"]
+    assert Store.open(place).state.in_use == DIGEST["other"]
+
+
+@needs_engine
+def test_few_samples_and_a_wild_rate_do_not_replace_what_works(cli, place, learned, few):
+    _, out, _ = personalize(
+        cli, few, "--epochs", "5", "--learning-rate", "3", "--head-learning-rate", "3", "--name", "few"
+    )
+    assert out["holdout_samples"] == 0
+    assert (out["better"], out["installed"]) == (False, None)
+    assert Store.open(place).state.in_use == learned
+    _, out, _ = personalize(cli, few, "--start", "base", "--name", "few", "--epochs", "1")
+    assert out["judged_by"] == ["training"]
+    assert "no better than the adapter in use" in out["verdict"]
+
+
+@needs_engine
+def test_an_adapter_that_does_not_work_is_not_installed_as_the_active_one(cli, place, learned, monkeypatch):
+    def fails(*_):
+        raise IntegrityError("NaN")
+
+    monkeypatch.setattr(ending_module, "examine", fails)
+    code, out, _ = personalize(cli, USER, "--start", "active", "--private", "--epochs", "1")
+    assert (code, out["error"]["code"]) == (6, "integrity")
+    assert uses(Store.open(place)) == (learned, None, None)
+    assert Store.open(place).resolve("personal") == learned  # the name went back too
+    assert not list((place / "checkpoints").rglob("*.json"))
+
+
+@needs_engine
+def test_without_room_for_the_check_it_stays_on_trial(cli, place, monkeypatch):
+    monkeypatch.setattr(ending_module, "affordable", lambda *_: False)
+    _, out, err = personalize(cli)
+    assert "the first prediction does" in err
+    assert uses(Store.open(place)) == (None, None, out["installed"])
+    assert "is confirmed" in predict(cli)[2]
+    assert uses(Store.open(place)) == (out["installed"], None, None)
+
+
+@needs_engine
+def test_a_run_starts_from_what_works(cli, place, learned):
+    store = Store.open(place)
+    store.activate(store.install(OTHER))
+    damage(store, DIGEST["other"])
+    code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
+    assert code == 0
+    assert "was altered" in err
+    assert out["score_before"] > 0.8
+    store.activate(store.install(WILD), pending=True)
+    code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
+    assert (code, DIGEST["wild"] in err) == (0, True)
+    assert out["score_before"] > 0.8
