@@ -113,3 +113,25 @@ def write_atomic(path: Path, content: bytes, *, mode: int = 0o644) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise disk_error(error, path) from error
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory (0700) and its parents, durable in their parents; DiskError where it cannot."""
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_directory(path.parent)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def remove_file(path: Path) -> None:
+    """Deletes a file, durably, if it is there; DiskError where it cannot."""
+    try:
+        path.unlink(missing_ok=True)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise disk_error(error, path) from error

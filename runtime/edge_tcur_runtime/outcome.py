@@ -1,4 +1,4 @@
-"""What a run reached: the values that are kept, their scores, and whether they take the start's place. Pure.
+"""What a run reached: the values that are kept, their scores, and whether they are put in use. Pure.
 
 Which values: with patience those of the epoch with the lowest held-out loss, else those of the last epoch,
 where the learning rate has come down to zero. The loss judges epochs, not the metric: on a few samples many
@@ -16,6 +16,9 @@ import numpy as np
 from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.tasks import DeviceTask, ranks
 
+Score = tuple[float, float]  # metric and mean loss
+
+_FOUR = ("score_before", "loss_before", "score_after", "loss_after")
 MIN_HELD_OUT = 8  # samples; the loss of fewer says too little to choose an epoch by
 
 
@@ -24,9 +27,19 @@ def patience_for(patience: int, held_out: int) -> int:
     return patience if held_out >= MIN_HELD_OUT else 0
 
 
-def judges(held_out: bool, reference: bool) -> list[str]:
+def judges(held_out: bool, reference: bool, training: bool = False) -> list[str]:
     """What judges a new adapter, as results name it; an empty list where nothing does."""
-    return [name for name, there in (("held-out", held_out), ("reference", reference)) if there]
+    named = (("held-out", held_out), ("reference", reference), ("training", training))
+    return [name for name, there in named if there]
+
+
+def beats(task: DeviceTask, new: Score, old: Score, *, ties: bool = False) -> bool:
+    """Whether a metric and loss are better than others on the same samples, with `ties` also as good. A loss
+    that is no number beats nothing, and loses to any number."""
+    if not math.isfinite(new[1]) or not math.isfinite(old[1]):
+        return math.isfinite(new[1])
+    first, second = ranks(task, *new), ranks(task, *old)
+    return first > second or (ties and first == second)
 
 
 @dataclass(frozen=True)
@@ -75,6 +88,10 @@ class Outcome:
         stopped_early: patience ended the run.
         reference_before: metric and loss of the start on the bundle's reference set; None without one.
         yardstick: the verdict on that set, at the end of the run; None without one.
+        own: metric and loss on the samples that were trained on, of the start and of `values`, where nothing
+            was held out; else None.
+        rival: of the adapter in use, where it is another than the start, on the held-out part, or where
+            there is none on those samples. unmatched: why it could not be scored.
     """
 
     task: DeviceTask
@@ -88,6 +105,9 @@ class Outcome:
     stopped_early: bool = False
     reference_before: tuple[float, float] | None = None
     yardstick: Yardstick | None = None
+    own: tuple[Score, Score] | None = None
+    rival: Score | None = None
+    unmatched: str | None = None
 
     def scored(self, values: dict[str, np.ndarray], score: tuple[float, float]) -> None:
         """Takes the held-out metric and loss of the epoch that left `values`."""
@@ -117,20 +137,35 @@ class Outcome:
         nothing was held out."""
         if self.before is None or self.after is None:
             return None
-        return bool(np.isfinite(self.after[1])) and ranks(self.task, *self.after) > ranks(
-            self.task, *self.before
-        )
+        return beats(self.task, self.after, self.before)
+
+    @property
+    def unlearned(self) -> bool:
+        """Whether it answers what it was trained on worse than the start did, where nothing else is known."""
+        return self.own is not None and not beats(self.task, self.own[1], self.own[0], ties=True)
+
+    @property
+    def outdone(self) -> bool:
+        """Whether the adapter in use, another than the start, is as good on what was held out; where nothing
+        was, whether it is better on what was trained on; or whether it could not be scored."""
+        if self.unmatched is not None or self.rival is None:
+            return self.unmatched is not None
+        if self.after is not None and self.before is not None:
+            return not beats(self.task, self.after, self.rival)
+        return self.own is not None and not beats(self.task, self.own[1], self.rival, ties=True)
 
     @property
     def better(self) -> bool:
-        """Whether the new adapter takes the start's place: better on what was held out, if anything was, and
-        not too far behind on the reference set, if there is one."""
-        return self.improved is not False and not (self.yardstick is not None and self.yardstick.forgot)
+        """Whether the new adapter is put in use: better than the start and than the adapter in use on what
+        was held out; where nothing was, no worse on what it was trained on; and not too far behind on the
+        reference set, if there is one."""
+        forgot = self.yardstick is not None and self.yardstick.forgot
+        return self.improved is not False and not (forgot or self.unlearned or self.outdone)
 
     @property
     def judged_by(self) -> list[str]:
         """What judged it: see `judges`."""
-        return judges(self.improved is not None, self.yardstick is not None)
+        return judges(self.improved is not None, self.yardstick is not None, self.own is not None)
 
     @property
     def verdict(self) -> str:
@@ -141,9 +176,18 @@ class Outcome:
         if not self.judged_by:
             return "unjudged: nothing was held out, and the bundle has no reference set"
         beside = "" if forgot is None else ", and holds its ground on the reference set"
-        if self.improved is None:
-            return f"nothing was held out to judge it by{beside}"
-        return f"better on what was held out{beside}" if self.improved else "not better on what was held out"
+        if self.improved is False:
+            return "not better on what was held out"
+        if self.unlearned:
+            return "worse than before on the samples that it was trained on"
+        if self.outdone:
+            return self.unmatched or "no better than the adapter in use, which is another than the start"
+        if self.own is not None:
+            return f"nothing was held out to judge it by; no worse on what it was trained on{beside}"
+        found = (
+            "nothing was held out to judge it by" if self.improved is None else "better on what was held out"
+        )
+        return f"{found}{beside}"
 
     def facts(self) -> dict[str, Any]:
         """What a result tells of it: name of the metric, scores and losses."""
@@ -165,4 +209,6 @@ class Outcome:
             "kept_epoch": self.kept_epoch if self.scores else None,
             "stopped_early": self.stopped_early,
             "reference": None if self.yardstick is None else self.yardstick.facts(),
+            "training": None if self.own is None else dict(zip(_FOUR, sum(self.own, ()), strict=True)),
+            "in_use": None if self.rival is None else dict(zip(("score", "loss"), self.rival, strict=True)),
         }

@@ -25,7 +25,7 @@ from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.providers import AUTO, CPU
 from edge_tcur_runtime.engines.selfcheck import Choice, choose_again, choose_for_training
-from edge_tcur_runtime.errors import EdgeError, IntegrityError, UsageError
+from edge_tcur_runtime.errors import EdgeError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter
@@ -34,7 +34,7 @@ from edge_tcur_runtime.formats.digest import digest_bytes, digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
-from edge_tcur_runtime.origin import PERSONAL, blank_adapter, bundle_adapter, starting_from
+from edge_tcur_runtime.origin import PERSONAL, blank_adapter, bundle_adapter, content_digest, starting_from
 from edge_tcur_runtime.outcome import Outcome, judges, patience_for
 from edge_tcur_runtime.planner import Plan
 from edge_tcur_runtime.preprocess import build_preprocessor
@@ -60,10 +60,10 @@ class PersonalizeResult:
 
     Attributes:
         adapter: the new adapter.
-        better: whether it takes the place of the adapter that it started from: it beats that one on the
-            held-out part, where there is one, and does not fall behind on the bundle's reference set, where
-            there is one. verdict: why, in words.
-        judged_by: what judged it, of ``held-out`` and ``reference``; empty where nothing did.
+        better: whether it is put in use: it beats the adapter that it started from, and the one in use, on
+            the held-out part, or where there is none is no worse on what it was trained on, and does not
+            fall behind on the bundle's reference set, where there is one. verdict: why, in words.
+        judged_by: what judged it, of ``held-out``, ``reference`` and ``training``; empty where nothing did.
         metric: name of the score (`edge_tcur_runtime.tasks`).
         score_before, score_after: on the held-out part; None without one.
         loss_before, loss_after: mean loss on the held-out part; None without one.
@@ -71,6 +71,8 @@ class PersonalizeResult:
         kept_epoch: number (from 1) of the epoch whose values the adapter has (`edge_tcur_runtime.outcome`);
             None without a held-out part, where it is the last one. stopped_early: epochs were left out.
         reference: scores on the bundle's reference set (`edge_tcur_runtime.outcome.Yardstick`); None without.
+        training: scores on what was trained on, where nothing was held out. in_use: score of the adapter in
+            use on the held-out part, or there; None where it is the start.
         engine, engine_reason: which engine ran, and why.
         graph: role of the bundle's graph that it ran.
         provider, provider_reason: which execution provider ran it, and why.
@@ -117,6 +119,8 @@ class PersonalizeResult:
     privacy: dict[str, Any] | None
     provider: str = CPU
     provider_reason: str = ""
+    training: dict[str, Any] | None = None
+    in_use: dict[str, Any] | None = None
 
     @property
     def accuracy_before(self) -> float | None:
@@ -161,7 +165,11 @@ class RunPlan:
     @property
     def judged_by(self) -> list[str]:
         """What will judge the new adapter (`edge_tcur_runtime.outcome.Outcome.judged_by`)."""
-        return judges(self.holdout_samples > 0, self.reference_samples > 0)
+        return judges(
+            self.holdout_samples > 0,
+            self.reference_samples > 0,
+            self.holdout_samples == 0 and self.privacy is None,
+        )
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -190,6 +198,7 @@ def personalize(
     *,
     start: Adapter | None = None,
     keep: KeepSettings | None = None,
+    in_use: Callable[[], Adapter | None] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> PersonalizeResult:
     """Fine-tunes the factors on `dataset`.
@@ -200,6 +209,8 @@ def personalize(
         start: the adapter to start from; None starts from the bundle's own adapter with a core of
             zero, that is from the base.
         keep: where checkpoints go and when the run must wait; None keeps nothing.
+        in_use: called after training: the adapter in use then (None is the base), which the new one must beat
+            too where it is another than `start`; None compares with `start` alone.
         on_step: called with steps done, steps in all and the loss.
 
     Raises:
@@ -222,6 +233,7 @@ def personalize(
     with keeper.listening():
         progress = keeper.resume()
         trainer, outcome = _run(site, budget, keeper, progress, on_step)
+        _weigh(trainer, outcome, site, in_use)
     memory = budget.check("at the end")
     return PersonalizeResult(
         adapter=trainer.coordinates.adapter(outcome.values, _provenance(site) | origin),
@@ -264,6 +276,28 @@ def _run(
     train(trainer, outcome, kept, held_out, settings, on_step)
     trainer.judge(outcome, site.reference)
     return trainer, outcome
+
+
+def _weigh(
+    trainer: Trainer, outcome: Outcome, site: Site, in_use: Callable[[], Adapter | None] | None
+) -> None:
+    """Scores what the new adapter is compared with beside the start's score on the held-out part: the adapter
+    in use, and where nothing was held out the start and itself on the samples that it was trained on.
+
+    These a private run does not look at: whether the adapter is put in use would tell of them without noise.
+    """
+    kept, held_out = site.data
+    if outcome.before is None:
+        if site.privacy is not None:
+            return
+        outcome.own = trainer.score_adapter(site.start, kept), trainer.score_values(outcome.values, kept)
+    rival = None if in_use is None else in_use() or blank_adapter(site.bundle)
+    if rival is None or content_digest(rival) == content_digest(site.start):
+        return
+    try:
+        outcome.rival = trainer.score_adapter(rival, kept if outcome.before is None else held_out)
+    except IncompatibleError as error:
+        outcome.unmatched = f"the adapter in use, another than the start, could not be scored: {error}"
 
 
 def plan_personalize(
@@ -347,9 +381,9 @@ def _notes(site: Site, outcome: Outcome) -> list[str]:
     notes, plan = [], site.privacy
     if outcome.before is None:
         reason = "of a class with one sample none is" if site.settings.held_out_part else "nothing was"
-        judge = (
-            "nothing judges it" if outcome.yardstick is None else "the bundle's reference set judges it alone"
-        )
+        named = {"reference": "the bundle's reference set", "training": "the samples that it was trained on"}
+        found = [named[name] for name in outcome.judged_by]
+        judge = f"{' and '.join(found)} judge it" if found else "nothing judges it"
         notes.append(f"{reason} kept apart to judge the new adapter by: {judge}")
     elif plan is not None:
         notes.append("the held-out samples are looked at without noise: for them nothing is promised")

@@ -95,8 +95,8 @@ class Model:
 
         Raises:
             BaseMismatchError, IncompatibleError: it does not fit.
-            IntegrityError: its answers to the canary are not finite, are those of the base although its
-                core is not zero, or, of the adapter that came with the bundle, not the exported ones.
+            IntegrityError: its answers to the canary are not finite, are those with a core of zero
+                although its own is not, or, of the adapter that came with the bundle, not the exported ones.
         """
         self._loaded[name] = self._checked(adapter)
 
@@ -142,14 +142,22 @@ class Model:
             own = self._canary.adapter if _is_own(self.bundle, adapter) else None
             found = self._check(feeds, own, "the adapter", IntegrityError)
             idle = all(not factors.core.any() for factors in adapter.factors.values())
-            base = self._base_answers
-            if base is not None and not idle and not adapter.extras and np.array_equal(found, base):
+            if not idle and np.array_equal(found, self._without_cores(adapter)):
                 raise IntegrityError(
-                    "the adapter changes nothing: its answers to the canary are the base's, bit for bit",
+                    "the adapter changes nothing: with cores of zero the canary's answers are the same bits",
                     where=str(self.bundle.root),
                     hint="this ONNX Runtime does not feed the factors; update it",
                 )
         return feeds
+
+    def _without_cores(self, adapter: Adapter) -> np.ndarray:
+        """Answers to the canary with cores of zero: the base's, or with the same extras (a trained head)."""
+        assert self._canary is not None
+        if not adapter.extras and self._base_answers is not None:
+            return self._base_answers
+        zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in adapter.factors.items()}
+        feeds = build_feeds(self.bundle.manifest, Adapter(adapter.header, zero, adapter.extras))
+        return self._run(self._canary.inputs, feeds)
 
     def _check(
         self, feeds: _Feeds, expected: np.ndarray | None, what: str, kind: type[EdgeError]

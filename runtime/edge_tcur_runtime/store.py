@@ -9,8 +9,8 @@ Layout
 Every write is old-or-new (`edge_tcur_runtime.atomic`); an adapter is verified before it is used.
 `State` is pure; `Store` reads and writes. Readers take no lock and work on a read-only directory.
 
-Activated with ``pending=True`` an adapter is on trial: in use, but `Store.recover` (call it when the
-program starts) takes it out again unless `Store.confirm` was called. Digests are ``sha256:<64 hex>``;
+Activated with ``pending=True`` an adapter is on trial: in use, but taken out again unless it is confirmed
+(`edge_tcur_runtime.trial` checks it). Digests are ``sha256:<64 hex>``;
 None stands for the base without an adapter.
 """
 
@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
+from edge_tcur_runtime.atomic import exclusive_lock, make_directory, remove_file, write_atomic
 from edge_tcur_runtime.copies import NAMES, Copies, Current, read_if_there
 from edge_tcur_runtime.errors import (
     BadInputError,
@@ -109,6 +109,24 @@ class State:
     def recover(self) -> State:
         """Ends an unconfirmed trial: what was active before it is in use again."""
         return replace(self, pending=None)
+
+    def withdraw(self, digest: str, before: State) -> State:
+        """Ends the trial of `digest`; the names that it took since `before` go back to who had them."""
+        names = {
+            name: before.names.get(name) if named == digest else named for name, named in self.names.items()
+        }
+        kept = {name: named for name, named in names.items() if named is not None}
+        return replace(self, pending=None if self.pending == digest else self.pending, names=kept)
+
+    def settle(self, digest: str | None) -> State:
+        """Puts in use what works of trial, active, previous and base; what stood before it is forgotten."""
+        if digest == self.in_use:
+            return self.confirm()
+        return (
+            self.recover()
+            if digest == self.active
+            else replace(self, active=digest, previous=None, pending=None)
+        )
 
     def rollback(self) -> State:
         """Ends the trial, or exchanges active and previous; UsageError: nothing to go back to."""
@@ -206,7 +224,7 @@ class Store:
             DiskError: the directories cannot be made.
         """
         if create:
-            _make_directory(path / ADAPTERS)
+            make_directory(path / ADAPTERS)
         elif not path.is_dir():
             hint = "'edge-tcur-device adapters install FILE' makes one"
             raise BadInputError("there is no store of adapters", where=str(path), hint=hint)
@@ -265,28 +283,49 @@ class Store:
         pending: bool = False,
         expected_base: str | None = None,
         name: str | None = None,
+        seen: State | None = None,
     ) -> str | None:
         """Verifies an installed adapter, puts it in use (on trial where `pending`), returns its digest.
 
         `ref`: digest, prefix of at least 6 hex digits, name, ``"previous"``; ``"base"`` or None.
-        `name` is given to it in the same write.
+        `name` is given to it in the same write. `seen`: the state that this was decided by.
 
         Raises:
             UsageError: no such adapter, or the prefix is ambiguous.
+            BadInputError: another adapter is in use than in `seen`.
             BaseMismatchError: made for another base than `expected_base`.
             IntegrityError: the file is missing or damaged.
         """
         with self._changing() as current:
             digest = self._resolve("base" if ref is None else ref, current.value)
+            if seen is not None and current.value.in_use not in (seen.in_use, digest):
+                raise BadInputError(
+                    f"another adapter was put in use meanwhile: {current.value.in_use or 'the base'}",
+                    where=str(self.root),
+                    hint="nothing was put in use; run the same command again: it compares with that one",
+                )
             if digest is not None:
                 _check_base(self._load(digest), expected_base, digest)
             state = current.value if digest is None else current.value.install(digest, name)
             self._write(current, state.activate(digest, pending=pending))
         return digest
 
-    def confirm(self) -> None:
-        """Ends the trial: the pending adapter is the active one from now on."""
-        self._change(State.confirm)
+    def confirm(self, digest: str | None = None) -> None:
+        """Ends the trial (of `digest`, where it is given): the pending adapter is the active one."""
+        self._change(lambda state: state.confirm() if digest in (None, state.pending) else state)
+
+    def withdraw(self, digest: str, before: State) -> None:
+        """Ends a trial badly, see `State.withdraw`."""
+        self._change(lambda state: state.withdraw(digest, before))
+
+    def settle(self, seen: State, digest: str | None) -> bool:
+        """`State.settle`, where what is in use is still that of `seen`; False and no change where not."""
+        with self._changing() as current:
+            state = current.value
+            if replace(state, names={}) != replace(seen, names={}):
+                return False
+            self._write(current, state.settle(digest))
+        return True
 
     def recover(self) -> bool:
         """Takes an adapter that was never confirmed out of use; True where there was one."""
@@ -296,8 +335,18 @@ class Store:
         return True
 
     def rollback(self) -> str | None:
-        """Goes back (see `State.rollback`) and returns the digest now in use; None is the base."""
-        return self._change(State.rollback).in_use
+        """Goes back (see `State.rollback`) and returns the digest now in use; None is the base.
+
+        Raises:
+            UsageError: there is nothing to go back to.
+            IntegrityError: what it would go back to is missing or damaged; nothing was changed.
+        """
+        with self._changing() as current:
+            state = current.value.rollback()
+            if state.in_use is not None:
+                self._load(state.in_use)
+            self._write(current, state)
+        return state.in_use
 
     def remove(self, ref: str) -> str:
         """Deletes an adapter and returns its digest; UsageError where it is in use or unknown."""
@@ -306,7 +355,7 @@ class Store:
             if digest is None:
                 raise UsageError("the base is not an adapter and cannot be removed")
             self._write(current, current.value.remove(digest))
-            _unlink(self._path(digest))
+            remove_file(self._path(digest))
         return digest
 
     def list(self) -> builtins.list[StoredAdapter]:
@@ -331,6 +380,10 @@ class Store:
             raise UsageError(f"{ref!r} is the base, which has no adapter file")
         return self._load(digest)
 
+    def verified(self, digest: str) -> Adapter:
+        """The adapter of a whole digest; IntegrityError where its file is missing or damaged."""
+        return self._load(digest)
+
     def resolve(self, ref: str) -> str | None:
         """The digest that `ref` stands for (None is the base); UsageError where unknown or ambiguous."""
         return self._resolve(ref, self.state)
@@ -347,7 +400,7 @@ class Store:
                 unused = set(self._digests()) - current.value.referenced
                 doomed += [self._path(digest) for digest in sorted(unused)]
             for path in doomed:
-                _unlink(path)
+                remove_file(path)
         return tuple(str(path.relative_to(self.root)) for path in doomed)
 
     def _path(self, digest: str) -> Path:
@@ -375,7 +428,7 @@ class Store:
 
     def _load(self, digest: str) -> Adapter:
         path = self._path(digest)
-        hint = "install it again, or 'edge-tcur-device adapters rollback'"
+        hint = "install it again, or 'edge-tcur-device adapters activate base'"
         raw = read_if_there(path, MAX_FILE_BYTES)
         if raw is None:
             raise IntegrityError("the adapter's file is missing", where=str(path), hint=hint)
@@ -433,19 +486,6 @@ def _check_base(adapter: Adapter, expected: str | None, where: str) -> None:
         raise BaseMismatchError(message, where=where, hint=hint)
 
 
-def _make_directory(path: Path) -> None:
-    """Makes a directory (0700) and its parents, durable in their parents."""
-    if path.is_dir():
-        return
-    if path.parent != path:
-        _make_directory(path.parent)
-    try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        fsync_directory(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error
-
-
 def _files(folder: Path) -> list[Path]:
     """The entries of a directory by name; none where it is missing."""
     try:
@@ -454,11 +494,3 @@ def _files(folder: Path) -> list[Path]:
         return []
     except OSError as error:
         raise BadInputError(f"cannot read: {error.strerror}", where=str(folder)) from error
-
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-        fsync_directory(path.parent)
-    except OSError as error:
-        raise disk_error(error, path) from error

@@ -19,6 +19,7 @@ from edge_tcur_runtime.coordinates import Coordinates
 from edge_tcur_runtime.engines import StepResult, TrainingEngine
 from edge_tcur_runtime.engines.graphs import keeps_within
 from edge_tcur_runtime.errors import ConfigError
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.factors import FACTOR_PARTS
 from edge_tcur_runtime.guard import Guard, taken
 from edge_tcur_runtime.keeper import Keeper
@@ -357,6 +358,19 @@ class Trainer:
         outcome.yardstick = Yardstick(
             reference, self._settings.forget, outcome.reference_before, self.score(reference)
         )
+
+    def score_values(self, values: dict[str, np.ndarray], data: Batch) -> tuple[float, float]:
+        """Takes these values and scores them on `data`; see `score`."""
+        self._move(values)
+        return self.score(data)
+
+    def score_adapter(self, adapter: Adapter, data: Batch) -> tuple[float, float]:
+        """Metric and mean loss of another adapter; IncompatibleError: the engine takes only one rank."""
+        feeds, self._feeds = self._feeds, adapter.feeds()
+        try:
+            return self.score(data)
+        finally:
+            self._feeds = feeds
 
     def score(self, data: Batch | ReferenceSet) -> tuple[float, float]:
         """Metric and mean loss of the current values on other samples.

@@ -11,23 +11,25 @@ import pytest
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, read_adapter, write_adapter
-from edge_tcur_runtime.formats.bundle import FileEntry, Manifest, serialize_manifest
+from edge_tcur_runtime.formats.bundle import BundleGroup, FileEntry, Manifest, serialize_manifest
+from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.factors import Factors, GroupSpec
+from edge_tcur_runtime.formats.weights import TensorPlace
 
 BASE = "sha256:" + "b" * 64
 OTHER_BASE = "sha256:" + "c" * 64
+LABELS = tuple(f"label {i}" for i in range(12))
 
 
 def write(path, seed, base=BASE):
     """Writes a valid adapter file of rank 2 and returns its digest."""
     core = np.random.default_rng(seed).normal(size=(2, 2, 2)).astype(np.float32)
     factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
-    labels = tuple(f"label {i}" for i in range(12))
     header = AdapterHeader(
         base,
         {"q": GroupSpec(("q.0", "q.1"), 4, 5)},
         "text-classification",
-        labels,
+        LABELS,
         provenance={"tool": "test"},
     )
     return write_adapter(path, Adapter(header, {"q": factors}))
@@ -56,27 +58,32 @@ def files(tmp_path):
 
 @pytest.fixture
 def bundle(tmp_path):
-    """A bundle's manifest, whose weights are never read by these commands."""
+    """A bundle without graphs, so that an adapter that fits it has passed its health check."""
     root = tmp_path / "bundle"
     root.mkdir()
+    (root / "base.bin").write_bytes(weights := bytes(2 * 4 * 4 * 5))
+    places = {f"q.{slice_}": TensorPlace(80 * slice_, "float32", (4, 5), False) for slice_ in range(2)}
+    groups = {"q": BundleGroup(("q.0", "q.1"), 4, 5, 2)}
     manifest = Manifest(
-        base_digest=BASE, files={"base.bin": FileEntry(1, "sha256:0")}, graphs={}, inputs={}, groups={},
-        tensors={}, extras={}, task="text-classification", labels=(), preprocessing={}, opset=17,
-        ir_version=9,
+        base_digest=BASE, files={"base.bin": FileEntry(len(weights), digest_bytes(weights))}, graphs={},
+        inputs={}, groups=groups, tensors=places, extras={}, task="text-classification", labels=LABELS,
+        preprocessing={}, opset=17, ir_version=9,
     )  # fmt: skip
     (root / "manifest.json").write_bytes(serialize_manifest(manifest))
     return root
 
 
-def test_install_activate_rollback_remove(cli, files):
+def test_install_activate_rollback_remove(cli, bundle, files):
     for name, (path, digest) in files.items():
         code, out, _ = cli("install", path, "--name", name, "--json")
         assert (code, out) == (0, {"schema_version": 1, "digest": digest, "name": name, "active": False})
     one, two = files["one"][1], files["two"][1]
     assert cli("activate", "one", "--json")[1] == {
-        "schema_version": 1, "active": one, "previous": None, "pending": False,
+        "schema_version": 1, "active": one, "previous": None, "pending": True,
     }  # fmt: skip
-    assert cli("activate", two[7:15], "--json")[1]["previous"] == one
+    assert cli("activate", two[7:15], "--json")[1]["previous"] is None  # the first was never confirmed
+    assert cli("activate", "one", "--bundle", bundle, "--json")[1]["pending"] is False
+    assert cli("activate", "two", "--bundle", bundle, "--json")[1]["previous"] == one
     assert cli("rollback", "--json")[1]["active"] == one
     code, out, _ = cli("list", "--json")
     assert code == 0
@@ -88,13 +95,13 @@ def test_install_activate_rollback_remove(cli, files):
     assert cli("activate", "base", "--json")[1]["active"] is None
 
 
-def test_human_output(cli, files):
+def test_human_output(cli, bundle, files):
     path, digest = files["one"]
     assert cli("list") == (0, "no adapters installed\n", "")
     code, out, err = cli("install", path, "--name", "one")
     assert (code, err) == (0, "")
     assert out == f"installed {digest}\nuse it with: edge-tcur-device adapters activate one\n"
-    assert cli("activate", "one")[1] == f"active: {digest}\n"
+    assert cli("activate", "one", "--bundle", bundle)[1] == f"active: {digest}\n"
     lines = cli("list")[1].splitlines()
     assert lines[0].split() == ["name", "status", "digest", "size", "trained", "task", "base"]
     assert lines[2].split()[:3] == ["one", "active", digest]

@@ -89,7 +89,10 @@ def personalize(device, *arguments, **options):
 
 def test_predict_prints_one_json_object(device):
     result = device("predict", V1, "--data", USER, "--adapter", "bundle", "--json").json
-    assert set(result) == {"schema_version", "task", "labels", "predictions", "metric", "score", "accuracy"}
+    assert set(result) == {
+        "schema_version", "task", "labels", "predictions", "metric", "score", "accuracy", "adapter",
+        "passed_over",
+    }  # fmt: skip
     assert result["schema_version"] == 1
     assert result["labels"] == ["0", "1", "2", "3"]
     assert len(result["predictions"]) == 80
@@ -253,7 +256,7 @@ RESULT = {
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
     "head_numbers", "graph", "resumed_from", "notes", "predicted_peak_bytes", "provider", "provider_reason",
     "judged_by", "verdict", "held_out_losses", "kept_epoch",
-    "stopped_early", "reference", "privacy",
+    "stopped_early", "reference", "privacy", "training", "in_use",
 }  # fmt: skip
 
 

@@ -507,17 +507,18 @@ def one_of_each(user, count=1):
     return user.select(sorted(index for place in places for index in place[:count]))
 
 
-def test_one_sample_of_each_class_trains_whole_and_it_is_said_that_nothing_judges(bundle, user):
+def test_one_sample_of_each_class_trains_whole_and_is_judged_by_what_it_was_trained_on(bundle, user):
     few = one_of_each(user)
     result = personalize(bundle, few, quick(), start=bundle_adapter(bundle))
     assert (result.samples, result.holdout_samples) == (len(few), 0)
     assert result.losses[-1] < result.losses[0]
     assert result.better
     assert result.kept_epoch is None
-    assert result.verdict == "unjudged: nothing was held out, and the bundle has no reference set"
-    assert result.judged_by == []
+    assert result.verdict == "nothing was held out to judge it by; no worse on what it was trained on"
+    assert result.judged_by == ["training"]
+    assert result.training["loss_after"] < result.training["loss_before"]
     assert "of a class with one sample none is kept apart" in result.notes[0]
-    assert "nothing judges it" in result.notes[0]
+    assert "the samples that it was trained on judge it" in result.notes[0]
 
 
 def test_too_few_held_out_samples_judge_the_adapter_but_choose_no_epoch(bundle, user):

@@ -467,3 +467,18 @@ def test_an_adapter_that_is_not_applied_is_noticed(bundle, monkeypatch):
     with pytest.raises(IntegrityError, match="the adapter changes nothing"):
         model.load("other", personal(bundle))
     model.load("blank", blank_adapter(bundle))  # a core of zero is the base
+
+
+def test_cores_that_do_not_arrive_are_noticed_beside_a_head_that_does(sketched, monkeypatch):
+    """What is trained in full changes the answers by itself; the cores must change them too."""
+    model, own = Model(sketched, threads=1), bundle_adapter(sketched)
+    assert own.extras
+    groups = {group: part.with_core(part.core + np.float32(0.5)) for group, part in own.factors.items()}
+    other = replace(own, factors=groups)
+    model.load("other", other)
+    run = model._run
+    idle = {f"{group}.core": np.zeros_like(part.core) for group, part in own.factors.items()}
+    monkeypatch.setattr(model, "_run", lambda inputs, feeds: run(inputs, {**feeds, **idle} if feeds else {}))
+    with pytest.raises(IntegrityError, match="the adapter changes nothing"):
+        model.load("unfed", other)
+    model.load("blank", blank_adapter(sketched))

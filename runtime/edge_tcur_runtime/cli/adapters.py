@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ _bundle_option = click.option(
     "--bundle",
     type=EXISTING_DIRECTORY,
     metavar="DIR",
-    help="Refuse an adapter of another base than this one's.",
+    help="Refuse an adapter of another base than this one's; one that is put in use must work with it.",
 )
 
 
@@ -56,10 +57,25 @@ def _base_of(bundle: Path | None) -> str | None:
     return open_bundle(bundle, verify=False).manifest.base_digest
 
 
+def _check_with(bundle: Path | None) -> Callable[[Adapter], None] | None:
+    """The health check with a bundle, every file of which is verified then; None without one."""
+    if bundle is None:
+        return None
+
+    def check(adapter: Adapter) -> None:
+        from edge_tcur_runtime.formats.bundle import open_bundle
+        from edge_tcur_runtime.trial import examine
+
+        examine(open_bundle(bundle), adapter)
+
+    return check
+
+
 def _in_use(store: Store, sink: Sink) -> None:
     state = store.state
     payload = {"active": state.in_use, "previous": state.fallback, "pending": state.pending is not None}
-    sink.result(payload, f"active: {state.in_use or 'base (no adapter)'}")
+    trial = " (on trial: the first prediction confirms it, or the one before comes back)"
+    sink.result(payload, f"active: {state.in_use or 'base (no adapter)'}{trial if state.pending else ''}")
 
 
 @click.group(context_settings=HELP_NAMES, epilog=EPILOG)
@@ -138,18 +154,31 @@ def _status(line: StoredAdapter) -> str:
 @store_option
 @output_options
 def activate(ref: str, bundle: Path | None, store: Path, sink: Sink) -> None:
-    """Use the adapter REF from now on; "base" uses the base without an adapter."""
-    opened = _open(store, sink)
-    opened.activate(ref, expected_base=_base_of(bundle))
+    """Use the adapter REF from now on; "base" uses the base without an adapter.
+
+    With --bundle it must pass its health check there. Without, it is on trial until the first
+    prediction, which confirms it or goes back to the one before.
+    """
+    from edge_tcur_runtime.trial import put_in_use
+
+    opened, base = _open(store, sink), _base_of(bundle)
+    put_in_use(opened, ref, _check_with(bundle), expected_base=base)
     _in_use(opened, sink)
 
 
 @adapters.command(epilog="\b\nExample:\n  edge-tcur-device adapters rollback")
+@_bundle_option
 @store_option
 @output_options
-def rollback(store: Path, sink: Sink) -> None:
-    """Go back to the previous adapter; a second rollback undoes the first."""
-    opened = _open(store, sink)
+def rollback(bundle: Path | None, store: Path, sink: Sink) -> None:
+    """Go back to the previous adapter; a second rollback undoes the first.
+
+    A damaged one is refused, with --bundle also one that fails its health check there.
+    """
+    opened, check = _open(store, sink), _check_with(bundle)
+    target = opened.state.fallback
+    if check is not None and target is not None:
+        check(opened.verified(target))
     opened.rollback()
     _in_use(opened, sink)
 

@@ -5,11 +5,13 @@ that a kill at any place leaves in a state from which the same command ends as i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from edge_tcur_runtime.data import Dataset
-from edge_tcur_runtime.errors import BadInputError, DiskError
+from edge_tcur_runtime.errors import BadInputError, DiskError, EdgeError, IncompatibleError, IntegrityError
 from edge_tcur_runtime.finished import (
     NOTE,
     Finished,
@@ -24,6 +26,7 @@ from edge_tcur_runtime.keeper import clear_checkpoints
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.store import Store
+from edge_tcur_runtime.trial import Check, Incumbent, affordable, examine, put_in_use
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Ending:
         keep: where its checkpoints are; store, name: where its adapter goes, and as what.
         sink: prints the result.
         keep_active: install the adapter, but leave the active one in use.
+        incumbent: what the new adapter was compared with; bundle, budget: that it must work with, and bytes
+            that this process may take for it. None puts it on trial, see `edge_tcur_runtime.trial`.
     """
 
     keep: KeepSettings
@@ -41,6 +46,9 @@ class Ending:
     name: str
     sink: Sink
     keep_active: bool = False
+    incumbent: Incumbent | None = None
+    bundle: Bundle | None = None
+    budget: int | None = None
     _identity: Mapping[str, str] = field(default_factory=dict)
 
     def came_before(
@@ -68,17 +76,35 @@ class Ending:
             result: as JSON; report: for people.
 
         Raises:
-            DiskError, BadInputError: see `Store`; the checkpoints stay.
+            DiskError, BadInputError: see `Store`; the checkpoints stay. BadInputError too where another
+                adapter was put in use since this one was compared.
+            IntegrityError, IncompatibleError: it failed its health check; what was in use is in use again,
+                and the checkpoints go, as the same run would end in the same way.
         """
         if adapter is not None:
             raw = serialize_adapter(adapter)
             record_finished(self.keep, Finished(digest_bytes(raw), self._identity, result, report))
-            opened = Store.open(self.store)
-            digest = opened.install(raw, name=self.name)
-            if not self.keep_active:
-                opened.activate(digest)
+            self._install(raw)
         self.sink.result(result, report)
         try:
             clear_checkpoints(self.keep)
         except (DiskError, BadInputError) as error:
             self.sink.note(f"the checkpoints could not be removed: {error}; the next start tries again")
+
+    def _install(self, raw: bytes) -> None:
+        opened = Store.open(self.store)
+        if self.keep_active:
+            opened.install(raw, name=self.name)
+            return
+        seen = None if self.incumbent is None else self.incumbent.seen
+        check: Check | None = None
+        if self.bundle is not None and affordable(self.bundle, self.budget):
+            check = partial(examine, self.bundle)
+        try:
+            put_in_use(opened, opened.install(raw), check, name=self.name, seen=seen)
+        except (IntegrityError, IncompatibleError):
+            with suppress(EdgeError):
+                clear_checkpoints(self.keep)
+            raise
+        if check is None:
+            self.sink.note("the budget has no room to check the new adapter: the first prediction does")

@@ -32,6 +32,7 @@ from edge_tcur_runtime.settings import (
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
+    from edge_tcur_runtime.cli.ending import Ending
     from edge_tcur_runtime.data import Dataset
     from edge_tcur_runtime.formats.adapter import Adapter
     from edge_tcur_runtime.formats.bundle import Bundle
@@ -154,8 +155,9 @@ def personalize(
     """Fine-tune the factors on your own labelled DATA. The base is only read, nothing is uploaded.
 
     The new adapter goes to the store and is put in use only if it is better than the one it
-    started from on a part of the data that was kept apart, and does not fall behind on the
-    bundle's reference set where it has one (edge-tcur export --reference).
+    started from, and than the active one, on a part of the data that was kept apart, does not fall
+    behind on the bundle's reference set where it has one (edge-tcur export --reference), and
+    passes its health check.
 
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
@@ -163,6 +165,7 @@ def personalize(
     from edge_tcur_runtime.cli.ending import Ending
     from edge_tcur_runtime.origin import content_digest
     from edge_tcur_runtime.store import check_name
+    from edge_tcur_runtime.trial import Incumbent
 
     check_name(name)
     keep_active, dry_run = bool(training.pop("keep_active")), bool(training.pop("dry_run"))
@@ -171,11 +174,12 @@ def personalize(
     if dry_run:
         show_plan(bundle, data, columns, (start, store), settings, sink)
         return
-    given = _read(bundle, data, columns, (start, store))
-    ending = Ending(keep, store, name, sink, keep_active=keep_active)
+    given = _read(bundle, data, columns, (start, store), budget, sink)
+    in_use = Incumbent(store, given[0])
+    ending = Ending(keep, store, name, sink, keep_active, in_use, given[0], budget)
     if ending.came_before(*given, settings):
         return
-    result = _run(*given, settings, keep, sink)
+    result = _run(*given, settings, ending)
     digest = content_digest(result.adapter) if result.better else None
     ending.put_away(
         result.adapter if result.better else None, _payload(result, digest), _report(result, digest, name)
@@ -218,16 +222,21 @@ def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
 
 
 def _read(
-    root: Path, data: Path, columns: dict[str, str], start: tuple[str, Path]
+    root: Path,
+    data: Path,
+    columns: dict[str, str],
+    start: tuple[str, Path],
+    budget: int | None,
+    sink: Sink,
 ) -> tuple[Bundle, Adapter | None, Dataset]:
     """`start`: the reference of the adapter to start from, and the store that it may lie in."""
     from edge_tcur_runtime.cli.inputs import load_for
-    from edge_tcur_runtime.cli.references import load_reference
+    from edge_tcur_runtime.cli.references import load_start
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     bundle = open_bundle(root)
     dataset = load_for(bundle, data, columns, require_labels=True)
-    return bundle, load_reference(start[0], bundle, start[1]), dataset
+    return bundle, load_start(start[0], bundle, start[1], sink, budget=budget), dataset
 
 
 def _run(
@@ -235,15 +244,15 @@ def _run(
     begin: Adapter | None,
     dataset: Dataset,
     settings: PersonalizeSettings,
-    keep: KeepSettings,
-    sink: Sink,
+    ending: Ending,
 ) -> PersonalizeResult:
     from edge_tcur_runtime.personalize import personalize as run
 
-    with sink.steps("personalizing") as advance:
-        result = run(bundle, dataset, settings, start=begin, keep=keep, on_step=advance)
+    in_use = None if ending.keep_active else ending.incumbent
+    with ending.sink.steps("personalizing") as advance:
+        result = run(bundle, dataset, settings, start=begin, keep=ending.keep, in_use=in_use, on_step=advance)
     for note in result.notes:
-        sink.note(note)
+        ending.sink.note(note)
     return result
 
 
@@ -279,6 +288,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
         ("provider", f"{result.provider} ({result.provider_reason})"),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),
+        *_compared_rows(result, show),
         *_reference_rows(result, show),
         *privacy_rows(result.privacy),
         ("trained numbers", f"{result.adapter.trained_numbers:,} + head {result.adapter.extra_numbers:,}"),
@@ -292,6 +302,16 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     end = f"installed as {name!r}: {digest}" if digest else "nothing was installed"
     end = f"{result.verdict}: {end}"
     return f"{table(('', 'value'), rows)}\n{end}"
+
+
+def _compared_rows(result: PersonalizeResult, show: Callable[[float | None], str]) -> list[tuple[str, str]]:
+    """Of what was trained on where nothing was held out, and of the adapter in use where it is another."""
+    rows, own = [], result.training
+    if own is not None:
+        rows.append(("on what was trained on", f"{show(own['score_before'])} -> {show(own['score_after'])}"))
+    if result.in_use is not None:
+        rows.append(("the adapter in use", show(result.in_use["score"])))
+    return rows
 
 
 def _reference_rows(result: PersonalizeResult, show: Callable[[float | None], str]) -> list[tuple[str, str]]:

@@ -34,13 +34,13 @@ def show_plan(
         start: the reference of the adapter to start from, and the store that it may lie in.
     """
     from edge_tcur_runtime.cli.inputs import load_for
-    from edge_tcur_runtime.cli.references import load_reference
+    from edge_tcur_runtime.cli.references import load_start
     from edge_tcur_runtime.formats.bundle import open_bundle
     from edge_tcur_runtime.personalize import plan_personalize
 
     bundle = open_bundle(root)
     dataset = load_for(bundle, data, columns, require_labels=True)
-    begin = load_reference(start[0], bundle, start[1])
+    begin = load_start(start[0], bundle, start[1], sink, change=False)
     found = plan_personalize(bundle, dataset, settings, start=begin)
     sink.result(found.to_dict(), describe(found))
     if found.plan.chosen is None:
@@ -77,11 +77,15 @@ def describe(found: RunPlan) -> str:
 def _promises(found: RunPlan) -> list[tuple[str, str]]:
     """How the new adapter will be judged, when the run may end, and what it spends."""
     apart = f"{found.holdout_samples} held-out samples" if found.holdout_samples else ""
+    own = "no worse on its own training samples" if "training" in found.judged_by else ""
     public = f"the bundle's reference set of {found.reference_samples}" if found.reference_samples else ""
     patience = f"after {found.patience} epochs without a lower held-out loss" if found.patience else "never"
     return [
         ("trained on", f"{found.samples} samples"),
-        ("judged by", " and ".join(filter(None, (apart, public))) or "nothing: it is installed unjudged"),
+        (
+            "judged by",
+            " and ".join(filter(None, (apart, public, own))) or "nothing: it is installed unjudged",
+        ),
         ("stops early", patience),
         *privacy_rows(found.privacy),
     ]

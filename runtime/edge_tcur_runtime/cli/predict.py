@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -65,7 +67,6 @@ def predict(
     **running: Any,
 ) -> None:
     """Answer texts or a data set with BUNDLE and an adapter."""
-    from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     if bool(texts) == (data is not None):
@@ -76,16 +77,36 @@ def predict(
     opened = open_bundle(bundle)
     model = _model(opened, running["provider"], store, sink)
     _check_masks(model, masks)
-    chosen = load_reference(adapter, opened, store)
-    if chosen is not None:
-        model.load(adapter, chosen)
-    with model.adapter(None if chosen is None else adapter):
+    used = _load(model, adapter, store, sink)
+    with model.adapter(adapter if adapter in model.loaded else None):
         if data is None:
-            _answer(model, list(texts), sink)
+            _answer(model, list(texts), used, sink)
         elif streamed:
             answer_stream(model, data, columns["text_column"], running["batch_size"], sink)
         else:
-            _answer_data(model, data, columns, masks, sink)
+            _answer_data(model, data, columns, masks, used, sink)
+
+
+def _load(model: Model, ref: str, store: Path, sink: Sink) -> dict[str, object]:
+    """Loads what `ref` names under that name; what the result tells of it.
+
+    Where the adapter in use does not work, what comes before it answers. One that was asked for by its name
+    must work.
+    """
+    from edge_tcur_runtime.cli.references import load_reference
+    from edge_tcur_runtime.origin import content_digest
+    from edge_tcur_runtime.store import Store
+    from edge_tcur_runtime.trial import serve
+
+    if ref == "active" and store.is_dir():
+        found = serve(Store.open(store, create=False), partial(model.load, ref))
+        for note in found.notes:
+            sink.note(note)
+        return {"adapter": found.digest, "passed_over": [asdict(one) for one in found.passed_over]}
+    chosen = load_reference(ref, model.bundle, store)
+    if chosen is not None:
+        model.load(ref, chosen)
+    return {"adapter": None if chosen is None else content_digest(chosen), "passed_over": []}
 
 
 def _model(bundle: Bundle, provider: str, store: Path, sink: Sink) -> Model:
@@ -114,14 +135,21 @@ def _check_masks(model: Model, masks: Path | None) -> None:
         )
 
 
-def _answer(model: Model, texts: list[str], sink: Sink) -> None:
+def _answer(model: Model, texts: list[str], used: dict[str, object], sink: Sink) -> None:
     if model.task.kind != "text":
         raise UsageError("this bundle answers images", hint="give them with --data")
     found = model.predict(texts)
-    sink.result(_payload(model, found), _table(model, "text", texts, found))
+    sink.result(_payload(model, found) | used, _table(model, "text", texts, found))
 
 
-def _answer_data(model: Model, data: Path, columns: dict[str, str], masks: Path | None, sink: Sink) -> None:
+def _answer_data(
+    model: Model,
+    data: Path,
+    columns: dict[str, str],
+    masks: Path | None,
+    used: dict[str, object],
+    sink: Sink,
+) -> None:
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.tasks import ACCURACY
 
@@ -140,7 +168,7 @@ def _answer_data(model: Model, data: Path, columns: dict[str, str], masks: Path 
         _write_masks(masks, cast("Sequence[Mask]", found))
         lines.append(f"wrote {masks}")
     accuracy = score if metric.name == ACCURACY else None
-    payload = {**_payload(model, found), "metric": metric.name, "score": score, "accuracy": accuracy}
+    payload = {**_payload(model, found), **used, "metric": metric.name, "score": score, "accuracy": accuracy}
     sink.result(payload | ({"masks": str(masks)} if masks else {}), "\n".join(lines))
 
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
+from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.personalize import bundle_adapter
 from edge_tcur_runtime.store import Store
+from edge_tcur_runtime.trial import affordable, examine, serve
 
 
 def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
@@ -34,3 +38,24 @@ def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
     opened = Store.open(store, create=False)
     digest = opened.resolve(ref)
     return None if digest is None else opened.load(digest)
+
+
+def load_start(
+    ref: str, bundle: Bundle, store: Path, sink: Sink, *, budget: int | None = None, change: bool = True
+) -> Adapter | None:
+    """`load_reference` for a run that starts from an adapter: where the one in use does not work, what comes
+    before it is taken, with a note.
+
+    Args:
+        budget: bytes that this process may take; where the health check does not fit, an adapter on trial
+            stays on trial. change: False leaves the store alone.
+    """
+    if ref != "active" or not store.is_dir():
+        return load_reference(ref, bundle, store)
+    opened = Store.open(store, create=False)
+    whole = change and opened.state.pending is not None and affordable(bundle, budget)
+    works = partial(examine, bundle) if whole else partial(check_fit, bundle.manifest)
+    found = serve(opened, works, confirm=whole, change=change)
+    for note in found.notes:
+        sink.note(note)
+    return found.adapter

@@ -1,0 +1,358 @@
+"""Never without a working model: an adapter is on trial until it works; what does not work is passed over."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edge_tcur_runtime.cli import device
+from edge_tcur_runtime.cli import ending as ending_module
+from edge_tcur_runtime.cli.ending import Ending
+from edge_tcur_runtime.cli.framework import run
+from edge_tcur_runtime.data import load_dataset
+from edge_tcur_runtime.errors import BudgetError, IntegrityError
+from edge_tcur_runtime.formats.adapter import read_adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.personalize import personalize as run_personalize
+from edge_tcur_runtime.settings import PersonalizeSettings
+from edge_tcur_runtime.store import State, Store
+from edge_tcur_runtime.trial import Incumbent, serve
+
+DATA = Path(__file__).parents[1] / "data"
+V1, USER, ADAPTER = DATA / "bundle-v1", DATA / "user.npz", DATA / "adapter-v1.safetensors"
+
+needs_engine = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
+
+
+def cores(change):
+    """The bytes of the committed adapter with other cores."""
+    own = read_adapter(ADAPTER)
+    factors = {group: part.with_core(change(part.core)) for group, part in own.factors.items()}
+    return serialize_adapter(replace(own, factors=factors))
+
+
+GOOD, OTHER = cores(lambda core: core), cores(lambda core: core * np.float32(0.5))
+WILD = cores(lambda core: np.full_like(core, 3e38))  # a valid file whose answers are no numbers
+OWN = read_adapter(ADAPTER)
+FOREIGN = serialize_adapter(replace(OWN, header=replace(OWN.header, base_digest="sha256:" + "0" * 64)))
+DIGEST = {name: digest_bytes(raw) for name, raw in
+          (("good", GOOD), ("other", OTHER), ("wild", WILD), ("foreign", FOREIGN))}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(place):
+    """Four adapters, none in use."""
+    opened = Store.open(place)
+    for name, raw in (("good", GOOD), ("other", OTHER), ("wild", WILD), ("foreign", FOREIGN)):
+        opened.install(raw, name=name)
+    return opened
+
+
+@pytest.fixture
+def cli(place, capsys):
+    """The command in this process: exit code, its JSON, stderr."""
+
+    def call(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            run(device, [*map(str, arguments), "--store", str(place), "--json"])
+        out, err = capsys.readouterr()
+        (line,) = out.splitlines()
+        return caught.value.code, json.loads(line), err
+
+    return call
+
+
+def predict(cli, *more, bundle=V1):
+    return cli("predict", bundle, "--data", USER, *more)
+
+
+def damage(store, digest):
+    store._path(digest).write_bytes(b"nothing of the kind")
+
+
+def uses(store):
+    state = store.state
+    return state.active, state.previous, state.pending
+
+
+# --- activate ---------------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_an_adapter_that_fails_its_health_check_is_never_the_active_one(cli, store):
+    assert cli("adapters", "activate", "good", "--bundle", V1)[1]["pending"] is False
+    code, out, _ = cli("adapters", "activate", "wild", "--bundle", V1)
+    assert (code, out["error"]["code"]) == (6, "integrity")
+    assert "NaN or infinity" in out["error"]["message"]
+    assert uses(store) == (DIGEST["good"], None, None)
+    assert predict(cli)[1]["adapter"] == DIGEST["good"]
+
+
+@needs_engine
+def test_without_a_bundle_the_first_prediction_confirms_it(cli, store):
+    code, out, _ = cli("adapters", "activate", "good")
+    assert (code, out["active"], out["pending"]) == (0, DIGEST["good"], True)
+    code, out, err = predict(cli)
+    assert (code, out["adapter"], out["passed_over"]) == (0, DIGEST["good"], [])
+    assert "passed its health check and is confirmed" in err
+    assert uses(store) == (DIGEST["good"], None, None)
+    assert predict(cli)[2] == ""
+
+
+@needs_engine
+@pytest.mark.parametrize("bad", ["wild", "foreign"])
+def test_without_a_bundle_the_first_prediction_goes_back_by_itself(cli, store, bad):
+    store.activate("good")
+    cli("adapters", "activate", bad)
+    assert store.active_digest() == DIGEST[bad]
+    code, out, err = predict(cli)
+    assert (code, out["adapter"]) == (0, DIGEST["good"])
+    assert out["accuracy"] is not None
+    (passed,) = out["passed_over"]
+    assert passed["digest"] == DIGEST[bad]
+    assert passed["reason"] in err
+    assert uses(store) == (DIGEST["good"], None, None)
+    assert predict(cli)[2] == ""
+
+
+# --- what is in use is damaged -----------------------------------------------------------------------
+
+
+@needs_engine
+def test_a_damaged_active_adapter_gives_way_to_the_previous_one_and_then_to_the_base(cli, store):
+    store.activate("good")
+    store.activate("other")
+    damage(store, DIGEST["other"])
+    code, out, err = predict(cli)
+    assert (code, out["adapter"]) == (0, DIGEST["good"])
+    assert "was altered" in err
+    assert uses(store) == (DIGEST["good"], None, None)
+    damage(store, DIGEST["good"])
+    code, out, _ = predict(cli)
+    assert (code, out["adapter"], len(out["passed_over"])) == (0, None, 1)
+    assert uses(store) == (None, None, None)
+    code, out, _ = predict(cli, "--adapter", "good")  # asked for by its name it is an error
+    assert (code, out["error"]["code"]) == (6, "integrity")
+
+
+@needs_engine
+def test_an_adapter_of_another_base_is_passed_over_and_stays_in_use_for_its_own_bundle(cli, store):
+    store.activate("foreign")
+    code, out, err = predict(cli)
+    assert (code, out["adapter"]) == (0, None)
+    assert DIGEST["foreign"] in err
+    assert uses(store) == (DIGEST["foreign"], None, None)
+
+
+@needs_engine
+def test_a_store_that_cannot_be_changed_still_answers(cli, store, monkeypatch):
+    store.activate("good")
+    store.activate("wild")
+
+    def full(*_):
+        raise BudgetError("no room")
+
+    monkeypatch.setattr(Store, "settle", full)
+    code, out, err = predict(cli)
+    assert (code, out["adapter"]) == (0, DIGEST["good"])
+    assert "could not be changed" in err
+
+
+# --- roll back ---------------------------------------------------------------------------------------
+
+
+@needs_engine
+def test_rollback_goes_nowhere_that_does_not_work(cli, store):
+    store.activate("wild")
+    store.activate("good")
+    code, out, _ = cli("adapters", "rollback", "--bundle", V1)
+    assert (code, out["error"]["code"]) == (6, "integrity")
+    assert uses(store) == (DIGEST["good"], DIGEST["wild"], None)
+    damage(store, DIGEST["wild"])
+    assert cli("adapters", "rollback")[0] == 6
+    assert uses(store) == (DIGEST["good"], DIGEST["wild"], None)
+    store.activate("other")
+    assert cli("adapters", "rollback", "--bundle", V1)[1]["active"] == DIGEST["good"]
+
+
+# --- the rule by itself ------------------------------------------------------------------------------
+
+NAMES = ("good", "other", "wild")
+choice = st.one_of(st.none(), st.sampled_from(NAMES))
+
+
+@given(choice, choice, choice, st.sets(st.sampled_from(NAMES)))
+def test_what_is_served_is_the_first_that_works_and_stays_served(active, previous, pending, broken):
+    state = State(*(None if name is None else DIGEST[name] for name in (active, previous, pending)))
+    bad = {DIGEST[name] for name in broken}
+
+    class Memory:
+        """A store without a disk."""
+
+        def __init__(self):
+            self.state = state
+
+        def verified(self, digest):
+            return digest
+
+        def settle(self, seen, digest):
+            self.state = self.state.settle(digest)
+            return True
+
+    def works(digest):
+        if digest in bad:
+            raise IntegrityError("broken")
+
+    memory = Memory()
+    found = serve(memory, works)
+    order = [*([state.pending] if state.pending else []), state.active]
+    order += [state.previous] if state.active else []
+    assert found.digest == next((digest for digest in order if digest and digest not in bad), None) or (
+        state.active is None and found.digest is None
+    )
+    assert memory.state.in_use == found.digest
+    assert memory.state.pending is None
+    again = serve(memory, works)
+    assert (again.digest, again.passed_over, again.notes) == (found.digest, (), ())
+
+
+def test_a_name_goes_back_where_the_check_failed():
+    before = State(active="a", names={"mine": "a"})
+    trial = before.install("b", "mine").activate("b", pending=True)
+    assert trial.withdraw("b", before) == before
+
+
+def test_a_trial_of_another_process_is_not_confirmed(store):
+    store.activate("good", pending=True)
+    store.confirm(DIGEST["other"])
+    assert uses(store) == (None, None, DIGEST["good"])
+    assert not store.settle(State(), None)
+
+
+# --- personalize -------------------------------------------------------------------------------------
+
+
+def personalize(cli, data=USER, *more):
+    return cli("personalize", V1, "--data", data, "--engine", "ort-step", "--threads", "1", *more)
+
+
+@pytest.fixture
+def few(tmp_path):
+    """One sample of each class."""
+    with np.load(USER) as found:
+        arrays = dict(found)
+    (name,) = [key for key, value in arrays.items() if value.ndim == 1]
+    places = [np.flatnonzero(arrays[name] == label)[0] for label in np.unique(arrays[name])]
+    np.savez(tmp_path / "few.npz", **{key: value[places] for key, value in arrays.items()})
+    return tmp_path / "few.npz"
+
+
+@pytest.fixture
+def learned(cli, place):
+    """The digest of an adapter in use that answers the user's data far better than the base."""
+    code, out, _ = personalize(cli)
+    assert code == 0
+    assert out["score_after"] > 0.8
+    return out["installed"]
+
+
+@needs_engine
+def test_a_new_adapter_takes_no_better_ones_place(cli, place, learned):
+    """Better than where it started from is not better than what is in use."""
+    _, out, _ = personalize(cli, USER, "--start", "base", "--epochs", "1", "--name", "worse")
+    assert out["score_after"] > out["score_before"]
+    assert (out["better"], out["installed"]) == (False, None)
+    assert out["in_use"]["score"] > out["score_after"]
+    assert "no better than the adapter in use" in out["verdict"]
+    assert Store.open(place).state.in_use == learned
+
+
+@needs_engine
+def test_the_adapter_in_use_after_training_is_the_one_to_beat(cli, place, learned):
+    """It may be another one than when training began."""
+    bundle, data = open_bundle(V1), load_dataset(USER, "image", image_size=(8, 8), channels=1)
+    settings = PersonalizeSettings(epochs=1, threads=1, engine="ort-step")
+    result = run_personalize(bundle, data, settings, in_use=Incumbent(place, bundle))
+    assert not result.better
+    assert run_personalize(bundle, data, settings).better  # compared with its start, the base, alone
+
+
+@needs_engine
+def test_what_was_compared_with_another_adapter_is_not_put_in_use(cli, place, learned, monkeypatch):
+    real = Ending.put_away
+
+    def late(self, *arguments):
+        Store.open(place).activate(Store.open(place).install(OTHER))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Ending, "put_away", late)
+    monkeypatch.setattr(Incumbent, "__call__", lambda self: None)  # it was the base when it was compared
+    code, out, _ = personalize(cli, USER, "--start", "base", "--epochs", "4")
+    assert code == 3
+    assert "another adapter was put in use meanwhile" in out["error"]["message"]
+    assert Store.open(place).state.in_use == DIGEST["other"]
+
+
+@needs_engine
+def test_few_samples_and_a_wild_rate_do_not_replace_what_works(cli, place, learned, few):
+    _, out, _ = personalize(
+        cli, few, "--epochs", "5", "--learning-rate", "3", "--head-learning-rate", "3", "--name", "few"
+    )
+    assert out["holdout_samples"] == 0
+    assert (out["better"], out["installed"]) == (False, None)
+    assert Store.open(place).state.in_use == learned
+    _, out, _ = personalize(cli, few, "--start", "base", "--name", "few", "--epochs", "1")
+    assert out["judged_by"] == ["training"]
+    assert "no better than the adapter in use" in out["verdict"]
+
+
+@needs_engine
+def test_an_adapter_that_does_not_work_is_not_installed_as_the_active_one(cli, place, learned, monkeypatch):
+    def fails(*_):
+        raise IntegrityError("NaN")
+
+    monkeypatch.setattr(ending_module, "examine", fails)
+    code, out, _ = personalize(cli, USER, "--start", "active", "--private", "--epochs", "1")
+    assert (code, out["error"]["code"]) == (6, "integrity")
+    assert uses(Store.open(place)) == (learned, None, None)
+    assert Store.open(place).resolve("personal") == learned  # the name went back too
+    assert not list((place / "checkpoints").rglob("*.json"))
+
+
+@needs_engine
+def test_without_room_for_the_check_it_stays_on_trial(cli, place, monkeypatch):
+    monkeypatch.setattr(ending_module, "affordable", lambda *_: False)
+    _, out, err = personalize(cli)
+    assert "the first prediction does" in err
+    assert uses(Store.open(place)) == (None, None, out["installed"])
+    assert "is confirmed" in predict(cli)[2]
+    assert uses(Store.open(place)) == (out["installed"], None, None)
+
+
+@needs_engine
+def test_a_run_starts_from_what_works(cli, place, learned):
+    store = Store.open(place)
+    store.activate(store.install(OTHER))
+    damage(store, DIGEST["other"])
+    code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
+    assert code == 0
+    assert "was altered" in err
+    assert out["score_before"] > 0.8
+    store.activate(store.install(WILD), pending=True)
+    code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
+    assert (code, DIGEST["wild"] in err) == (0, True)
+    assert out["score_before"] > 0.8
