@@ -9,6 +9,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import onnx
 import pytest
 
 PYTHON = os.environ.get("EDGE_TCUR_WEBGPU_PYTHON", "")
@@ -51,12 +52,13 @@ pinned, again = on_cpu(Placement(webgpu, tuple(names)))
 print(json.dumps({
     "errors": {name: distance(values[name], value) for name, value in expected.items()},
     "pinned_errors": {name: distance(again[name], value) for name, value in expected.items()},
-    "cpu": sorted({kind for kind, _ in plain}),
+    "cpu": sorted(plain),
     "pinned": [name for _, name in pinned if name in names],
     "plain": [name for _, name in plain if name in names],
 }))
 """
-# What runs on the CPU: sizes, indices and masks, in integers and booleans, and what joins them.
+# What may run on the CPU: sizes, indices and masks, in integers and booleans, and what joins them.
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
 SHAPES = {
     "Cast", "Concat", "Equal", "Expand", "GatherElements", "GatherND", "GreaterOrEqual", "Max", "Mul",
     "Range", "Reshape", "Shape", "Slice", "Squeeze", "Transpose", "Unsqueeze",
@@ -100,8 +102,43 @@ def test_loss_and_gradients_are_the_cpus(result):
     assert max(errors.values()) < 1e-4, errors
 
 
-def test_only_sizes_indices_and_masks_run_on_the_cpu(result):
-    assert set(result[1]["cpu"]) <= SHAPES
+def floating(model):
+    """Names of the nodes that compute with floating-point numbers: a cast of a size to one does not."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = (*graph.value_info, *graph.input, *graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types |= {value.name: value.data_type for value in graph.initializer}
+    found = set()
+    for node in graph.node:
+        names = [name for name in (*node.input, *(() if node.op_type == "Cast" else node.output)) if name]
+        assert all(types.get(name) for name in names), f"no type of a value of {node.name}"
+        if any(types[name] in FLOATS for name in names):
+            found.add(node.name)
+    return found
+
+
+def misplaced(on_cpu, model):
+    """What runs on the CPU and is not known to be of sizes, indices and masks alone."""
+    floats, known = floating(model), {node.name for node in model.graph.node}
+    return [
+        (kind, name)
+        for kind, name in map(tuple, on_cpu)
+        if kind not in SHAPES or name not in known or name in floats
+    ]
+
+
+def test_only_sizes_indices_and_masks_run_on_the_cpu(result, vit):
+    assert result[1]["cpu"]
+    assert misplaced(result[1]["cpu"], vit.graph("step")) == []
+
+
+@pytest.mark.parametrize("kind", ["Mul", "Transpose", "Expand", "Reshape", "Softmax"])
+def test_a_floating_point_operator_on_the_cpu_would_be_noticed(vit, kind):
+    """Most of these kinds are allowed for sizes: the element types of the node decide."""
+    model = vit.graph("step")
+    floats = floating(model)
+    name = next(node.name for node in model.graph.node if node.op_type == kind and node.name in floats)
+    assert misplaced([[kind, name]], model) == [(kind, name)]
 
 
 def test_pinned_nodes_run_on_the_cpu(result):
