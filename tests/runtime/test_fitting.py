@@ -396,7 +396,7 @@ def test_a_dry_run_tells_how_the_adapter_will_be_judged_and_when_the_run_may_end
     assert "judged by: 16 held-out samples" in out
     assert "stops early: after 5 epochs without a lower held-out loss" in out
     out = cli("--holdout", "0")[1]
-    assert "judged by: nothing: it is installed unjudged" in out
+    assert "judged by: no worse on its own training samples" in out
     assert "stops early: never" in out
 
 

@@ -300,7 +300,7 @@ def test_what_was_compared_with_another_adapter_is_not_put_in_use(cli, place, le
         return real(self, *arguments)
 
     monkeypatch.setattr(Ending, "put_away", late)
-    monkeypatch.setattr(Incumbent, "__call__", lambda self: None)  # it was the base when it was compared
+    monkeypatch.setattr(Incumbent, "__call__", lambda self: setattr(self, "seen", State()))  # of the base
     code, out, _ = personalize(cli, USER, "--start", "base", "--epochs", "4")
     assert code == 3
     assert "another adapter was put in use meanwhile" in out["error"]["message"]
