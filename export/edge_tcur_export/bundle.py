@@ -44,6 +44,7 @@ from edge_tcur_export.trace import (
     trace_forward,
 )
 from edge_tcur_export.verification import ADAPTER_PTD, settle, unverified
+from edge_tcur_export.vocabulary import split_head
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import (
     BASE_FILE,
@@ -257,6 +258,7 @@ class BundleWriter:
         graphs.keep_outputs(model, ("logits",))
         take_rows_of_products(model)
         split_stacks(model)
+        split_head(model)
         # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.
         defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()} | self._saved
         for group in self._groups:

@@ -137,8 +137,10 @@ class _Stored:
         """Gives one reader what it reads."""
         if node.op_type == "Gather" and place == 0:
             self._serve_gather(node)
+        elif self._is_table and node.op_type == "Slice" and place == 0:
+            self._serve_slice(node)
         elif self._is_table:
-            raise self._unknown(node)
+            node.replace_input_with(place, self._floats(node, self._values, self._scales))
         elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             self._serve_transpose(node)
         elif node.op_type == "MatMul" and place == 1:
@@ -187,9 +189,20 @@ class _Stored:
         scales = self._scales
         if axis == self._weight.axis:
             scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
-        # A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`.
+        self._replace(node, self._floats(node, values, scales))
+
+    def _serve_slice(self, node: ir.Node) -> None:
+        """A piece of a table (`edge_tcur_export.vocabulary`), cut as it is stored."""
+        values, scales = (
+            self._insert(node, "Slice", [value, *node.inputs[1:]], {}) for value in (self._values, self._scales)
+        )
+        self._replace(node, self._floats(node, values, scales))
+
+    def _floats(self, node: ir.Node, values: ir.Value, scales: ir.Value) -> ir.Value:
+        """A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`; and of a
+        DequantizeLinear with two readers ONNX Runtime makes two."""
         floats = self._insert(node, "Cast", [values], {"to": int(ir.DataType.FLOAT)})
-        self._replace(node, self._insert(node, "Mul", [floats, scales], {}))
+        return self._insert(node, "Mul", [floats, scales], {})
 
     def _serve_transpose(self, node: ir.Node) -> None:
         """The backward pass multiplies by the transpose. ONNX Runtime moves a DequantizeLinear through a

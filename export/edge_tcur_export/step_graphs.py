@@ -12,6 +12,7 @@ from edge_tcur.method.targets import Group
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
+from edge_tcur.tasks.task import CausalLm
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
@@ -31,6 +32,7 @@ from edge_tcur_export.trace import (
     trace_forward,
     trace_step,
 )
+from edge_tcur_export.vocabulary import write_token_loss
 from edge_tcur_runtime.formats.bundle import LastBlocks
 
 STEP = "step.onnx"
@@ -82,7 +84,7 @@ class StepGraphs:
         """
         model = to_graph(trace_step(forward, example))
         self.sources["step"] = Source.of(model, forward.signature.inputs)
-        write_log_softmax(model)
+        self._write_loss(model)
         base_file.externalize(model)
         ir.save(model, self._directory / STEP)
         roles = {"step": STEP}
@@ -93,6 +95,12 @@ class StepGraphs:
             roles["step_recompute"] = RECOMPUTE
             self.sources["step_recompute"] = self.sources["step"]
         return roles
+
+    def _write_loss(self, model: ir.Model) -> None:
+        """The loss as providers have operators for it; of a large vocabulary in pieces."""
+        if isinstance(self._task, CausalLm):
+            write_token_loss(model, TARGETS)
+        write_log_softmax(model)
 
     def write_last(
         self, model: FactorModel, example: Example, tests: list[Example], base_file: BaseFile
@@ -119,7 +127,7 @@ class StepGraphs:
             self.cases = [make_case(model, test, partial=True) for test in tests]
         graph = to_graph(trace_step(forward, partial))
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
-        write_log_softmax(graph)
+        self._write_loss(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)

@@ -18,6 +18,7 @@ from edge_tcur_runtime.formats.bundle import Bundle
 
 TARGETS = "labels"
 _SUFFIX = ".grad"
+_NONE = np.empty(0, np.float32)  # outputs, of a graph that does not give them
 
 
 class OrtStepEngine:
@@ -36,7 +37,7 @@ class OrtStepEngine:
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]
-        require_names(path, "output", (*forward_outputs(bundle), *gradients), self._outputs)
+        require_names(path, "output", (*forward_outputs(bundle, self._outputs), *gradients), self._outputs)
         fed = [*bundle.manifest.inputs, TARGETS, *bundle.manifest.factor_names()]
         require_names(path, "input", fed, self._inputs)
         require_names(path, "default for", self._inputs, fed)
@@ -50,7 +51,7 @@ class OrtStepEngine:
         result = dict(zip(self._outputs, values, strict=True))
         return StepResult(
             float(result["loss"]),
-            result["logits"],
+            result.get("logits", _NONE),
             {name.removesuffix(_SUFFIX): value for name, value in result.items() if name.endswith(_SUFFIX)},
             float(result["metric"]) if "metric" in result else None,
         )
