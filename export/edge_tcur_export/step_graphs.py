@@ -13,6 +13,7 @@ from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
 from edge_tcur.tasks.task import CausalLm
+from edge_tcur_export import vocabulary
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
@@ -32,7 +33,6 @@ from edge_tcur_export.trace import (
     trace_forward,
     trace_step,
 )
-from edge_tcur_export.vocabulary import write_token_loss
 from edge_tcur_runtime.formats.bundle import LastBlocks
 
 STEP = "step.onnx"
@@ -99,7 +99,7 @@ class StepGraphs:
     def _write_loss(self, model: ir.Model) -> None:
         """The loss as providers have operators for it; of a large vocabulary in pieces."""
         if isinstance(self._task, CausalLm):
-            write_token_loss(model, TARGETS)
+            vocabulary.write_token_loss(model, TARGETS, vocabulary.PIECE_BYTES)
         write_log_softmax(model)
 
     def write_last(

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from edge_tcur_export.recompute import Gate
 from edge_tcur_runtime.tasks import IGNORED
 
-PIECE_BYTES = 16 * 2**20  # of the head in float32, at a time
+PIECE_BYTES = 16 * 2**20  # of a head in float32 that a bundle's graphs hold at a time
 _FLOAT, _INT = ir.DataType.FLOAT, ir.DataType.INT64
 Sizes = tuple[int | ir.SymbolicDim, ...] | None
 
@@ -54,7 +54,7 @@ class _Head:
         return [(start, min(start + rows, words)) for start in range(0, words, rows)]
 
 
-def write_token_loss(model: ir.Model, targets: str, piece_bytes: int = PIECE_BYTES) -> bool:
+def write_token_loss(model: ir.Model, targets: str, piece_bytes: int) -> bool:
     """Writes loss, metric and the gradient of the hidden states of a step graph in pieces of the vocabulary,
     each computed when the one before it is done. The graph has no output ``logits`` then.
 
@@ -94,7 +94,7 @@ def write_token_loss(model: ir.Model, targets: str, piece_bytes: int = PIECE_BYT
     return True
 
 
-def split_head(model: ir.Model, piece_bytes: int = PIECE_BYTES) -> bool:
+def split_head(model: ir.Model, piece_bytes: int) -> bool:
     """Lets an inference graph multiply with one piece of the head after the other.
 
     Returns:

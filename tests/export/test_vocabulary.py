@@ -1,0 +1,243 @@
+"""The loss and the head of a language model in pieces of the vocabulary."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.export import Dim
+from torch.export.graph_signature import OutputKind
+from torch.utils import _pytree
+
+from edge_tcur.tasks import find_task
+from edge_tcur.training import TrainConfig
+from edge_tcur_export import graph as graphs
+from edge_tcur_export import vocabulary
+from edge_tcur_export.quantize import quantize_int8
+from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
+from edge_tcur_export.trace import Signature, Traced, trace_backward, trace_program
+from edge_tcur_runtime.engines import open_engine
+from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.tasks import IGNORED
+
+NAMES, OUTPUTS = ("input_ids", "labels", "core"), ("loss", "logits", "metric")
+
+
+class Model(torch.nn.Module):
+    """A table of words, one layer, and the table again."""
+
+    def __init__(self, words, width, tied=True, read_twice=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("table", torch.randn(words, width, generator=generator))
+        self.register_buffer("head", self.table if tied else self.table.flip(0).contiguous())
+        self.read_twice = read_twice
+
+    def forward(self, input_ids, labels, core):
+        task, hidden = find_task("causal-lm"), self.table[input_ids] @ core
+        if self.read_twice:
+            hidden = hidden + self.table.sum(dim=0)
+        outputs = torch.nn.functional.linear(hidden, self.head)
+        detached = outputs.detach()
+        return task.loss(outputs, labels), detached, task.measure(detached, labels)
+
+
+def step_graph(words=30, width=8, **how):
+    """A step graph, and the forward graph."""
+    axes = {0: Dim("batch", min=1, max=4096), 1: Dim("sequence", min=2, max=1024)}
+    ids = torch.randint(words, (3, 16))
+    program = trace_program(
+        Model(words, width, **how), (ids, ids.clone(), torch.eye(width).requires_grad_(True)), (axes, axes, {})
+    )
+    forward = graphs.to_graph(Traced(program, Signature(NAMES, OUTPUTS)))
+    joint = trace_backward(program)
+    for spec in joint.graph_signature.output_specs:
+        spec.kind, spec.target = OutputKind.USER_OUTPUT, None
+    joint.module_call_graph[0].signature.out_spec = _pytree.tree_structure((0, 1, 2, 3))
+    return graphs.to_graph(Traced(joint, Signature(NAMES, (*OUTPUTS, "core.grad")))), forward
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return step_graph()
+
+
+def run(model, feeds, *, ours=True):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    raw = ir.to_proto(model).SerializeToString()
+    off = ["ConstantFolding"] if ours else []
+    session = onnxruntime.InferenceSession(
+        raw, options, providers=["CPUExecutionProvider"], disabled_optimizers=off
+    )
+    names = [value.name for value in session.get_outputs()]
+    wanted = {value.name for value in session.get_inputs()}
+    return dict(zip(names, session.run(None, {n: v for n, v in feeds.items() if n in wanted}), strict=True))
+
+
+def feeds_of(words, width, samples, length, seed, scale=1.0):
+    generator = np.random.default_rng(seed)
+    ids = generator.integers(0, words, (samples, length))
+    labels = np.where(generator.random(ids.shape) < 0.3, IGNORED, ids)
+    core = (scale * generator.normal(size=(width, width))).astype(np.float32)
+    return {"input_ids": ids, "labels": labels, "core": core}
+
+
+def check(found, expected):
+    assert set(found) == set(expected) - {"logits"}
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(found["metric"], expected["metric"], rtol=1e-6)
+    atol = 2e-6 * max(1.0, np.abs(expected["core.grad"]).max())
+    np.testing.assert_allclose(found["core.grad"], expected["core.grad"], rtol=2e-5, atol=atol)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 15, 29])
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**31), samples=st.integers(1, 3), length=st.integers(2, 6),
+    scale=st.sampled_from([0.0, 0.1, 1.0, 30.0]),
+)  # fmt: skip
+def test_loss_metric_and_gradient_are_those_of_the_whole(plain, rows, seed, samples, length, scale):
+    """Of any size of the pieces; outputs that are all equal, and ones far beyond what exp can hold, too."""
+    model = graphs.clone(plain[0])
+    assert vocabulary.write_token_loss(model, "labels", rows * 4 * 8)
+    feeds = feeds_of(30, 8, samples, length, seed, scale)
+    check(run(model, feeds), run(plain[0], feeds))
+
+
+def test_nothing_to_learn_from_is_no_loss_and_no_gradient(plain):
+    model = graphs.clone(plain[0])
+    assert vocabulary.write_token_loss(model, "labels", 7 * 32)
+    feeds = feeds_of(30, 8, 2, 5, 0) | {"labels": np.full((2, 5), IGNORED)}
+    found = run(model, feeds)
+    assert (float(found["loss"]), float(found["metric"])) == (0, 0)
+    assert not found["core.grad"].any()
+
+
+def test_the_whole_is_left_where_it_is_small_or_the_table_is_read_in_another_way(plain):
+    for model, size in (
+        (graphs.clone(plain[0]), 30 * 32),
+        (step_graph(tied=False)[0], 32),
+        (step_graph(read_twice=True)[0], 32),
+    ):
+        before = [node.name for node in model.graph]
+        assert not vocabulary.write_token_loss(model, "labels", size)
+        assert [node.name for node in model.graph] == before
+        assert [value.name for value in model.graph.outputs][:3] == list(OUTPUTS)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_pieces_of_a_quantised_table_are_cut_from_its_bytes(plain, ours):
+    """Under ONNX Runtime's own optimisers too; the table is stored once."""
+    table = quantize_int8(Model(30, 8).table.numpy(), 0)
+    expected = graphs.clone(plain[0])
+    (weight,) = [v for v in expected.graph.initializers.values() if tuple(v.shape) == (30, 8)]
+    weight.const_value = ir.tensor(table.dequantize(), name=weight.name)
+    model, whole = graphs.clone(expected), graphs.clone(expected)
+    assert vocabulary.write_token_loss(model, "labels", 7 * 32)
+    feeds = feeds_of(30, 8, 2, 5, 1)
+    for changed in (model, whole):
+        quantize_weights(changed, WeightTable([table]))
+        large = [v.const_value for v in changed.graph.initializers.values() if 30 in v.shape]
+        assert sorted(tensor.dtype.name for tensor in large) == ["FLOAT", "INT8"]  # scales and values
+    check(run(model, feeds, ours=ours), run(expected, feeds))
+    found = run(whole, feeds, ours=ours)
+    np.testing.assert_allclose(found["core.grad"], run(expected, feeds)["core.grad"], rtol=1e-4, atol=1e-5)
+
+
+def test_an_inference_graph_answers_in_pieces_as_whole(plain):
+    expected = graphs.keep_outputs(graphs.clone(plain[1]), ("logits",))
+    model = graphs.clone(expected)
+    assert not vocabulary.split_head(graphs.clone(model), 30 * 32)
+    assert vocabulary.split_head(model, 7 * 32)
+    assert sum(node.op_type == "Slice" for node in model.graph) == 5
+    feeds = feeds_of(30, 8, 2, 5, 2)
+    found = run(model, feeds)["logits"]
+    np.testing.assert_allclose(found, run(expected, feeds)["logits"], rtol=1e-6, atol=1e-6)
+
+
+CHILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from edge_tcur_runtime import heap
+from edge_tcur_runtime.budget import read_memory
+from edge_tcur_runtime.engines.session import open_session
+heap.give_back_at_once()
+session = open_session(Path(sys.argv[1]), threads=1, in_order=sys.argv[2] == "1")
+ids = np.arange(1024).reshape(4, 256)
+before = read_memory().resident
+session.run(None, {"input_ids": ids, "labels": ids, "core": np.eye(16, dtype=np.float32)})
+print((read_memory().peak - before) / (4 * 1024 * 20000))
+"""
+
+
+@pytest.mark.parametrize("in_order", [0, 1])
+def test_no_outputs_of_the_whole_vocabulary_are_ever_held(in_order, tmp_path):
+    """In units of the outputs' size: whole, a step holds three of them; in pieces, less than a half."""
+    model, _ = step_graph(20000, 16)
+    growth = []
+    for name in ("whole", "pieces"):
+        if name == "pieces":
+            assert vocabulary.write_token_loss(model, "labels", 2000 * 64)
+        ir.save(model, tmp_path / f"{name}.onnx")
+        command = [sys.executable, "-c", CHILD, str(tmp_path / f"{name}.onnx"), str(in_order)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        growth.append(json.loads(done.stdout))
+    assert growth[0] > 1.8
+    assert growth[1] < 0.5
+
+
+def write_qwen(root):
+    """A Qwen2 of two layers over 600 words, bytes as tokens; its head is its table."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **size, **heads)).save_pretrained(root)
+    end = "<|endoftext|>"
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), end]
+    tokenizer = Tokenizer(models.BPE({letter: place for place, letter in enumerate(letters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=end, pad_token=end).save_pretrained(root)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_a_language_model_with_a_tied_table_of_int8(precision, kit, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 200 * 4 * 32)
+    write_qwen(tmp_path / "base")
+    (tmp_path / "data.csv").write_text("text\n" + "".join(f"abc{n} def{n}\n" for n in range(6)))
+    config = TrainConfig(
+        str(tmp_path / "base"), str(tmp_path / "data.csv"), task="causal-lm", rank=2, epochs=1,
+        selection="norm", threads=1,
+    )  # fmt: skip
+    exported = kit.export(config, tmp_path, ("onnx", "step"), precision=precision, recompute=True)
+    kit.check_parity(exported)
+    report = exported.report.quantization
+    assert "module.lm_head.weight" in report.relative_errors
+    assert report.relative_errors["module.lm_head.weight"] < 0.02  # int8 in both
+    for role in ("infer", "step", "step_recompute"):
+        tables = [tensor for tensor in exported.graph(role).graph.initializer if 600 in tensor.dims]
+        assert {tensor.data_type for tensor in tables} == {1, 3}  # scales and values, no float32 table
+        assert len(tables) == 2
+    manifest = exported.bundle.manifest
+    ids = np.arange(16).reshape(2, 8)
+    inputs = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    feeds = build_feeds(manifest, exported.run.adapter())
+    results = [
+        open_engine("ort-step", exported.bundle, threads=1, graph=graph).step(inputs, ids, feeds)
+        for graph in ("step", "step_recompute")
+    ]
+    assert [result.outputs.size for result in results] == [0, 0]
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].metric is not None
