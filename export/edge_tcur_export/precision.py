@@ -2,8 +2,8 @@
 torch computes every case and the canary with what the device computes with.
 
 Linear weights (GPT-2's Conv1D too) become int8 or int4, embedding tables int8 in both: their rows are
-gathered, which ONNX Runtime cannot do of int4. A head that is tied to a table is that table. Norms, biases, convolutions, small tensors and what is
-trained stay float32.
+gathered, which ONNX Runtime cannot do of int4. A head that is tied to a table is that table. Norms, biases,
+convolutions, small tensors and what is trained stay float32.
 """
 
 from __future__ import annotations

@@ -194,7 +194,8 @@ class _Stored:
     def _serve_slice(self, node: ir.Node) -> None:
         """A piece of a table (`edge_tcur_export.vocabulary`), cut as it is stored."""
         values, scales = (
-            self._insert(node, "Slice", [value, *node.inputs[1:]], {}) for value in (self._values, self._scales)
+            self._insert(node, "Slice", [value, *node.inputs[1:]], {})
+            for value in (self._values, self._scales)
         )
         self._replace(node, self._floats(node, values, scales))
 

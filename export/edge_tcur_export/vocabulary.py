@@ -1,11 +1,12 @@
 """A language model's head and its loss in pieces of the vocabulary.
 
-The outputs of a language model are its largest tensor: 256 tokens over 151,936 words are 148 MiB, and a step
-holds three of them (outputs, log-probabilities, gradient). Its head, where it is the table of words that the model
-begins with, is 519 MiB in float32 once it is dequantised. Neither is needed whole: the loss wants the logarithm
-of a sum over words, its gradient with respect to the hidden states a weighted mean of the table's rows, and both can
-be gathered piece by piece with a running maximum (Milakov and Gimelshein, *Online normalizer calculation for
-softmax*, arXiv 1805.02867; for the loss of language models Wijmans et al., *Cut Your Losses*, arXiv 2411.09009).
+The outputs of a language model are its largest tensor: 256 tokens over 151,936 words are 148 MiB, and a
+step holds three of them (outputs, log-probabilities, gradient). Its head, where it is the table of words that
+the model begins with, is 519 MiB in float32 once it is dequantised. Neither is needed whole: the loss wants
+the logarithm of a sum over words, its gradient with respect to the hidden states a weighted mean of the
+table's rows, and both can be gathered piece by piece with a running maximum (Milakov and Gimelshein, *Online
+normalizer calculation for softmax*, arXiv 1805.02867; for language models Wijmans et al., *Cut Your Losses in
+Large-Vocabulary Language Models*, arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from edge_tcur_runtime.tasks import IGNORED
 
 PIECE_BYTES = 16 * 2**20  # of a head in float32 that a bundle's graphs hold at a time
 _FLOAT, _INT = ir.DataType.FLOAT, ir.DataType.INT64
-Sizes = tuple[int | ir.SymbolicDim, ...] | None
 
 
 @dataclass
@@ -80,9 +80,7 @@ def write_token_loss(model: ir.Model, targets: str, piece_bytes: int) -> bool:
     model.graph.insert_after(head.product, writer.nodes)
     head.gradients[0].outputs[0].replace_all_uses_with(gradient)
     found = {"loss": loss, "metric": metric}
-    kept = [
-        found.get(str(value.name), value) for value in model.graph.outputs if value.name != "logits"
-    ]
+    kept = [found.get(str(value.name), value) for value in model.graph.outputs if value.name != "logits"]
     for value in model.graph.outputs:
         if value.name in found:
             new, name = found[value.name], value.name
@@ -111,9 +109,7 @@ def split_head(model: ir.Model, piece_bytes: int) -> bool:
     for piece in pieces:
         rows = writer.rows(head.table, piece, outputs[-1:])
         turned = writer("Transpose", [rows], perm=(1, 0), shape=(*_sizes(rows)[::-1],))
-        outputs.append(
-            writer("MatMul", [head.hidden, turned], shape=(*before, piece[1] - piece[0]))
-        )
+        outputs.append(writer("MatMul", [head.hidden, turned], shape=(*before, piece[1] - piece[0])))
     old = head.product.outputs[0]
     whole = writer("Concat", outputs, axis=-1)
     whole.shape, whole.type = old.shape, old.type
@@ -160,7 +156,9 @@ def _token_loss(
     tokens = (_shape(head.hidden) or (None,))[0]
     column, features = (tokens, 1), _sizes(head.table)[1]
     following = _following(writer, labels, column)
-    ignored = writer("Equal", [following, writer.constant(np.int64(IGNORED))], dtype=ir.DataType.BOOL, shape=column)
+    ignored = writer(
+        "Equal", [following, writer.constant(np.int64(IGNORED))], dtype=ir.DataType.BOOL, shape=column
+    )
     known = writer("Not", [ignored], dtype=ir.DataType.BOOL, shape=column)
     state = _Running(writer, head)
     for piece in pieces:
@@ -187,7 +185,7 @@ def _token_loss(
     return loss, metric, writer("Mul", [difference, scale], shape=(tokens, features))
 
 
-def _following(writer: _Writer, labels: ir.Value, column: Sizes) -> ir.Value:
+def _following(writer: _Writer, labels: ir.Value, column: tuple[object, ...]) -> ir.Value:
     """Each position's next token, int64 [batch * sequence, 1]: `IGNORED` at the last one of a sample."""
     ends = [np.array([1]), np.array([np.iinfo(np.int64).max]), np.array([1])]
     later = writer("Slice", [labels, *map(writer.constant, ends)], dtype=_INT)
@@ -220,7 +218,7 @@ class _Running:
         """Adds the words of one piece."""
         write, column = self._write, (self._tokens, 1)
         wide, deep = (self._tokens, piece[1] - piece[0]), (self._tokens, _sizes(self._head.table)[1])
-        rows = write.rows(self._head.table, piece, [] if self._first else [self.sum, self.best])
+        rows = write.rows(self._head.table, piece, [] if self._first else [self.sum, self.total, self.best])
         outputs = write("Gemm", [self._head.hidden, rows], transB=1, shape=wide)
         here = write.reduce("ReduceMax", outputs, column)
         place = write("ArgMax", [outputs], axis=1, keepdims=1, dtype=_INT, shape=column)

@@ -1,12 +1,12 @@
 """Peak memory of training steps of a decoder with Qwen2.5-0.5B's shapes:
 ``python tests/benchmarks/decoder_memory.py [--layers 24]``.
 
-24 layers, 896 features (4,864 inside), 14 heads of which 2 hold keys and values, 151,936 words, the head tied to
-the table of words; random weights, every linear layer adapted with rank 8, int8 and int4 base, samples of 256
-tokens, one at a time. Each figure is VmHWM of a fresh process, whole: interpreter, libraries, base and
-activations, after three steps of ``ort-step`` on one thread, the heap set as it is for a run with a budget. The base
-is mapped: its pages count as far as they were read (``RssFile``, with the libraries' own). Writes 6 GiB to the
-temporary folder and takes up to 10 GiB of memory.
+24 layers, 896 features (4,864 inside), 14 heads of which 2 hold keys and values, 151,936 words, the head
+tied to the table of words; random weights, every linear layer adapted with rank 8, int8 and int4 base,
+samples of 256 tokens, one at a time. Each figure is VmHWM of a fresh process, whole: interpreter, libraries,
+base and activations, after three steps of ``ort-step`` on one thread, the heap set as it is for a run with a
+budget. The base is mapped: its pages count as far as they were read (``RssFile``, with the libraries' own).
+Writes 6 GiB to the temporary folder and takes up to 10 GiB of memory.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def run_steps(root: Path, graph: str) -> dict[str, float]:
         started = time.process_time()
         result = engine.step(inputs, tokens, feeds)
         seconds.append(time.process_time() - started)
-    if not np.isfinite(result.loss) or not all(np.abs(value).max() > 0 for value in result.gradients.values()):
+    if not np.isfinite(result.loss) or not all(
+        np.abs(value).max() > 0 for value in result.gradients.values()
+    ):
         raise SystemExit("the step gave no gradient")
     memory, mib = read_memory(), 2**20
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
