@@ -93,18 +93,22 @@ def dequantize_late(model: ir.Model) -> ir.Model:
         values, scales = node.inputs
         assert scales is not None
         for number, (reader, place) in enumerate(list(node.outputs[0].uses())):
-            operand = reader.inputs[0]
+            operand, gates = reader.inputs[0], list[ir.Node]()
             assert operand is not None
-            gate = Gate(model.graph, operand, f"{node.name}.{number}")
+            if operand is not node.outputs[0]:  # a gather of int4 has nothing to wait for: it is done at once
+                gate = Gate(model.graph, operand, f"{node.name}.{number}")
+                scale, gates = gate(scales), gate.nodes
+            else:
+                scale = scales
             own = ir.node(
                 "DequantizeLinear",
-                [values, gate(scales)],
+                [values, scale],
                 {name: attribute.value for name, attribute in node.attributes.items()},
                 name=f"{node.name}.{number}",
             )
             own.outputs[0].name = f"{node.outputs[0].name}.{number}"
             own.outputs[0].type, own.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-            model.graph.insert_before(reader, [*gate.nodes, own])
+            model.graph.insert_before(reader, [*gates, own])
             reader.replace_input_with(place, own.outputs[0])
         model.graph.remove(node, safe=True)
     return model
