@@ -184,11 +184,15 @@ def test_a_reader_without_a_quantised_form_is_refused(kind, body):
     assert "--precision fp32" in caught.value.hint
 
 
-def test_a_product_with_a_table_is_refused():
-    table = quantize_int8(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32), 0)
-    model = parse("g (float[b, 50] x) => (float[b, 8] y) { y = MatMul(x, weight) }", table.dequantize())
-    with pytest.raises(ExportError, match="read by MatMul"):
-        quantize_weights(model, WeightTable([table]))
+def test_a_product_with_a_table_reads_what_its_rows_dequantise_to():
+    """The head of a language model that is tied to its table of words."""
+    quantized = quantize_int8(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32), 0)
+    text = """g (float[b, 8] x) => (float[b, 50] y)
+    { turned = Transpose <perm = [1, 0]> (weight) y = MatMul(x, turned) }"""
+    model = parse(text, quantized.dequantize())
+    assert quantize_weights(model, WeightTable([quantized])) == {"weight.values", "weight.scales"}
+    x = np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32)
+    np.testing.assert_allclose(run(model, {"x": x})[0], x @ quantized.dequantize().T, rtol=1e-5, atol=1e-5)
 
 
 DEEP = """
