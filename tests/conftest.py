@@ -12,8 +12,12 @@ from pathlib import Path
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numpy start their threads
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
+
+hypothesis.settings.register_profile("edge-tcur", deadline=None)  # a busy machine is no defect
+hypothesis.settings.load_profile("edge-tcur")
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "where", "is", "my", "card", "please", "i", "lost", "the", "money",

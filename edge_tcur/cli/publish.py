@@ -78,7 +78,34 @@ def publish() -> None:
     """
 
 
-@publish.command(epilog="\b\nExample:\n  edge-tcur publish init repo/")
+def _by_role(_context: object, _option: object, texts: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Role and value from ``targets=hsm:``."""
+    pairs = [text.partition("=") for text in texts]
+    for role, separator, value in pairs:
+        if not separator or not value or role not in WARN_DAYS:
+            raise click.BadParameter(f"{role}{separator}{value}: not ROLE=..., of {', '.join(WARN_DAYS)}")
+    return [(role, value) for role, _, value in pairs]
+
+
+def _external(
+    signers: list[tuple[str, str]], public_keys: list[tuple[str, str]]
+) -> dict[str, list[tuple[str, Path]]]:
+    """Role -> its signers' URIs and public keys, paired in the order given."""
+    found = dict[str, list[tuple[str, Path]]]()
+    for role in WARN_DAYS:
+        uris = [uri for name, uri in signers if name == role]
+        pems = [Path(pem) for name, pem in public_keys if name == role]
+        if len(uris) != len(pems):
+            raise UsageError(f"{role}: {len(uris)} --signer and {len(pems)} --public-key belong together")
+        if uris:
+            found[role] = list(zip(uris, pems, strict=True))
+    return found
+
+
+@publish.command(
+    epilog="\b\nExamples:\n  edge-tcur publish init repo/\n"
+    "  edge-tcur publish init repo/ --signer targets=hsm: --public-key targets=token.pub.pem"
+)
 @click.argument("repo", type=DIRECTORY)
 @click.option("--root-keys", type=click.IntRange(1, 16), default=3, show_default=True,
               help="How many keys the root has.")  # fmt: skip
@@ -92,14 +119,20 @@ def publish() -> None:
               help="The same for the snapshot.")  # fmt: skip
 @click.option("--timestamp-days", type=click.IntRange(1, 3650), default=14, show_default=True,
               help="The same for the timestamp: how long a device can be kept on an old state.")  # fmt: skip
+@click.option("--signer", "signers", multiple=True, callback=_by_role, metavar="ROLE=URI",
+              help="A key of securesystemslib in place of a new key file; repeatable.")  # fmt: skip
+@click.option("--public-key", "public_keys", multiple=True, callback=_by_role, metavar="ROLE=PEM",
+              help="The public key of each --signer, in the same order.")  # fmt: skip
 @key_options
 @output_options
 def init(
-    repo: Path, keys: dict[str, Any], sink: Sink, root_keys: int, root_threshold: int, **days: int
-) -> None:
+    repo: Path, keys: dict[str, Any], sink: Sink, root_keys: int, root_threshold: int,
+    signers: list[tuple[str, str]], public_keys: list[tuple[str, str]], **days: int,
+) -> None:  # fmt: skip
     """Make keys and an empty signed repository in REPO. Nothing is ever overwritten."""
     opened = open_repository(repo, keys, new=True)
-    change = opened.create(root_keys, root_threshold, {k.removesuffix("_days"): v for k, v in days.items()})
+    until = {name.removesuffix("_days"): value for name, value in days.items()}
+    change = opened.create(root_keys, root_threshold, until, _external(signers, public_keys))
     names = [entry.name for entry in change.ring.keys.values()]
     payload = {"repo": str(repo), "keys_at": str(opened.keys.folder), "keys": names, "root_version": 1}
     human = (
@@ -140,8 +173,11 @@ def add(
     done = add_adapter(open_repository(repo, keys), adapter, Description(**said), bundle)
     if not done.canary:
         sink.note("note: without --base its answers are not signed; devices check for finite outputs only")
+    if done.put_back:
+        sink.note("note: it was published before; its file was missing or damaged and was put back")
     facts = done.offer.facts
-    payload = {**_offer(done.offer), "superseded": list(done.superseded), "canary": done.canary}
+    payload = {**_offer(done.offer), "superseded": list(done.superseded), "canary": done.canary,
+               "put_back": done.put_back}  # fmt: skip
     human = (
         f"published {facts.name} version {facts.version} ({format_size(done.offer.entry.size)}), "
         f"{facts.channel}, {facts.rollout / 100:g} %\n"
@@ -184,16 +220,20 @@ def rollout(
 
 
 @publish.command(epilog="\b\nExamples:\n  edge-tcur publish rotate timestamp --repo repo/\n"
-                 "  edge-tcur publish rotate targets snapshot timestamp --repo repo/")  # fmt: skip
+                 "  edge-tcur publish rotate targets snapshot timestamp --repo repo/\n"
+                 "  edge-tcur publish rotate root --signer hsm: --public-key token.pub.pem --replaces root-1 "
+                 "--repo repo/")  # fmt: skip
 @click.argument("roles", nargs=-1, required=True, metavar="ROLE...")
 @click.option("--signer", metavar="URI", help="A private key URI of securesystemslib, for one role.")
 @click.option("--public-key", type=EXISTING_FILE, metavar="PEM", help="The public key of --signer.")
+@click.option("--replaces", metavar="KEY",
+              help="Of the root: the key that --signer takes the place of; else it joins.")  # fmt: skip
 @repo_option
 @key_options
 @output_options
 def rotate(
-    roles: tuple[str, ...], signer: str | None, public_key: Path | None, repo: Path, keys: dict[str, Any],
-    sink: Sink,
+    roles: tuple[str, ...], signer: str | None, public_key: Path | None, replaces: str | None, repo: Path,
+    keys: dict[str, Any], sink: Sink,
 ) -> None:  # fmt: skip
     """Give each ROLE (root, targets, snapshot, timestamp) new keys. The root's present keys sign it.
 
@@ -205,7 +245,7 @@ def rotate(
     if (signer is None) != (public_key is None):
         raise UsageError("--signer and --public-key belong together")
     external = None if signer is None or public_key is None else (signer, public_key)
-    change = run(open_repository(repo, keys, new=True), roles, external)
+    change = run(open_repository(repo, keys, new=True), roles, external, replaces)
     version = change.root.signed.version
     human = f"new keys for {', '.join(roles)}; root version {version}"
     sink.result({"roles": list(roles), "root_version": version}, human)
@@ -263,28 +303,62 @@ def publish_bundle(bundle: Path, name: str, chunk: int, repo: Path, keys: dict[s
 @output_options
 def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     """Show what is published, when signatures expire, and what an update costs a device."""
+    from edge_tcur.publish.leftovers import damaged, unreferenced
     from edge_tcur.publish.operations import metadata_size
     from edge_tcur.publish.operations import status as run
 
     opened = open_repository(repo, keys)
     roles, change = run(opened)
-    cost, catalogue = metadata_size(change), change.catalogue
+    cost, catalogue, left = metadata_size(change), change.catalogue, unreferenced(opened, change)
     payload = {
         "roles": {role: asdict(state) for role, state in roles.items()},
         "adapters": [_offer(offer) for offer in catalogue.adapters],
         "bundles": [offer.entry.path for offer in catalogue.bundles],
         "metadata_bytes": cost,
+        "unreferenced": left,
+        "damaged": (broken := damaged(opened, change)),
     }
-    rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {len(s.keys)}")
+    rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {', '.join(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
+    lines += _leftovers(left, repo)
+    for place in broken:
+        sink.note(
+            f"warning: {place} is missing or damaged; 'edge-tcur publish add' of that file puts it back"
+        )
     for role, state in roles.items():
         if state.days_left < WARN_DAYS[role]:
             sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")
     if cost > METADATA_BYTES:
         sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
     sink.result(payload, "\n".join(lines))
+
+
+@publish.command(epilog="\b\nExample:\n  edge-tcur publish clean --repo repo/ --days 30")
+@click.option("--days", type=click.FloatRange(0, 3650), default=7, show_default=True,
+              help="Keep what was written, or replaced, more recently.")  # fmt: skip
+@repo_option
+@key_options
+@output_options
+def clean(days: float, repo: Path, keys: dict[str, Any], sink: Sink) -> None:
+    """Remove files that nothing refers to any more, such as the chunks of replaced bundles.
+
+    Nothing goes while a bundle was published less than --days ago: devices may still fetch the one before.
+    """
+    from edge_tcur.publish.leftovers import clean as run
+
+    removed = run(open_repository(repo, keys), days)
+    size = sum(removed.values())
+    human = f"removed {len(removed)} files ({format_size(size)}) older than {days:g} days"
+    sink.result({"removed": list(removed), "bytes": size}, human)
+
+
+def _leftovers(left: dict[str, int], repo: Path) -> list[str]:
+    if not left:
+        return []
+    size = format_size(sum(left.values()))
+    return [f"nothing refers to {len(left)} files ({size}): 'edge-tcur publish clean --repo {repo}'"]
 
 
 def _offer(offer: Offer) -> dict[str, object]:

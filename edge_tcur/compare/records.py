@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from edge_tcur_runtime.atomic import write_atomic
-from edge_tcur_runtime.errors import ConfigError, FileFormatError, UsageError
+from edge_tcur_runtime.atomic import exclusive_lock, write_atomic
+from edge_tcur_runtime.errors import ConfigError, FileFormatError
 
 RECORDS = "records.jsonl"
 PROBLEMS = "problems.json"
@@ -115,20 +115,10 @@ def sole_writer(folder: Path) -> Iterator[None]:
     """Inside, no other comparison writes to the folder; the lock ends with the process, however that ends.
 
     Raises:
-        UsageError: another one does.
+        BadInputError: another one does. DiskError: the folder cannot be locked.
     """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    with (folder / _LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UsageError(
-                f"another comparison writes to {folder}", hint="wait for it, or choose another --out"
-            ) from error
+    busy = "another comparison writes to this folder (or choose another --out)"
+    with exclusive_lock(folder / _LOCK, busy):
         yield
 
 

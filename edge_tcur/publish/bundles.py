@@ -123,6 +123,6 @@ def _write_chunks(repository: Repository, own: bytes | None, path: Path, chunk: 
 def _write_chunk(repository: Repository, piece: bytes) -> str:
     digest = hashlib.sha256(piece).hexdigest()
     path = chunk_path(digest)
-    if not (repository.folder / path).is_file() or (repository.folder / path).stat().st_size != len(piece):
+    if not repository.holds(path, digest):  # also one that was damaged: this is how it is repaired
         repository.write_file(path, piece)
     return digest

@@ -9,9 +9,7 @@ securesystemslib (a hardware token, a cloud KMS, ``file2:`` ...).
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from securesystemslib.signer import SIGNER_FOR_URI_SCHEME, CryptoSigner, Key, Signer, SSlibKey
 
-from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import BadInputError, EdgeError, IntegrityError, UsageError
 from edge_tcur_runtime.formats.adapter import check_version, read_bounded
 from edge_tcur_runtime.formats.schema import Fields, parse_document
@@ -37,6 +35,7 @@ KEYRING = "keyring.json"
 ROLES = ("root", "targets", "snapshot", "timestamp")
 DAYS = {"root": 365, "targets": 180, "snapshot": 30, "timestamp": 14}  # until a signature expires
 _MAX_BYTES = 2**20
+_KEYID_DIGITS = 16
 _PROBE = b"edge-tcur: is this the key?"
 _ENCRYPTED = "encrypted:"
 
@@ -84,20 +83,20 @@ class KeyStore:
         """Makes the directory (0700) with an empty keyring.
 
         Raises:
-            BadInputError: it is there already.
             DiskError: it cannot be made.
         """
         try:
             self.folder.mkdir(mode=0o700, parents=True)
             fsync_directory(self.folder.parent)
-        except FileExistsError as error:
-            hint = "keys are never overwritten: choose another --keys"
-            raise BadInputError("the directory of keys exists", where=str(self.folder), hint=hint) from error
         except OSError as error:
             raise disk_error(error, self.folder) from error
         ring = Keyring({}, dict(days))
         self.write(ring)
         return ring
+
+    def beside(self, folder: Path) -> KeyStore:
+        """The same in another directory."""
+        return KeyStore(folder, self._passphrase, self._offline, self._secret)
 
     def read(self) -> Keyring:
         """The keyring.
@@ -131,7 +130,7 @@ class KeyStore:
         keys = dict(ring.keys)
         for _ in range(count):
             private = Ed25519PrivateKey.generate()
-            signer = CryptoSigner(private)
+            signer = CryptoSigner(private, _short(SSlibKey.from_crypto(private.public_key())))
             name = _free_name(role, keys)
             phrase = self._passphrase("root" if role == "root" else "online")
             pem = private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(phrase))
@@ -153,8 +152,11 @@ class KeyStore:
         Raises:
             BadInputError: the public key cannot be read, or the URI gives no signer that fits it.
         """
+        if uri.startswith("gnupg:"):
+            hint = "use a key file (file2:) or a token; or 'publish rotate' without --signer makes a key"
+            raise BadInputError("GnuPG keys cannot be used: devices verify no OpenPGP", where=uri, hint=hint)
         try:
-            public = SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES)))
+            public = _short(SSlibKey.from_crypto(load_pem_public_key(read_bounded(public_pem, _MAX_BYTES))))
             signer = Signer.from_priv_key_uri(uri, public, self._secret)
             public.verify_signature(signer.sign(_PROBE), _PROBE)
         except BadInputError:
@@ -180,7 +182,11 @@ class KeyStore:
         missing = []
         for keyid in keyids:
             entry = ring.keys.get(keyid)
-            signer = None if entry is None else self._open(role, keyid, entry)
+            try:
+                signer = None if entry is None else self._open(role, keyid, entry)
+            except BadInputError as error:  # a token that is not plugged in: the others may do
+                missing.append(str(error))
+                continue
             if signer is None:
                 missing.append(keyid[:12] if entry is None else entry.name)
             else:
@@ -201,7 +207,7 @@ class KeyStore:
             except EdgeError:
                 raise
             except Exception as error:
-                raise BadInputError(f"cannot sign with {entry.name}: {error}", where=entry.uri) from error
+                raise BadInputError(f"{entry.name} cannot sign: {error}", where=entry.uri) from error
         name = entry.uri.removeprefix(_ENCRYPTED)
         places = [folder / name for folder in (self.folder, self._offline) if folder is not None]
         path = next((place for place in places if place.is_file()), None)
@@ -216,21 +222,20 @@ class KeyStore:
             raise IntegrityError(
                 "the key cannot be opened",
                 where=str(path),
-                hint="the passphrase is wrong, or the file damaged",
+                hint="the passphrase is wrong, or the file damaged (a key that is lost: move its file away)",
             ) from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Held while a publisher changes the repository; BadInputError while another does."""
-        try:
-            descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise BadInputError(f"cannot lock: {error.strerror}", where=str(self.folder)) from error
-        with os.fdopen(descriptor) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise BadInputError("another publisher is at work", where=str(self.folder)) from error
+        """Held while a publisher changes the repository.
+
+        Raises:
+            BadInputError: another publisher holds it, or there is no directory of keys.
+            DiskError: it cannot be locked.
+        """
+        if not self.folder.is_dir():
+            self.read()  # says what is missing
+        with exclusive_lock(self.folder / "lock", "another publisher is at work"):
             yield
 
 
@@ -241,6 +246,14 @@ def check_passphrase(phrase: bytes) -> bytes:
             "the passphrase has fewer than 8 bytes", hint="a key is only as safe as its passphrase"
         )
     return phrase
+
+
+def _short(key: SSlibKey) -> SSlibKey:
+    """The key under the first 16 digits of its id: it stands in the metadata up to three times.
+
+    To TUF a key id is a name (TAP 12); which key it names is what the root signs.
+    """
+    return SSlibKey(key.keyid[:_KEYID_DIGITS], key.keytype, key.scheme, key.keyval)
 
 
 def _free_name(role: str, keys: dict[str, KeyEntry]) -> str:

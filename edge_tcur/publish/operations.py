@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from securesystemslib.signer import Signer
+from securesystemslib.signer import Key
 
 from edge_tcur.publish.card import render_card
 from edge_tcur.publish.facts import Description, describe, find_sources
 from edge_tcur.publish.keys import ROLES
-from edge_tcur.publish.repository import CARDS, Change, Repository, catalogue_of
+from edge_tcur.publish.repository import CARDS, Change, Repository, target_place
 from edge_tcur_runtime.errors import BadInputError, UsageError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.digest import digest_bytes
@@ -34,11 +34,15 @@ LATER = ("targets", "snapshot", "timestamp")
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter that was published: its offer, and the paths of those that it superseded."""
+    """An adapter that was published: its offer, and the paths of those that it superseded.
+
+    With `put_back` it was published before, and its file was missing or damaged.
+    """
 
     offer: Offer
     superseded: tuple[str, ...]
     canary: bool
+    put_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         catalogue = change.catalogue
         for offer in catalogue.adapters:
             if offer.digest == digest:
+                if _put_back(repository, offer, raw):
+                    return Published(offer, (), offer.facts.canary is not None, put_back=True)
                 label = f"{offer.facts.name} version {offer.facts.version}"
                 hint = "'edge-tcur publish rollout' changes who gets it"
                 raise BadInputError(f"already published as {label}", where=str(path), hint=hint)
@@ -90,6 +96,15 @@ def add_adapter(repository: Repository, path: Path, said: Description, bundle: P
         repository.remove_file(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
     offer = _find(change, facts.name, facts.version)
     return Published(offer, tuple(o.entry.path for o in dropped), facts.canary is not None)
+
+
+def _put_back(repository: Repository, offer: Offer, raw: bytes) -> bool:
+    """Writes the file of a listed adapter again where it is missing or damaged; False where it is whole."""
+    place = target_place(offer.entry.path, offer.entry.sha256)
+    if repository.holds(place, offer.entry.sha256):
+        return False
+    repository.write_file(place, raw)
+    return True
 
 
 def withdraw(repository: Repository, name: str, version: int) -> Offer:
@@ -123,21 +138,26 @@ def set_rollout(repository: Repository, name: str, version: int, rollout: int, c
         facts = replace(offer.facts, rollout=rollout, channel=channel or offer.facts.channel)
         target = change.targets.signed.targets[offer.entry.path]
         target.unrecognized_fields["custom"] = serialize_adapter_facts(facts)
+        _tidy(change, change.catalogue.versions)
     return _find(change, name, version)
 
 
 def rotate(
-    repository: Repository, roles: tuple[str, ...], external: tuple[str, Path] | None = None
+    repository: Repository,
+    roles: tuple[str, ...],
+    external: tuple[str, Path] | None = None,
+    replaces: str | None = None,
 ) -> Change:
-    """Gives roles new keys; the root's old keys sign the change.
+    """Gives roles new keys; the root's old keys sign the change. Thresholds stay as they are.
 
     Args:
         roles: of `ROLES`. Where a key of targets or snapshot was stolen, give all of `LATER`.
         external: private key URI of securesystemslib and file of the public key (PEM), for one role;
-            None makes new key files.
+            None makes new key files. One for the root joins its other keys.
+        replaces: name of the root's key that leaves when an external one comes.
 
     Raises:
-        UsageError: an unknown role, or an external key for several.
+        UsageError: an unknown role, an external key for several, or no such key.
         BadInputError: too few of the root's keys are here.
     """
     unknown = [role for role in roles if role not in ROLES]
@@ -145,19 +165,34 @@ def rotate(
         raise UsageError(
             f"roles: {', '.join(roles) or 'none'}", hint=f"of {', '.join(ROLES)}; one with --signer"
         )
+    if replaces is not None and (external is None or roles != ("root",)):
+        raise UsageError("only 'rotate root --signer' replaces one key", hint="leave out --replaces")
     with repository.keys.locked():
         change = repository.load()
-        replaced: dict[str, list[Signer]] = {}
+        replaced: dict[str, list[Key]] = {}
         for role in dict.fromkeys(roles):
             if external is not None:
+                kept = _kept(change, replaces) if role == "root" else []
                 change.ring, signer = repository.keys.enroll(change.ring, role, *external)
-                replaced[role] = [signer]
+                replaced[role] = [*kept, signer.public_key]
                 continue
             count = len(change.root.signed.roles[role].keyids) if role == "root" else 1
-            change.ring, replaced[role] = repository.keys.generate(change.ring, role, count)
-        threshold = 1 if external is not None and roles == ("root",) else None
-        repository.rotate(change, replaced, threshold)
+            change.ring, signers = repository.keys.generate(change.ring, role, count)
+            replaced[role] = [signer.public_key for signer in signers]
+        repository.rotate(change, replaced)
     return change
+
+
+def _kept(change: Change, replaces: str | None) -> list[Key]:
+    """The root's keys without the one named `replaces`."""
+    signed = change.root.signed
+    names = {
+        keyid: change.ring.keys[keyid].name if keyid in change.ring.keys else keyid[:12]
+        for keyid in signed.roles["root"].keyids
+    }
+    if replaces is not None and replaces not in names.values():
+        raise UsageError(f"the root has no key {replaces!r}", hint=f"it has {', '.join(names.values())}")
+    return [signed.keys[keyid] for keyid, name in names.items() if name != replaces]
 
 
 def refresh(repository: Repository, *, everything: bool = False) -> tuple[str, ...]:
@@ -237,9 +272,15 @@ def _enter(change: Change, facts: AdapterFacts) -> None:
 
 
 def _tidy(change: Change, versions: Mapping[str, int]) -> None:
-    """Drops bases that no adapter refers to, and keeps the last used versions: none comes back."""
-    signed = change.targets.signed
-    signed.unrecognized_fields[EXTRA] = serialize_extra(replace(catalogue_of(signed), versions=versions))
+    """Drops bases that no adapter refers to, and keeps the last used versions: none comes back.
+
+    What adapters have in common is written once.
+    """
+    signed, catalogue = change.targets.signed, replace(change.catalogue, versions=versions)
+    signed.unrecognized_fields[EXTRA] = extra = serialize_extra(catalogue)
+    for offer in catalogue.adapters:
+        custom = serialize_adapter_facts(offer.facts, extra.get("usual", {}))
+        signed.targets[offer.entry.path].unrecognized_fields["custom"] = custom
 
 
 def _find(change: Change, name: str, version: int) -> Offer:

@@ -15,10 +15,12 @@ root with both comes first.
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -26,18 +28,28 @@ from pathlib import Path
 from typing import Any, cast
 
 from securesystemslib.exceptions import VerificationError
-from securesystemslib.signer import Signer
+from securesystemslib.signer import Key, Signer
 from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from edge_tcur.publish.keys import DAYS, ROLES, Keyring, KeyStore
-from edge_tcur_runtime.atomic import disk_error, write_atomic
-from edge_tcur_runtime.errors import BadInputError, EdgeError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    EdgeError,
+    FileFormatError,
+    OutputExistsError,
+    TrustError,
+    UsageError,
+)
 from edge_tcur_runtime.formats.adapter import read_bounded
+from edge_tcur_runtime.formats.digest import PREFIX, digest_file
 from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
 
 METADATA, TARGETS, CARDS = "metadata", "targets", "cards"
 KEPT_VERSIONS = 8  # of snapshot and targets: a device may be in the middle of reading an older one
+_INIT = ".init"
+_RESTORE = "restore the directory from what was last published (the copy on your server)"
 _MAX_BYTES = 4 * 2**20
 _VERSIONED = re.compile(r"([1-9][0-9]{0,8})\.(root|snapshot|targets)\.json")
 
@@ -65,40 +77,97 @@ class Repository:
     def __init__(self, folder: Path, keys: KeyStore) -> None:
         self.folder, self.keys = folder, keys
 
-    def create(self, root_keys: int, threshold: int, days: dict[str, int] | None = None) -> Change:
-        """Makes keys and an empty signed repository.
+    def create(
+        self,
+        root_keys: int,
+        threshold: int,
+        days: dict[str, int] | None = None,
+        external: Mapping[str, list[tuple[str, Path]]] | None = None,
+    ) -> Change:
+        """Makes keys and an empty signed repository, both beside their places, then gives them their names.
+
+        A call that was killed leaves nothing at these places, or only the keys: the next one finishes it.
+
+        Args:
+            external: role -> private key URIs of securesystemslib and files of the public keys (PEM);
+                new key files are made for the rest: up to `root_keys` of the root, one of the others.
 
         Raises:
             OutputExistsError: the directory is there and not empty. BadInputError: the keys are.
-            UsageError: a threshold that the number of keys cannot reach.
+            UsageError: a threshold that the number of keys cannot reach, or too many keys.
         """
+        external = external or {}
         if not 1 <= threshold <= root_keys:
             raise UsageError(f"{threshold} of {root_keys} root keys is not possible", hint="1 to all of them")
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        for role, given in external.items():
+            if role not in ROLES or len(given) > (root_keys if role == "root" else 1):
+                hint = f"of {', '.join(ROLES)}; one key each, --root-keys of the root"
+                raise UsageError(f"{len(given)} signers of the role {role}", hint=hint)
+        if self.folder.exists() and not _is_free(self.folder):
             raise OutputExistsError(
                 "there is something already", where=str(self.folder), hint="choose another directory"
             )
-        ring = self.keys.create(DAYS | (days or {}))
+        inside = self.folder / _INIT  # an empty directory may be a mount, or where the user stands
+        place = inside if self.folder.is_dir() else _beside(self.folder)
+        work = Repository(place, self.keys.beside(_beside(self.keys.folder)))
+        if not self._begun(work):
+            work.fill(root_keys, threshold, days or {}, external)
+            _rename(work.keys.folder, self.keys.folder)
+        if place == inside:
+            _rename(place / METADATA, self.folder / METADATA)
+            _remove_tree(place)
+        else:
+            _rename(place, self.folder)
+        return self.load()
+
+    def _begun(self, work: Repository) -> bool:
+        """Whether an earlier call came as far as the keys; the leftovers of any other one are removed."""
+        if self.keys.folder.exists():
+            if not work.keys.folder.exists() and self._owns(work.folder):
+                return True
+            hint = "keys are never overwritten: choose another --keys"
+            raise BadInputError("the directory of keys exists", where=str(self.keys.folder), hint=hint)
+        for folder in (work.folder, work.keys.folder):
+            _remove_tree(folder)
+        return False
+
+    def _owns(self, folder: Path) -> bool:
+        """Whether a repository is there, whole, and every key of its root is one of ours."""
+        try:
+            change = Repository(folder, self.keys).load()
+        except EdgeError:
+            return False
+        return set(change.root.signed.keys) == set(change.ring.keys)
+
+    def fill(
+        self,
+        root_keys: int,
+        threshold: int,
+        days: dict[str, int],
+        external: Mapping[str, list[tuple[str, Path]]],
+    ) -> None:
+        """Makes the keys and signs the four roles; see `create`."""
+        ring = self.keys.create(DAYS | days)
         extra = {EXTRA: {"repository": secrets.token_hex(8)}}  # devices count anew for another one
         root = Root(consistent_snapshot=True, unrecognized_fields=extra)
         for role in ROLES:
-            ring, signers = self.keys.generate(ring, role, root_keys if role == "root" else 1)
+            given = external.get(role, [])
+            for uri, public_key in given:
+                ring, signer = self.keys.enroll(ring, role, uri, public_key)
+                root.add_key(signer.public_key, role)
+            count = (root_keys if role == "root" else 1) - len(given)
+            ring, signers = self.keys.generate(ring, role, count)
             for signer in signers:
                 root.add_key(signer.public_key, role)
+            if len(root.roles[role].keyids) < count + len(given):
+                raise UsageError(f"the same key twice for the role {role}")
         root.roles["root"].threshold = threshold
-        targets = Targets(
-            unrecognized_fields={EXTRA: {"format_version": FORMAT_VERSION, "bases": {}, "versions": {}}},
-        )
-        change = Change(
-            Metadata(root),
-            Metadata(targets),
-            Metadata(Snapshot()),
-            Metadata(Timestamp()),
-            ring,
-        )
+        empty = {"format_version": FORMAT_VERSION, "bases": {}, "versions": {}}
+        targets = Targets(unrecognized_fields={EXTRA: empty})
+        lists = (Metadata(targets), Metadata(Snapshot()), Metadata(Timestamp()))
+        change = Change(Metadata(root), *lists, ring)
         self._sign_root(change, None)
         self.publish(change)
-        return change
 
     def load(self) -> Change:
         """The newest state, verified against its root.
@@ -109,6 +178,10 @@ class Repository:
         """
         if not (self.folder / METADATA / "timestamp.json").is_file():
             hint = "'edge-tcur publish init DIR' makes one"
+            if (self.folder / METADATA).exists():
+                raise BadInputError(
+                    "metadata/timestamp.json is missing", where=str(self.folder), hint=_RESTORE
+                )
             raise BadInputError("there is no repository", where=str(self.folder), hint=hint)
         root = cast("Metadata[Root]", self._read(f"{self.root_version()}.root.json", Root))
         timestamp = cast("Metadata[Timestamp]", self._read("timestamp.json", Timestamp))
@@ -159,12 +232,11 @@ class Repository:
         name = f"{role}.json" if role == "timestamp" else f"{metadata.signed.version}.{role}.json"
         self._write(METADATA, name, metadata.to_bytes())
 
-    def rotate(self, change: Change, replaced: dict[str, list[Signer]], threshold: int | None = None) -> None:
+    def rotate(self, change: Change, replaced: dict[str, list[Key]]) -> None:
         """Gives roles other keys by a new root, signed by the old root's keys and by its new ones.
 
         Args:
-            replaced: role -> signers of its new keys.
-            threshold: of the root, where its keys are replaced.
+            replaced: role -> its new keys; thresholds stay.
         """
         root = change.root.signed
         old = self.keys.signers(
@@ -176,29 +248,27 @@ class Repository:
         if lost:
             for role in lists:  # the new keys first: they are the ones that can sign
                 before, root.roles[role].keyids = root.roles[role].keyids, []
-                for signer in replaced[role]:
-                    root.add_key(signer.public_key, role)
+                for key in replaced[role]:
+                    root.add_key(key, role)
                 root.roles[role].keyids += before
             self._sign_root(change, None)
             self.publish(change)
-        for role, signers in replaced.items():
-            new = [signer.public_key.keyid for signer in signers]
+        for role, keys in replaced.items():
+            new = [key.keyid for key in keys]
             for keyid in [keyid for keyid in root.roles[role].keyids if keyid not in new]:
                 root.revoke_key(keyid, role)
-            for signer in signers:
-                root.add_key(signer.public_key, role)
-        if threshold is not None:
-            root.roles["root"].threshold = threshold
+            for key in keys:
+                root.add_key(key, role)
         if lists and not lost:
             self.publish(change)
         self._sign_root(change, old)
 
     def _at_hand(self, change: Change, role: str) -> list[Signer]:
-        """Signers of a role's present keys; none where they are lost."""
+        """Signers of a role's present keys; none where they are lost. A wrong passphrase is not a loss."""
         entry = change.root.signed.roles[role]
         try:
             return self.keys.signers(change.ring, role, list(entry.keyids), entry.threshold)
-        except EdgeError:
+        except BadInputError:
             return []
 
     def renew_root(self, change: Change) -> None:
@@ -220,14 +290,21 @@ class Repository:
         folder, _, name = path.rpartition("/")
         self._write(folder, name, raw)
 
+    def holds(self, path: str, sha256: str) -> bool:
+        """Whether a file of the repository is there and whole."""
+        place = self.folder / path
+        try:
+            return place.is_file() and digest_file(place) == PREFIX + sha256
+        except OSError:  # it cannot be read
+            return False
+
     def remove_target(self, change: Change, path: str) -> None:
         """Takes a target out of the list; its file is removed after `publish`, by `drop_file`."""
         del change.targets.signed.targets[path]
 
     def drop_file(self, path: str, sha256: str) -> None:
         """Removes the file of a target that is no longer listed."""
-        folder, _, name = path.rpartition("/")
-        self.remove_file(f"{TARGETS}/{folder}/{sha256}.{name}")
+        self.remove_file(target_place(path, sha256))
 
     def remove_file(self, path: str) -> None:
         """Removes a file of the repository; DiskError where it cannot be removed."""
@@ -242,7 +319,7 @@ class Repository:
         names = [path.name for path in (self.folder / METADATA).glob("*.root.json")]
         versions = [int(match.group(1)) for name in names if (match := _VERSIONED.fullmatch(name))]
         if not versions:
-            raise BadInputError("there is no root", where=str(self.folder / METADATA))
+            raise BadInputError("there is no root", where=str(self.folder / METADATA), hint=_RESTORE)
         return max(versions)
 
     def root_bytes(self) -> bytes:
@@ -260,8 +337,10 @@ class Repository:
         path = self.folder / METADATA / name
         try:
             metadata = Metadata[Any].from_bytes(read_bounded(path, _MAX_BYTES))
+        except BadInputError as error:
+            raise BadInputError(error.message, where=str(path), hint=_RESTORE) from error
         except RepositoryError as error:
-            raise TrustError(f"not metadata: {error}", where=str(path)) from error
+            raise TrustError(f"not metadata: {error}", where=str(path), hint=_RESTORE) from error
         if not isinstance(metadata.signed, kind):
             raise TrustError(f"metadata of another role ({metadata.signed.type})", where=str(path))
         return metadata
@@ -282,13 +361,50 @@ class Repository:
                 self.remove_file(f"{METADATA}/{path.name}")
 
 
+def target_place(path: str, sha256: str) -> str:
+    """Where the file of a listed target lies in the repository."""
+    folder, _, name = path.rpartition("/")
+    return f"{TARGETS}/{folder}/{sha256}.{name}"
+
+
 def catalogue_of(targets: Targets) -> Catalogue:
     """The offers of targets metadata."""
     entries = [
         Entry(path, target.length, target.hashes.get("sha256", ""), target.custom)
         for path, target in targets.targets.items()
     ]
-    return parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets")
+    try:
+        return parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets")
+    except FileFormatError as error:
+        raise TrustError(f"signed, and malformed: {error.message}", where=error.where) from error
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a directory holds nothing but what a killed `Repository.create` left."""
+    return folder.is_dir() and all(path.name == _INIT for path in folder.iterdir())
+
+
+def _beside(folder: Path) -> Path:
+    """Where `Repository.create` builds what becomes `folder`."""
+    place = folder.absolute()
+    return place.with_name(f".{place.name}{_INIT}")
+
+
+def _remove_tree(folder: Path) -> None:
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+def _rename(work: Path, folder: Path) -> None:
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        os.rename(work, folder)
+        fsync_directory(folder.absolute().parent)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def _verify(root: Root, metadata: Metadata[Any], folder: Path) -> None:
@@ -299,7 +415,7 @@ def _verify(root: Root, metadata: Metadata[Any], folder: Path) -> None:
         raise TrustError(
             f"the {role} metadata here is not signed by the root's keys: {error}",
             where=str(folder),
-            hint="restore the directory from what was last published",
+            hint=_RESTORE,
         ) from error
 
 

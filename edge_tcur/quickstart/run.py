@@ -127,7 +127,7 @@ def quickstart(
         )
         progress.begin("exporting base and factors", 84)
         export = export_run(
-            training.run, out / "bundle", on_stage=lambda stage: progress.part(_EXPORT[stage], f": {stage}")
+            training.run, out / "bundle", on_stage=lambda stage: progress.part(0.0, f": {stage}")
         )
         progress.begin("full fine-tuning and LoRA (peft), for comparison", 86)
         rival = rivals.result()
@@ -149,19 +149,6 @@ def quickstart(
         swaps=swaps,
         torch_absent=torch_is_absent(),
     )
-
-
-# Where each stage of the export begins, as a part of its time.
-_EXPORT = {
-    "loading the base": 0.0,
-    "tracing the forward pass": 0.02,
-    "writing the inference graph": 0.12,
-    "writing the step graph (forward and backward)": 0.27,
-    "writing ONNX Runtime Training's graphs": 0.86,
-    "writing the manifest": 0.94,
-    "comparing with torch in fresh processes": 0.94,
-    "moving the bundle into place": 1.0,
-}
 
 
 def _config(out: Path, digits: Digits, seed: int) -> TrainConfig:

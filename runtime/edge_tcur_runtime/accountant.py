@@ -42,7 +42,7 @@ def epsilon(
     """
     if steps == 0 or rate == 0:
         return 0.0
-    if noise_multiplier == 0:
+    if noise_multiplier**2 == 0:  # too small to square, too
         return math.inf
     moments = zip(orders, _rdp(noise_multiplier, rate, orders), strict=True)
     return max(0.0, min(_to_epsilon(order, steps * value, delta) for order, value in moments))

@@ -7,11 +7,13 @@ adapters are exact (LoRA's are not: mean(A) mean(B) is not mean(AB)). Pure numpy
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
+from edge_tcur_runtime.origin import DELTA, EPSILON, PERSONAL, START, spent_together
 
 _SUM_TOLERANCE = 1e-9
 
@@ -64,7 +66,19 @@ def combine(
         if extras_from is None
         else dict(adapters[extras_from].extras)
     )
-    return Adapter(first.header, factors, extras)
+    header = replace(first.header, provenance=_provenance(adapters, sum(weights)))
+    return Adapter(header, factors, extras)
+
+
+def _provenance(adapters: Sequence[Adapter], total: float) -> dict[str, str]:
+    """That of the first adapter, with what all of them spent of privacy. What they started from is kept where
+    the difference to it is still all that was learned: in an average of adapters that name the same one."""
+    starts = {adapter.header.provenance.get(START) for adapter in adapters}
+    lost = {*PERSONAL, EPSILON, DELTA}
+    if len(starts) > 1 or abs(total - 1) > _SUM_TOLERANCE:
+        lost.add(START)
+    own = {key: value for key, value in adapters[0].header.provenance.items() if key not in lost}
+    return own | spent_together(adapters)
 
 
 def _check_alike(first: Adapter, other: Adapter) -> None:

@@ -26,7 +26,9 @@ def disk_error(error: OSError, path: Path) -> DiskError:
     """The user-facing form of a failed write to `path`."""
     reason = error.strerror or str(error)
     hint = "free some space and run the command again"
-    if error.errno not in _DISK_ERRNOS:
+    if error.errno == errno.EROFS:
+        hint = "the file system is read-only: mount it writable, or choose another directory"
+    elif error.errno not in _DISK_ERRNOS:
         hint = "check that the directory exists and that you may write to it"
     return DiskError(f"cannot write: {reason}", where=str(path), hint=hint)
 

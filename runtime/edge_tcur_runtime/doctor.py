@@ -20,6 +20,7 @@ from edge_tcur_runtime import __version__
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.installed import (
     OnnxRuntimeInstall,
+    executorch_problem,
     find_conflicts,
     find_onnxruntime,
     is_importable,
@@ -33,7 +34,7 @@ _PROBE = (
     "import json; from edge_tcur_runtime.engines.session import import_onnxruntime as load; "
     "print(json.dumps(load().get_available_providers()))"
 )
-_LIBRARIES = ("numpy", "safetensors", "tokenizers", "pillow", "tuf")
+_LIBRARIES = ("numpy", "safetensors", "tokenizers", "pillow", "tuf", "executorch")
 _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
@@ -41,6 +42,7 @@ _UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
 INSTALL = {
     "ort-training": "pip install 'edge-tcur-runtime[ort-training]'",
     "ort-step": "pip install 'edge-tcur-runtime[ort]'",
+    "executorch": "pip install 'edge-tcur-runtime[executorch]' (brings torch)",
 }
 
 
@@ -199,7 +201,9 @@ def _examine_onnxruntime(found: OnnxRuntimeInstall) -> OrtReport:
 
 def _engine(name: str, runtime: OrtReport | None) -> EngineReport:
     reason = None
-    if runtime is None:
+    if name == "executorch":
+        reason = executorch_problem()
+    elif runtime is None:
         reason = "ONNX Runtime is not installed"
     elif runtime.problem is not None:
         reason = runtime.problem
@@ -296,7 +300,7 @@ def examine_store(path: Path) -> StoreReport:
 
 def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleReport:
     """Verifies every file of a bundle and says which of the available engines can fine-tune it."""
-    from edge_tcur_runtime.engines import ENGINES
+    from edge_tcur_runtime.engines.engine import lacks
     from edge_tcur_runtime.formats.bundle import open_bundle
 
     try:
@@ -310,7 +314,7 @@ def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleRepor
         ok=True,
         base_digest=manifest.base_digest,
         graphs=tuple(manifest.graphs),
-        engines=tuple(name for name in usable if graphs.issuperset(ENGINES[name])),
+        engines=tuple(name for name in usable if not lacks(name, manifest)),
         predict="infer" in graphs and "ort-step" in usable,
         compared=None if manifest.verified is None else manifest.verified.targets,
     )
@@ -338,7 +342,9 @@ def _render_machine(report: Report) -> str:
         f"cgroup limit {_size(memory.cgroup_limit, 'none')}",
         "ONNX Runtime": _render_runtime(runtime),
         "libraries": ", ".join(f"{name} {version or 'missing'}" for name, version in libraries.items()),
-        "torch": "importable (not needed)" if report.torch_importable else "not installed (not needed)",
+        "torch": "importable (for executorch alone)"
+        if report.torch_importable
+        else "not installed (not needed)",
         "store": f"{store.path} ({'there' if store.exists else 'not there yet'}, {state}, "
         f"{_size(store.free)} free)",
     }

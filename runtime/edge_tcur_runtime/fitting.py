@@ -15,6 +15,7 @@ from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.engines import ENGINES, choose_engine
+from edge_tcur_runtime.engines.engine import EXECUTORCH
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.selfcheck import Choice
 from edge_tcur_runtime.engines.session import import_onnxruntime
@@ -103,6 +104,8 @@ class Site:
     def _roles(self, engine: str) -> tuple[str, ...]:
         if engine == "ort-training":
             return ("train",)
+        if engine == EXECUTORCH:
+            return ()  # the tables are of graphs; what its programs take is measured
         if self.settings.last_blocks:
             return ("step_last",)
         return {"on": ("step_recompute",), "off": ("step",)}.get(
@@ -145,7 +148,13 @@ def preview(site: Site, make: Make, budget: Budget) -> tuple[Plan, list[str]]:
         BudgetError: by the tables it fits, by what was measured it does not.
     """
     tables = site.bundle.manifest.memory
-    if tables is None or not site.runs():
+    if tables is not None and not site.runs():
+        raise IncompatibleError(
+            f"the bundle has no table of what passes of {site.default} take, so that nothing can be planned",
+            where=str(site.bundle.root),
+            hint="leave --dry-run out: a run with --budget measures instead",
+        )
+    if tables is None:
         raise IncompatibleError(
             "the bundle does not say what passes of its graphs take, so that nothing can be planned",
             where=str(site.bundle.root),
@@ -174,8 +183,7 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
     tables = site.bundle.manifest.memory
     if budget.limit is None:
         return _unlimited(site, make, progress), None
-    if budget.limit is not None:
-        give_back_at_once()
+    give_back_at_once()
     if tables is None or not site.runs():
         return _calibrated(site, make, progress), None
     import_onnxruntime()

@@ -61,6 +61,23 @@ def find_conflicts(path: Sequence[str] | None = None) -> list[str]:
     return names if len(names) > 1 else []
 
 
+def executorch_problem(path: Sequence[str] | None = None) -> str | None:
+    """Why ExecuTorch cannot train here, or None; neither it nor torch is imported.
+
+    Args:
+        path: directories to look in; `sys.path` where None.
+    """
+    search = None if path is None else list(path)
+    found = machinery.PathFinder.find_spec("executorch", search)
+    folders = (found and found.submodule_search_locations) or ()
+    if not any((Path(folder) / "extension" / "training").is_dir() for folder in folders):
+        return "ExecuTorch is not installed"
+    torch = machinery.PathFinder.find_spec("torch", search)
+    if torch is None or torch.origin is None:
+        return "ExecuTorch's Python interface needs torch, which is not installed"
+    return None
+
+
 def version_of(distribution: str) -> str | None:
     """The version of an installed distribution, or None where it is not installed."""
     try:

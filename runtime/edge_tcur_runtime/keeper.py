@@ -98,6 +98,7 @@ class Keeper:
                     hint="leave --resume out",
                 )
             self._checkpoints.clear()
+        self._latest = self._saved = progress
         return progress
 
     def reached(self, progress: Progress) -> None:

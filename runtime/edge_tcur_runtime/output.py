@@ -8,6 +8,7 @@ stderr, and progress disappears when stderr is no terminal.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ class Sink:
     def result(self, payload: Mapping[str, object], human: str) -> None:
         """The command's one result: `payload` as JSON, or `human` as text."""
         if self.mode is Mode.JSON:
-            click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **payload}))
+            click.echo(json.dumps(_plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
         elif self.mode is Mode.HUMAN:
             click.echo(human)
 
@@ -90,6 +91,15 @@ class Sink:
                 bar.update(done - bar.pos)
 
             yield advance
+
+
+def _plain(value: object) -> object:
+    """`value` as JSON has it: a number that is none, or infinite, becomes null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.batch import Batch
@@ -25,15 +24,16 @@ from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.providers import CPU
 from edge_tcur_runtime.engines.selfcheck import Choice, choose_for_training
-from edge_tcur_runtime.errors import IncompatibleError, IntegrityError, UsageError
+from edge_tcur_runtime.errors import IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.fitting import Site, fit, preview
-from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
+from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
 from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
+from edge_tcur_runtime.origin import PERSONAL, blank_adapter, bundle_adapter, starting_from
 from edge_tcur_runtime.outcome import Outcome, judges, patience_for
 from edge_tcur_runtime.planner import Plan
 from edge_tcur_runtime.preprocess import build_preprocessor
@@ -43,7 +43,9 @@ from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import ACCURACY, find_device_task
 from edge_tcur_runtime.trainer import Trainer, begin, train
 
-_PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", "personal": "true"}
+__all__ = ["PersonalizeResult", "blank_adapter", "bundle_adapter", "personalize"]
+
+_PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", **PERSONAL}
 _LIBRARIES_BYTES = 32 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 # What the same command needs, started again, differs: over 20 processes by 0.15 % (71.4 to 71.5 MiB) before
 # loading, by 0.4 % at the end. Named to the byte, a budget was refused by the next process in 7 of 20 trials.
@@ -167,7 +169,7 @@ class RunPlan:
             "updates": self.updates,
             "chosen": None if plan.chosen is None else plan.chosen.to_dict(self.updates),
             "candidates": [candidate.to_dict(self.updates) for candidate in plan.candidates],
-            "smallest_budget_bytes": plan.smallest.peak,
+            "smallest_budget_bytes": plan.named * 2**20,
             "advice": list(self.advice),
             "samples": self.samples,
             "holdout_samples": self.holdout_samples,
@@ -208,6 +210,7 @@ def personalize(
     budget = Budget(settings.budget)
     _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
+    origin = starting_from(start)
     site, reason = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
     name, chosen = site.default, site.chosen
     identity = identify(bundle, site.start, dataset, settings, _runner(name, chosen))
@@ -217,7 +220,7 @@ def personalize(
         trainer, plan, outcome = _run(site, budget, keeper, progress, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=trainer.coordinates.adapter(outcome.values, _provenance(site)),
+        adapter=trainer.coordinates.adapter(outcome.values, _provenance(site) | origin),
         **outcome.facts(),
         engine=trainer.engine,
         engine_reason=reason if trainer.engine == name else "the plan: the fastest that fits the budget",
@@ -381,28 +384,3 @@ def _digest_again(bundle: Bundle, before: str) -> str:
             hint="nothing was installed; copy or download the bundle again",
         )
     return after
-
-
-def blank_adapter(bundle: Bundle) -> Adapter:
-    """The bundle's own adapter with cores and a head of zero: the base, ready to be trained.
-
-    Raises:
-        IncompatibleError: the bundle carries no adapter.
-    """
-    own = bundle_adapter(bundle)
-    zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in own.factors.items()}
-    extras = {name: np.zeros_like(value) for name, value in own.extras.items()}
-    if bundle.manifest.base_extras is not None:
-        extras |= load_file(bundle.path(bundle.manifest.base_extras))
-    return Adapter(own.header, zero, extras)
-
-
-def bundle_adapter(bundle: Bundle) -> Adapter:
-    """The adapter that was exported with the bundle.
-
-    Raises:
-        IncompatibleError: there is none.
-    """
-    if bundle.manifest.adapter is None:
-        raise IncompatibleError("the bundle carries no adapter", where=str(bundle.root))
-    return read_adapter(bundle.path(bundle.manifest.adapter))

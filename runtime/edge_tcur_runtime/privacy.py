@@ -19,10 +19,10 @@ import numpy as np
 from edge_tcur_runtime.accountant import epsilon, noise_for
 from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.optimizer import global_norm
+from edge_tcur_runtime.origin import DELTA, EPSILON, spent_by
 from edge_tcur_runtime.settings import PersonalizeSettings, PrivacySettings
 
 _KEY_BYTES = 32
-_PERSONAL, _EPSILON, _DELTA = "personal", "epsilon", "delta"  # of an adapter's provenance
 _NOISE_BYTES = 256  # for each number that is trained, while the noise of an update is made
 _DRAWS = 4  # normal numbers added up for each one; see `_normal`
 
@@ -61,32 +61,19 @@ class PrivacyPlan:
         Args:
             start: provenance of the adapter that the run starts from.
         """
-        if start.get(_PERSONAL) != "true":
-            earlier = 0.0, 0.0
-        else:
-            earlier = _number(start.get(_EPSILON)), _number(start.get(_DELTA))
-        own = self.epsilon if self.promised else math.inf
+        earlier, own = spent_by(start), self.epsilon if self.promised else math.inf
         return earlier[0] + own, earlier[1] + self.delta
 
     def provenance(self, start: Mapping[str, str]) -> dict[str, str]:
         """What the new adapter's provenance says of it."""
         spent = self.total(start)
-        return {_EPSILON: repr(spent[0]), _DELTA: repr(spent[1])}
+        return {EPSILON: repr(spent[0]), DELTA: repr(spent[1])}
 
     def facts(self, start: Mapping[str, str]) -> dict[str, Any]:
         """What a result tells of it; a total without a bound is None."""
         spent = [value if math.isfinite(value) else None for value in self.total(start)]
         names = ("total_epsilon", "total_delta")
         return {**asdict(self), **dict(zip(names, spent, strict=True))}
-
-
-def _number(text: str | None) -> float:
-    """A number that is at least 0; infinity for anything else."""
-    try:
-        value = float(text or "inf")
-    except ValueError:
-        return math.inf
-    return value if value >= 0 else math.inf
 
 
 def steps_per_epoch(samples: int, settings: PersonalizeSettings) -> int:
@@ -103,7 +90,7 @@ def plan_privacy(settings: PersonalizeSettings, samples: int) -> PrivacyPlan | N
     """The plan of a run over `samples` training samples; None without privacy.
 
     Raises:
-        ConfigError: no amount of noise spends as little as is asked for.
+        ConfigError: no amount of noise spends as little as is asked for, or what is given bounds nothing.
     """
     wanted = settings.privacy
     if wanted is None:
@@ -113,6 +100,10 @@ def plan_privacy(settings: PersonalizeSettings, samples: int) -> PrivacyPlan | N
     delta = wanted.delta or min(0.5, samples**-1.1)
     noise = _noise(wanted, rate, steps, delta)
     spent = epsilon(noise, rate, steps, delta)
+    if not math.isfinite(spent):
+        raise ConfigError(
+            f"{noise:g}: so little noise promises nothing", where="noise_multiplier", hint="1 is common"
+        )
     return PrivacyPlan(noise, wanted.clip, delta, samples, rate, steps, spent, wanted.noise_seed is None)
 
 

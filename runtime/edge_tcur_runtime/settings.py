@@ -35,8 +35,9 @@ class OptimizerSettings:
         for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
+        for name in ("weight_decay", "max_gradient_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{getattr(self, name)}; expected at least 0", where=name)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,14 @@ class AdamWSettings(OptimizerSettings):
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{getattr(self, name)}; expected 0 or more and less than 1", where=name)
+        if not 0 < self.epsilon < math.inf:
+            raise ConfigError(f"{self.epsilon}; expected above 0", where="epsilon")
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,7 @@ class PersonalizeSettings:
         forget: how far the new adapter may fall behind on the bundle's reference set: points (0 to 1) of a
             share, part of an error or a loss (`edge_tcur_runtime.reference`).
         budget: peak resident memory of the whole process in bytes; None for no limit.
-        engine: ``auto``, ``ort-training`` or ``ort-step``.
+        engine: ``auto``, ``ort-training``, ``ort-step`` or ``executorch``.
         provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
         threads: CPU threads; 0 takes all that this process may use.
         seed: of the split and the order of the data.

@@ -18,18 +18,18 @@ from __future__ import annotations
 
 import builtins
 import contextlib
-import errno
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
+from edge_tcur_runtime.copies import NAMES, Copies, Current, read_if_there
 from edge_tcur_runtime.errors import (
     BadInputError,
     BaseMismatchError,
-    DiskError,
     EdgeError,
     FileFormatError,
     IntegrityError,
@@ -46,7 +46,7 @@ from edge_tcur_runtime.formats.digest import PREFIX, digest_bytes
 from edge_tcur_runtime.formats.schema import Fields, nearest, parse_json
 
 FORMAT_VERSION = 1
-STATE_FILES = ("state-0.json", "state-1.json")
+STATE_FILES = NAMES
 ADAPTERS = "adapters"
 MAX_STATE_BYTES = 2**20
 MAX_NAMES = 1024  # of 64 characters: a full table of names stays far below MAX_STATE_BYTES
@@ -185,16 +185,6 @@ class StoredAdapter:
     problem: str | None = None  # why the file cannot be used; None where it can
 
 
-@dataclass(frozen=True)
-class _Current:
-    """The state that holds, the file it lies in, and what was wrong with the other copy."""
-
-    state: State = field(default_factory=State)
-    generation: int = 0  # 0: no valid copy was found
-    slot: int = 1  # index into STATE_FILES; the next write goes to the other one
-    warnings: tuple[str, ...] = ()
-
-
 class Store:
     """The store of adapters in the directory `root`; made by `Store.open`.
 
@@ -204,6 +194,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._copies = Copies(root, parse_state, MAX_STATE_BYTES, "the store's state")
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True) -> Store:
@@ -229,9 +220,14 @@ class Store:
         return self._read().warnings
 
     @property
+    def may_be_behind(self) -> bool:
+        """Whether a copy of the state is damaged, gone or not written yet: the state may be an old one."""
+        return self._read().valid < len(NAMES)
+
+    @property
     def state(self) -> State:
         """The state on disk now."""
-        return self._read().state
+        return self._read().value
 
     def active_digest(self) -> str | None:
         """Digest of the adapter in use (on trial or active); None is the base."""
@@ -252,7 +248,7 @@ class Store:
         _check_base(parse_adapter(raw, where), expected_base, where)
         digest = digest_bytes(raw)
         with self._changing() as current:
-            state = current.state.install(digest, name)
+            state = current.value.install(digest, name)
             write_atomic(self._path(digest), raw, mode=0o600)  # again too: the old file may be damaged
             self._write(current, state)
         return digest
@@ -281,10 +277,10 @@ class Store:
             IntegrityError: the file is missing or damaged.
         """
         with self._changing() as current:
-            digest = self._resolve("base" if ref is None else ref, current.state)
+            digest = self._resolve("base" if ref is None else ref, current.value)
             if digest is not None:
                 _check_base(self._load(digest), expected_base, digest)
-            state = current.state if digest is None else current.state.install(digest, name)
+            state = current.value if digest is None else current.value.install(digest, name)
             self._write(current, state.activate(digest, pending=pending))
         return digest
 
@@ -306,10 +302,10 @@ class Store:
     def remove(self, ref: str) -> str:
         """Deletes an adapter and returns its digest; UsageError where it is in use or unknown."""
         with self._changing() as current:
-            digest = self._resolve(ref, current.state)
+            digest = self._resolve(ref, current.value)
             if digest is None:
                 raise UsageError("the base is not an adapter and cannot be removed")
-            self._write(current, current.state.remove(digest))
+            self._write(current, current.value.remove(digest))
             _unlink(self._path(digest))
         return digest
 
@@ -344,7 +340,7 @@ class Store:
             files = _files(self.root) + _files(self.root / ADAPTERS)
             doomed = [path for path in files if _LEFTOVER.fullmatch(path.name)]
             if current.generation > 0:
-                unused = set(self._digests()) - current.state.referenced
+                unused = set(self._digests()) - current.value.referenced
                 doomed += [self._path(digest) for digest in sorted(unused)]
             for path in doomed:
                 _unlink(path)
@@ -376,7 +372,7 @@ class Store:
     def _load(self, digest: str) -> Adapter:
         path = self._path(digest)
         hint = "install it again, or 'edge-tcur-device adapters rollback'"
-        raw = _read_if_there(path, MAX_FILE_BYTES)
+        raw = read_if_there(path, MAX_FILE_BYTES)
         if raw is None:
             raise IntegrityError("the adapter's file is missing", where=str(path), hint=hint)
         if (actual := digest_bytes(raw)) != digest:
@@ -396,39 +392,29 @@ class Store:
         header, numbers = adapter.header, adapter.trained_numbers + adapter.extra_numbers
         return replace(line, base_digest=header.base_digest, task=header.task, trained_numbers=numbers)
 
-    def _read(self, *, changing: bool = False) -> _Current:
+    def _read(self, *, changing: bool = False) -> Current[State]:
         """The valid copy of the state with the highest generation. Where it is to be changed, a copy that
         the disk cannot read just now is an error: the change would be made to an older state.
         """
-        best, warnings = _Current(), []
-        for slot, name in enumerate(STATE_FILES):
-            try:
-                copy = _read_copy(self.root / name)
-            except (FileFormatError, IntegrityError, DiskError) as error:
-                if changing and isinstance(error, DiskError):
-                    raise
-                warnings.append(f"{error}; this copy of the store's state is not used")
-                continue
-            if copy is not None and copy[1] > best.generation:
-                best = _Current(*copy, slot)
-        if warnings and best.generation == 0:
-            warnings.append(f"{self.root}: the store's state is lost: the base is used without an adapter")
-        return replace(best, warnings=tuple(warnings))
+        current = self._copies.read(State(), changing=changing)
+        if not current.warnings or current.generation > 0:
+            return current
+        lost = f"{self.root}: the store's state is lost: the base is used without an adapter"
+        return replace(current, warnings=(*current.warnings, lost))
 
-    def _write(self, current: _Current, state: State) -> None:
+    def _write(self, current: Current[State], state: State) -> None:
         """Writes a changed state, or the same one to replace a damaged copy."""
-        if state != current.state or current.generation == 0 or current.warnings:
-            path = self.root / STATE_FILES[1 - current.slot]
-            write_atomic(path, serialize_state(state, current.generation + 1), mode=0o600)
+        if state != current.value or current.generation == 0 or current.warnings:
+            self._copies.write(current, partial(serialize_state, state))
 
     def _change(self, transition: Callable[[State], State]) -> State:
         with self._changing() as current:
-            state = transition(current.state)
+            state = transition(current.value)
             self._write(current, state)
         return state
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[_Current]:
+    def _changing(self) -> Iterator[Current[State]]:
         """The state, while no other process (or thread) may change the store."""
         busy = "another process is changing this store"
         with exclusive_lock(self.root / "lock", busy, seconds=WAIT_SECONDS):
@@ -454,31 +440,6 @@ def _make_directory(path: Path) -> None:
         fsync_directory(path.parent)
     except OSError as error:
         raise disk_error(error, path) from error
-
-
-def _read_if_there(path: Path, limit: int) -> bytes | None:
-    try:
-        return read_bounded(path, limit)
-    except BadInputError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
-
-
-def _read_copy(path: Path) -> tuple[State, int] | None:
-    """One copy of the state; None where there is none. A failing sector is a DiskError and counts as
-    damage; a missing permission does not: falling back would silently put another adapter in use.
-    """
-    try:
-        raw = _read_if_there(path, MAX_STATE_BYTES)
-    except BadInputError as error:
-        if not isinstance(error.__cause__, OSError):
-            raise IntegrityError(error.message, where=str(path)) from error
-        if error.__cause__.errno == errno.EIO:
-            hint = "the storage may be failing; if this stays, delete the file: there is another copy"
-            raise DiskError(error.message, where=str(path), hint=hint) from error
-        raise
-    return None if raw is None else parse_state(raw, str(path))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -232,9 +232,14 @@ def mean_by_weight(values: Sequence[float], weights: Sequence[int]) -> float:
 
 
 def ranks(task: DeviceTask, metric: float, loss: float) -> tuple[float, ...]:
-    """A key that is larger for the better of two scores on the same data."""
+    """A key that is larger for the better of two scores on the same data.
+
+    A share that was averaged over other batches differs in its last bits; that is no difference.
+    """
     if task.judged_by_loss:
         return (-loss,)
+    if task.metric.is_share:
+        metric = round(metric, 9)
     return metric if task.metric.larger_is_better else -metric, -loss
 
 

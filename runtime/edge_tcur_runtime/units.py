@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from edge_tcur_runtime.errors import UsageError
@@ -19,12 +20,13 @@ def parse_size(text: str) -> int:
     """
     match = _PATTERN.match(text)
     unit = match.group(2).upper() if match else ""
-    if match is None or unit not in _UNITS:
+    size = float(match.group(1)) * _UNITS.get(unit, 1) if match else math.inf
+    if unit not in _UNITS or math.isinf(size):
         raise UsageError(
             f"cannot read the size {text!r}",
             hint="write a number with a binary unit: 256MiB, 1.5GiB or bytes without a unit",
         )
-    return round(float(match.group(1)) * _UNITS[unit])
+    return round(size)
 
 
 def format_size(size: int) -> str:

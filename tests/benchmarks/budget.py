@@ -17,6 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MIB = 2**20
 SHARES = (1.0, 1.1, 1.3, 1.8)
@@ -118,7 +122,8 @@ def run_child(
     done = subprocess.run([*before, *command, str(epochs), heap], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ended with {done.returncode}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def named(found: dict[str, object]) -> int:
@@ -128,7 +133,7 @@ def named(found: dict[str, object]) -> int:
     return int(match.group(1)) * MIB
 
 
-def make_model(name: str, root: Path) -> tuple[str, Path, dict[str, object]]:
+def make_model(name: str, root: Path) -> tuple[str, Path, dict[str, Any]]:
     """A model with random weights and data for it: base, data and settings of a training run."""
     import numpy as np
     import torch
@@ -140,7 +145,7 @@ def make_model(name: str, root: Path) -> tuple[str, Path, dict[str, object]]:
     data = root / "data.npz"
     images = generator.integers(0, 256, (96, 32, 32)).astype(np.uint8)
     np.savez(data, images=images, labels=np.arange(96) % 3)
-    options: dict[str, object] = {"task": "image-classification"}
+    options: dict[str, Any] = {"task": "image-classification"}
     if name == "conv":
         (root / "budget_net.py").write_text(NETS)
         sys.path.insert(0, str(root))
@@ -157,7 +162,7 @@ def make_model(name: str, root: Path) -> tuple[str, Path, dict[str, object]]:
     return str(root / "model"), data, options
 
 
-def make_bert(name: str, root: Path, generator):  # type: ignore[no-untyped-def]
+def make_bert(name: str, root: Path, generator: np.random.Generator) -> tuple[str, Path, dict[str, Any]]:
     """A BERT and texts of all lengths; a quarter of them the longest."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast

@@ -54,7 +54,7 @@ def main() -> None:
 def _batch(bundle: Bundle, samples: int, length: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
     sizes = {"batch": samples, "sequence": length}
     inputs = {
-        name: np.ones([sizes.get(axis, axis) for axis in spec.shape], spec.dtype)  # type: ignore[misc]
+        name: np.ones([sizes[axis] if isinstance(axis, str) else axis for axis in spec.shape], spec.dtype)
         for name, spec in bundle.manifest.inputs.items()
     }
     return inputs, np.arange(samples) % max(1, len(bundle.manifest.labels))

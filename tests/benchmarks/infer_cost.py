@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -48,7 +49,8 @@ class Alone(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
         """Outputs of the base."""
-        return self.model(**inputs)
+        outputs: Tensor = self.model(**inputs)
+        return outputs
 
 
 def write_model(name: str, root: Path) -> None:
@@ -107,6 +109,7 @@ def export_alone(base: Base, path: Path) -> None:
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         converted = torch.onnx.export(program, dynamo=True, opset_version=graphs.OPSET, verbose=False)
+    assert converted is not None
     converted.model.ir_version = graphs.IR_VERSION
     for value, name in zip(converted.model.graph.inputs, base.inputs, strict=True):
         value.name = name
@@ -158,7 +161,7 @@ def measure(name: str, rounds: int) -> None:
             report(f"{name}, {' x '.join(f'{n} {axis}' for axis, n in sizes.items())}", run(ways, rounds))
 
 
-def run(ways: dict[str, tuple[object, dict[str, np.ndarray]]], rounds: int) -> dict[str, list[float]]:
+def run(ways: dict[str, tuple[Any, dict[str, np.ndarray]]], rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each way, the ways in turn; two rounds are not counted."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for count in range(rounds + 2):
@@ -189,6 +192,7 @@ def main() -> None:
     from edge_tcur_runtime.installed import find_onnxruntime
 
     installed = find_onnxruntime()
+    assert installed is not None
     sys.stdout.write(f"{installed.distribution} {installed.version}, one thread, processor time\n")
     for name in MODELS:
         measure(name, options.rounds)

@@ -9,6 +9,8 @@ fresh process on one thread after three steps, less what it was after the import
 temporary folder.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import os
@@ -17,6 +19,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from edge_tcur_runtime.formats.bundle import Manifest
 
 STEPS, BATCH, CLASSES = 3, 16, 10
 MODEL = """
@@ -72,7 +80,6 @@ def write_documented(run_root: Path, out: Path) -> None:
     from edge_tcur.training.evaluate import load_run_base
     from edge_tcur_export import graph as graphs
     from edge_tcur_export.bundle import BundleWriter
-    from edge_tcur_export.ort_training import IR_VERSION
     from edge_tcur_export.report import Stages
     from edge_tcur_export.settings import ExportSettings
 
@@ -97,11 +104,11 @@ def write_documented(run_root: Path, out: Path) -> None:
     )
     for path in out.glob("*.onnx"):
         model = onnx.load(str(path))
-        model.ir_version = IR_VERSION
+        model.ir_version = graphs.IR_VERSION
         onnx.save(model, str(path))
 
 
-def batch_of(manifest):  # type: ignore[no-untyped-def]
+def batch_of(manifest: Manifest) -> tuple[dict[str, np.ndarray], np.ndarray]:
     import numpy as np
 
     sizes = {"batch": BATCH, "sequence": 32}

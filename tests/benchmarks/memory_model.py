@@ -4,11 +4,17 @@ Each row is a fresh process that loads ``step.onnx`` (and ``infer.onnx``) of the
 own engine and runs it once at the batch, with ``--length`` tokens where the base has any. Peaks are VmHWM.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_tcur_export.memory_model import MemoryEstimate
 
 CHILD = """
 import json, sys
@@ -44,10 +50,11 @@ def measure(root: Path, role: str, batch: int, length: int) -> list[int]:
     """VmHWM in bytes after the import of ONNX Runtime, after loading the graph, and after one run."""
     command = [sys.executable, "-c", CHILD, str(root), role, str(batch), str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: list[int] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
-def predict(root: Path, role: str, batch: int, length: int):
+def predict(root: Path, role: str, batch: int, length: int) -> MemoryEstimate:
     """The estimate of `edge_tcur_export.memory_model` for the same run."""
     import onnx
 

@@ -38,7 +38,7 @@ def main() -> None:
                 )
                 for seed in range(RUNS)
             ]  # fmt: skip
-            scores = [result.score_after for result in found]
+            scores = [result.score_after for result in found if result.score_after is not None]
             noise = "-" if found[0].privacy is None else f"{found[0].privacy['noise_multiplier']:.2f}"
             print(
                 f"epsilon {target or 'none'}, noise {noise}, {type(optimizer).__name__}: "

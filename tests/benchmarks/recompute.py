@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -72,7 +73,8 @@ def write_graphs(blocks: int, root: Path) -> list[str]:
     groups = find_targets(base.model, method, keep=base.head).groups
     example = make_example(base, groups, lambda _: 8, batch=3, seed=0, config=method, task=task)
     before, _ = split_blocks(adapted_blocks(base.model, groups, example.inputs), LAST)
-    np.savez(root / "feeds.npz", **{name: value.detach().numpy() for name, value in example.named().items()})
+    feeds: dict[str, Any] = {name: value.detach().numpy() for name, value in example.named().items()}
+    np.savez(root / "feeds.npz", **feeds)
     model = FactorModel(base, groups, task, method)
     graph = to_graph(trace_step(trace_forward(model, base, groups, task, example), example))
     ir.save(graph, root / "step.onnx")

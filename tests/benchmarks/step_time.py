@@ -12,7 +12,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from statistics import median
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +74,8 @@ def build(name: str, base: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
     """The base in that way."""
     model = copy.deepcopy(base).eval().requires_grad_(False)
     # The frozen base's own backward is timed too: a gradient flows to its embeddings in every way.
-    model.get_input_embeddings().register_forward_hook(lambda module, given, output: output.requires_grad_())
+    embeddings = cast("nn.Module", model.get_input_embeddings())  # type: ignore[operator]
+    embeddings.register_forward_hook(lambda module, given, output: output.requires_grad_())
     config = WAYS[name]
     if config is not None:
         gradients = None
@@ -92,7 +95,8 @@ def build(name: str, base: nn.Module, inputs: dict[str, Tensor]) -> nn.Module:
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """A scalar that depends on every output."""
-    return model(**inputs).last_hidden_state.square().mean()
+    loss: Tensor = model(**inputs).last_hidden_state.square().mean()
+    return loss
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
@@ -120,12 +124,12 @@ def measure(name: str, rounds: int) -> list[tuple[str, float, int]]:
     for count in range(rounds + 2):
         for way, model in models.items():
             started = time.process_time()
-            loss_of(model, inputs).backward()
+            torch.autograd.backward(loss_of(model, inputs))
             if count >= 2:
                 seconds[way].append(time.process_time() - started)
             model.zero_grad()
     return [
-        (way, median(seconds[way]), saved_bytes(lambda model=model: loss_of(model, inputs)))
+        (way, median(seconds[way]), saved_bytes(partial(loss_of, model, inputs)))
         for way, model in models.items()
     ]
 

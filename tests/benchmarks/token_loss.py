@@ -12,15 +12,19 @@ import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VOCABULARY, WIDTH, BATCH, LENGTH = 50257, 16, 8, 64
 VARIANTS = ("cross_entropy", "gather", "compare", "where")
 IGNORED = -100
 
 
-def loss_of(variant, outputs, targets):
+def loss_of(variant: str, outputs: Tensor, targets: Tensor) -> Tensor:
     """The loss [scalar] in one of the `VARIANTS`."""
     import torch
     from torch.nn import functional
@@ -42,7 +46,7 @@ def loss_of(variant, outputs, targets):
     return -(chosen * known).sum() / count
 
 
-def export(variant, folder):
+def export(variant: str, folder: Path) -> None:
     """Writes the step graph and ONNX Runtime Training's graphs."""
     import onnx_ir as ir
     import torch
@@ -55,11 +59,13 @@ def export(variant, folder):
     from edge_tcur_export.trace import Signature, Traced, trace_backward, trace_program
 
     class Model(torch.nn.Module):
-        def __init__(self):
+        weight: Tensor
+
+        def __init__(self) -> None:
             super().__init__()
             self.register_buffer("weight", torch.randn(WIDTH, VOCABULARY))
 
-        def forward(self, x, labels, core):
+        def forward(self, x: Tensor, labels: Tensor, core: Tensor) -> tuple[Tensor, Tensor]:
             outputs = (x @ core) @ self.weight
             return loss_of(variant, outputs, labels), outputs.detach()
 
@@ -79,7 +85,7 @@ def export(variant, folder):
     _generate(graphs.to_proto(forward), ["core"], folder, "adamw")
 
 
-def measure(engine, folder):
+def measure(engine: str, folder: Path) -> None:
     """Prints the peak over the loaded session in tensors, and seconds of processor time."""
     from edge_tcur_runtime.budget import read_memory
     from edge_tcur_runtime.engines.ort_training import import_training_api
@@ -93,7 +99,7 @@ def measure(engine, folder):
     if engine == "step":
         session = open_session(folder / "step.onnx", threads=1)
 
-        def step():
+        def step() -> None:
             session.run(None, fed)
     else:
         api = import_training_api()
@@ -101,7 +107,7 @@ def measure(engine, folder):
         graph = str(folder / "training_model.onnx")
         module = api.Module(graph, state, session_options=session_options(1))
 
-        def step():
+        def step() -> None:
             module(*(fed[name] for name in module.input_names()))
 
     before, since = read_memory().peak, time.process_time()
@@ -111,7 +117,7 @@ def measure(engine, folder):
     sys.stdout.write(f"{(read_memory().peak - before) / tensor:.1f} tensors, {seconds:.2f} s\n")
 
 
-def main():
+def main() -> None:
     """Measures every variant on both engines."""
     for variant in VARIANTS:
         with TemporaryDirectory() as work:

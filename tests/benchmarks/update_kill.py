@@ -24,7 +24,7 @@ DATA = Path(__file__).parents[1] / "data"
 KINDS = ("write", "fsync", "rename", "unlink", "symlink", "mkdir", "ftruncate", "flock")
 
 
-def tool(module: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+def tool(module: str, *arguments: object, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-m", module, *map(str, arguments)]
     environment = {**os.environ, "EDGE_TCUR_PASSPHRASE": "correct horse", "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

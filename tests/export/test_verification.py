@@ -136,7 +136,7 @@ def test_targets_that_fail_are_removed_with_the_first_operator_named(settled):
     assert origin in outcome.failures["train"]
     manifest = open_bundle(root).manifest
     assert manifest == outcome.manifest
-    assert manifest.graphs == {"infer": "infer.onnx"}
+    assert manifest.graphs == {"checks": "checks.onnx", "infer": "infer.onnx"}
     assert manifest.verified == Verified(("infer",), TOLERANCES)
     assert {path.name for path in root.iterdir()} == {*manifest.files, "manifest.json"}
 
@@ -188,7 +188,7 @@ def test_the_command_ends_with_an_error_and_the_bundle_holds_the_rest(run, tmp_p
         export_run(run, out, ExportSettings(("onnx", "step")))
     assert caught.value.exit_code == 4
     assert f"{out} was written without it and holds what agrees with torch: infer" in caught.value.hint
-    assert open_bundle(out).manifest.graphs == {"infer": "infer.onnx"}
+    assert open_bundle(out).manifest.graphs == {"checks": "checks.onnx", "infer": "infer.onnx"}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 

@@ -41,7 +41,7 @@ COUPLED = {
     ("shape", "all"): lambda layers: 2 * layers,
     ("layer", "layer"): lambda layers: 2,
 }
-quick = settings(deadline=None, max_examples=40, derandomize=True)
+quick = settings(max_examples=40, derandomize=True)
 
 
 def transform_matrix(kind, size):
@@ -101,7 +101,7 @@ def update_of(kit, model, group, config):
         if axes[1] != "none" or transform == "identity"
     ],
 )
-@settings(deadline=None, max_examples=10, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(sizes=SIZES, frame=FRAMES, alpha=st.sampled_from((1.0, 0.5)), seed=SEEDS)
 def test_every_form_gives_the_dense_reference(kit, sizes, frame, axes, transform, alpha, seed):
     layers, n1, n2, rank = sizes

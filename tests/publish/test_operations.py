@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur.publish.operations import superseded
@@ -106,6 +107,42 @@ def test_versions_count_on_and_never_come_back(ok, call, repo, adapters):
     assert (code, payload["error"]["code"]) == (3, "bad-input")
     assert "rollout" in payload["error"]["hint"]
     assert call("publish", "withdraw", "banking", 2, "--repo", repo)[0] == 2
+
+
+def test_what_lines_have_in_common_is_signed_once_and_read_by_each(ok, repo, adapters):
+    """Base, fit, rank and runtime: also while they change, and for the one line that differs."""
+    import json
+
+    def listed():
+        return {
+            a["name"]: (a["runtime"], a["rank"]) for a in ok("publish", "status", "--repo", repo)["adapters"]
+        }
+
+    def customs():
+        newest = max(
+            (repo / "metadata").glob("*.targets.json"), key=lambda path: int(path.name.split(".")[0])
+        )
+        return [t["custom"] for t in json.loads(newest.read_text())["signed"]["targets"].values()]
+
+    for number, runtime in enumerate(("0.1.0", "0.0.9", "0.0.9", "0.1.0")):
+        ok(
+            "publish",
+            "add",
+            adapters[number],
+            "--repo",
+            repo,
+            "--name",
+            f"n{number}",
+            "--min-runtime",
+            runtime,
+        )
+    assert listed() == {"n0": ("0.1.0", 3), "n1": ("0.0.9", 3), "n2": ("0.0.9", 3), "n3": ("0.1.0", 3)}
+    assert [len({"base", "fit", "rank"} & set(custom)) for custom in customs()] == [0, 0, 0, 0]
+    assert sum("runtime" in custom for custom in customs()) == 2
+    ok("publish", "rollout", "n0", 1, "50%", "--repo", repo)
+    ok("publish", "withdraw", "n3", 1, "--repo", repo)
+    assert listed() == {"n0": ("0.1.0", 3), "n1": ("0.0.9", 3), "n2": ("0.0.9", 3)}
+    assert [custom.get("runtime") for custom in customs()] == ["0.1.0", None, None]
 
 
 def test_the_card_says_what_it_is_and_its_digest_is_signed(ok, repo, bundle, adapters):
@@ -280,6 +317,36 @@ def test_trust_ships_the_root_once(ok, repo, bundle):
     assert (bundle / "trusted-root.json").read_bytes() == (repo / "metadata" / "1.root.json").read_bytes()
 
 
+def test_what_nothing_refers_to_is_named_and_removed_later(ok, call, repo, bundle, adapters, tmp_path):
+    """Chunks and index of a replaced bundle, and what an interrupted publication left."""
+    import os
+    import time
+
+    add(ok, repo, adapters[0])
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "16KiB")
+    assert ok("publish", "status", "--repo", repo)["unreferenced"] == {}
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "20KiB")
+    left = ok("publish", "status", "--repo", repo)["unreferenced"]
+    assert sum("/chunks/" in path for path in left) > 3
+    assert sum("/bundles/" in path for path in left) == 1
+    assert ok("publish", "clean", "--repo", repo)["removed"] == []  # it was replaced just now
+    long_ago = time.time() - 8 * 86400
+    for path in repo.rglob("*"):
+        os.utime(path, (long_ago, long_ago))
+    fresh = repo / "targets" / "chunks" / "00" / ("0" * 64)  # of a publication that was broken off just now
+    fresh.parent.mkdir(exist_ok=True)
+    fresh.write_bytes(b"x")
+    assert ok("publish", "clean", "--repo", repo)["removed"] == sorted(left)
+    assert list(ok("publish", "status", "--repo", repo)["unreferenced"]) == [str(fresh.relative_to(repo))]
+    root = repo / "metadata" / "1.root.json"
+    result = ok("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
+    assert result["installed_bundle"]
+    assert result["changed"]
+    (index,) = (repo / "targets" / "bundles" / "bundle").iterdir()
+    index.write_bytes(index.read_bytes() + b" ")
+    assert call("publish", "clean", "--repo", repo)[0] == 6
+
+
 BASE = BaseFacts("sha256:" + "0" * 64, "text-classification")
 offers = st.lists(
     st.tuples(
@@ -290,7 +357,6 @@ offers = st.lists(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(offers)
 def test_no_device_loses_its_adapter_to_superseding(found):
     """Whatever a device could be offered before, its best version is still there after."""
@@ -328,3 +394,38 @@ def test_superseding_keeps_one_to_go_back_to():
     assert [o.facts.version for o in superseded(line, "a")] == [3, 2, 1]
     canary = replace(line[4], facts=replace(line[4].facts, rollout=100))
     assert [o.facts.version for o in superseded((*line[:4], canary), "a")] == [2, 1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "altered"])
+def test_a_damaged_file_of_an_adapter_is_named_and_put_back(ok, call, repo, bundle, adapters, damage):
+    added = ok("publish", "add", adapters[0], "--repo", repo, "--base", bundle, "--name", "a")
+    (place,) = (repo / "targets" / "adapters" / "a").iterdir()
+    place.unlink() if damage == "missing" else place.write_bytes(b"x" * place.stat().st_size)
+    assert ok("publish", "status", "--repo", repo)["damaged"] == [str(place.relative_to(repo))]
+    again = ok("publish", "add", adapters[0], "--repo", repo, "--base", bundle, "--name", "a")
+    assert again["put_back"]
+    assert not added["put_back"]
+    assert again["version"] == added["version"]
+    assert ok("update", bundle, "--url", repo)["active"] == added["digest"]
+    assert ok("publish", "status", "--repo", repo)["damaged"] == []
+    assert call("publish", "add", adapters[0], "--repo", repo)[0] == 3  # whole: published already
+
+
+def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, repo, bundle, tmp_path):
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    root = repo / "metadata" / "1.root.json"
+    chunks = [path for path in (repo / "targets" / "chunks").rglob("*") if path.is_file()]
+    chunk = max(chunks, key=os.path.getsize)
+    chunk.write_bytes(bytes(chunk.stat().st_size))
+    install = ("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
+    assert call(*install)[0] == 6
+    ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    assert ok(*install)["installed_bundle"]
+
+
+@pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "1.root.json"])
+def test_lost_metadata_say_what_to_restore(call, repo, name):
+    (repo / "metadata" / name).unlink()
+    code, payload = call("publish", "status", "--repo", repo)
+    assert code == 3
+    assert "the copy on your server" in payload["error"]["hint"]

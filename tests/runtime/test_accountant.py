@@ -18,7 +18,7 @@ NOISE = st.floats(0.5, 20).map(lambda value: round(value, 1))
 RATE = st.sampled_from((0.001, 0.01, 0.1, 0.25, 0.5, 1.0))
 STEPS = st.integers(1, 5000)
 DELTA = st.floats(1e-8, 0.1)
-SOME = settings(max_examples=40, deadline=None)
+SOME = settings(max_examples=40)
 
 
 @pytest.mark.parametrize("row", TABLE["epsilons"], ids=str)
@@ -85,7 +85,7 @@ def test_no_step_spends_nothing_and_no_noise_everything(noise, rate, delta):
 
 
 @given(st.floats(0.2, 20), RATE, st.integers(1, 500), st.floats(1e-6, 0.05))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_noise_for_a_target_spends_it_and_hardly_less_noise_would_not(target, rate, steps, delta):
     noise = noise_for(target, rate, steps, delta)
     assert epsilon(noise, rate, steps, delta) <= target

@@ -8,7 +8,7 @@ import stat
 
 import pytest
 
-from edge_tcur_runtime.atomic import write_atomic
+from edge_tcur_runtime.atomic import disk_error, write_atomic
 from edge_tcur_runtime.errors import DiskError
 
 CALLS = ("open", "write", "fsync", "replace")
@@ -155,3 +155,9 @@ def test_a_missing_directory_is_a_disk_error(tmp_path):
         write_atomic(tmp_path / "missing" / "file", NEW)
     assert caught.value.where == str(tmp_path / "missing" / "file")
     assert "directory exists" in caught.value.hint
+
+
+def test_a_read_only_file_system_is_not_told_to_free_space(tmp_path):
+    error = disk_error(OSError(errno.EROFS, os.strerror(errno.EROFS)), tmp_path)
+    assert "read-only" in error.hint
+    assert "free some space" not in error.hint

@@ -70,7 +70,7 @@ def same(first, second):
     ARRAYS, ARRAYS, st.lists(FLOATS, max_size=5), st.none() | st.tuples(FLOATS, FLOATS),
     st.integers(1, 2**40),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_what_is_written_reads_back_bit_for_bit(values, moments, losses, pair, generation):
     progress = progress_of(
         3, values=values, first=moments, best=values, losses=tuple(losses), held_out_losses=tuple(losses),
@@ -96,7 +96,7 @@ def test_a_changed_byte_or_a_cut_is_never_taken():
 
 
 @given(st.binary(max_size=300), st.booleans())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_refused_by_an_error_of_ours(content, signed):
     if signed:  # what follows the first line is what the digest promises, and no safetensors
         from edge_tcur_runtime.formats.digest import digest_bytes

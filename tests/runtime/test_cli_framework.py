@@ -23,7 +23,7 @@ from edge_tcur_runtime.cli.framework import (
     store_option,
 )
 from edge_tcur_runtime.errors import BudgetError, DataError, EdgeError, IntegrityError
-from edge_tcur_runtime.output import Mode
+from edge_tcur_runtime.output import Mode, Sink
 
 HEAVY = ("numpy", "onnxruntime", "safetensors", "torch", "edge_tcur_runtime.store")
 
@@ -66,6 +66,14 @@ def test_a_result_in_three_modes(capsys):
     code, out, err = outcome(capsys, tool(), "act", "--size", "1KiB", "--json")
     assert (code, json.loads(out), err) == (0, {"schema_version": 1, "size": 1024}, "")
     assert outcome(capsys, tool(), "act", "--quiet") == (0, "", "")
+
+
+def test_a_number_that_is_none_is_null_in_json(capsys):
+    """Python writes NaN and Infinity, which are no JSON: other readers refuse the whole object."""
+    Sink(Mode.JSON).result({"losses": [1.0, float("nan"), (float("-inf"),)], "a": {"b": float("inf")}}, "")
+    out = capsys.readouterr().out
+    found = json.loads(out, parse_constant=lambda text: pytest.fail(f"{text} is no JSON"))
+    assert found == {"schema_version": 1, "losses": [1.0, None, [None]], "a": {"b": None}}
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_jsonl_takes_strings_and_integer_labels_and_ignores_other_keys(tmp_path)
 
 
 @given(rows=ROWS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_csv_round_trip(tmp_path_factory, rows):
     buffer = io.StringIO(newline="")
     csv.writer(buffer).writerows([("text", "label"), *rows])
@@ -85,7 +85,7 @@ def test_csv_round_trip(tmp_path_factory, rows):
 
 
 @given(rows=ROWS, escaped=st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_jsonl_round_trip(tmp_path_factory, rows, escaped):
     lines = [json.dumps({"text": text, "label": label}, ensure_ascii=escaped) for text, label in rows]
     path = write(tmp_path_factory.mktemp("jsonl") / "d.jsonl", "\n".join(lines))
@@ -95,7 +95,7 @@ def test_jsonl_round_trip(tmp_path_factory, rows, escaped):
 
 
 @given(raw=st.binary(max_size=200) | st.text(alphabet='text,label"\n\r{}:1\\', max_size=80).map(str.encode))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".npz"])
 def test_arbitrary_bytes_load_or_are_refused_with_a_place(tmp_path_factory, suffix, raw):
     path = write(tmp_path_factory.mktemp("raw") / f"d{suffix}", raw)
@@ -566,7 +566,7 @@ def test_select_keeps_samples_labels_and_places_together():
     fraction=st.floats(0, 1, exclude_max=True),
     seed=st.integers(0, 2**64),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_split_is_a_stratified_partition(labels, fraction, seed):
     data = labelled(labels)
     train, held = split(data, fraction, seed)

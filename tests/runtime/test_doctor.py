@@ -25,6 +25,7 @@ from edge_tcur_runtime.formats.bundle import FileEntry, Manifest, serialize_mani
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.installed import (
     OnnxRuntimeInstall,
+    executorch_problem,
     find_conflicts,
     find_onnxruntime,
     is_importable,
@@ -215,12 +216,29 @@ def test_an_engine_that_is_not_available_says_why_and_how_to_get_it(
 ):
     with_runtime(monkeypatch, found, problem)
     report = examine(tmp_path)
-    assert [engine.name for engine in report.engines] == ["ort-training", "ort-step"]
-    assert [engine.available for engine in report.engines] == available
+    assert [engine.name for engine in report.engines] == ["ort-training", "ort-step", "executorch"]
+    assert [engine.available for engine in report.engines[:2]] == available
     assert all((engine.reason is None) == engine.available for engine in report.engines)
     assert reason is None or reason in report.engines[0].reason
     assert all(engine.install.startswith("pip install 'edge-tcur-runtime[") for engine in report.engines)
     assert "pip install" in render(report)
+
+
+def test_what_executorch_lacks_is_told(tmp_path, monkeypatch):
+    with_runtime(monkeypatch, None)
+    monkeypatch.setattr(doctor_module, "executorch_problem", lambda: "its Python needs torch")
+    report = examine(tmp_path)
+    assert (report.engines[2].available, report.engines[2].reason) == (False, "its Python needs torch")
+    assert "edge-tcur-runtime[executorch]' (brings torch)" in render(report)
+
+
+def test_executorch_is_found_without_importing_it(tmp_path):
+    assert executorch_problem([str(tmp_path)]) == "ExecuTorch is not installed"
+    (tmp_path / "executorch" / "extension" / "training").mkdir(parents=True)
+    assert "needs torch, which is not installed" in executorch_problem([str(tmp_path)])
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise ImportError")
+    assert executorch_problem([str(tmp_path)]) is None
 
 
 def test_a_conflict_is_told(tmp_path, monkeypatch):

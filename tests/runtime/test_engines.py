@@ -124,7 +124,7 @@ def test_auto_takes_the_engine_that_can_train_the_adapters_rank(bundle):
     assert choose_engine("auto", bundle, TRAINING, bundle_adapter(bundle))[0] == "ort-training"
 
 
-@pytest.mark.parametrize("name", list(ENGINES))
+@pytest.mark.parametrize("name", [name for name in ENGINES if ENGINES[name]])
 def test_an_engine_that_is_asked_for_is_taken(bundle, name):
     assert choose_engine(name, bundle, TRAINING) == (name, "asked for")
 
@@ -133,7 +133,7 @@ def test_an_engine_that_is_not_installed_is_refused_with_the_command_that_instal
     with pytest.raises(MissingEngineError, match=r"onnxruntime 1\.31\.1 has no training interface") as caught:
         choose_engine("ort-training", bundle, STOCK)
     assert "edge-tcur-runtime[ort-training]" in caught.value.hint
-    for name in ("auto", *ENGINES):
+    for name in ("auto", "ort-training", "ort-step"):
         with pytest.raises(MissingEngineError, match="ONNX Runtime is not installed") as caught:
             choose_engine(name, bundle, None)
         assert "pip install" in caught.value.hint
@@ -408,6 +408,21 @@ print(np.isfinite(result.loss), sys.modules.get("torch"), sys.modules.get("onnx"
 @pytest.mark.parametrize("block", ["sys.modules['torch'] = None", ""])
 def test_an_engine_runs_where_torch_cannot_be_imported_and_never_imports_it(name, block):
     assert run_python(STEP.format(block=block), V1, name) == "True None None"
+
+
+def test_no_part_of_the_runtime_imports_torch_but_the_engine_that_needs_it():
+    """Every module but that one is imported; ExecuTorch's absence or presence is found from its files."""
+    code = """
+import importlib, pkgutil, sys
+import edge_tcur_runtime
+from edge_tcur_runtime.installed import executorch_problem
+for found in pkgutil.walk_packages(edge_tcur_runtime.__path__, "edge_tcur_runtime."):
+    if found.name not in ("edge_tcur_runtime.__main__", "edge_tcur_runtime.engines.executorch"):
+        importlib.import_module(found.name)
+executorch_problem()
+print([name for name in ("torch", "executorch", "torchao") if name in sys.modules])
+"""
+    assert run_python(code) == "[]"
 
 
 @needs_training

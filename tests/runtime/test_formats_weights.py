@@ -18,7 +18,7 @@ from edge_tcur_runtime.formats.weights import (
     unpack_int4,
 )
 
-SMALL = settings(max_examples=40, deadline=None)
+SMALL = settings(max_examples=40)
 
 
 @SMALL

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_tcur_runtime.frame import Frame, build_frame
@@ -54,7 +54,6 @@ def adjoint(value):
     return value.conj().swapaxes(-1, -2)
 
 
-@settings(deadline=None)
 @given(factors(), KINDS)
 def test_a_core_comes_back_through_its_frame(parts, kind):
     algebra, columns, rows, core = parts
@@ -65,7 +64,6 @@ def test_a_core_comes_back_through_its_frame(parts, kind):
     np.testing.assert_allclose(frame.from_raw(frame.to_raw(core)), core, atol=1e-4 * scale)
 
 
-@settings(deadline=None)
 @given(factors(), KINDS, st.integers(0, 2**32 - 1))
 def test_the_pulled_back_gradient_agrees_with_finite_differences(parts, kind, seed):
     """Of a function of the raw core, along a random direction of the frame's core."""
@@ -85,7 +83,6 @@ def test_the_pulled_back_gradient_agrees_with_finite_differences(parts, kind, se
     assert difference == pytest.approx(expected, abs=1e-5 * scale + 1e-9)
 
 
-@settings(deadline=None)
 @given(factors(), KINDS, st.integers(0, 2**32 - 1))
 def test_pulling_back_is_the_adjoint_of_going_to_raw_coordinates(parts, kind, seed):
     algebra, columns, rows, core = parts
@@ -96,7 +93,6 @@ def test_pulling_back_is_the_adjoint_of_going_to_raw_coordinates(parts, kind, se
     assert np.vdot(raw, other) == pytest.approx(np.vdot(core, back), abs=1e-10 * scale)
 
 
-@settings(deadline=None)
 @given(factors())
 def test_columns_and_rows_are_orthonormal_in_their_frame(parts):
     algebra, columns, rows, _ = parts

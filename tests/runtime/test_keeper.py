@@ -153,6 +153,15 @@ def test_to_insist_on_a_checkpoint_and_to_refuse_one(tmp_path, user):
     assert personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path, resume="no")).resumed_from == 0
 
 
+def test_a_run_that_is_paused_before_it_goes_on_still_says_how_far_it_is(tmp_path, user):
+    bundle = open_bundle(V1)
+    paused(bundle, user, SETTINGS, tmp_path, 2)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(PausedError, match="paused after 2 updates, and kept"):
+        personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path, NEVER, gates=(lambda: "closed",)))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == files
+
+
 def test_what_stops_a_run_leaves_its_progress(tmp_path, user, monkeypatch):
     """A crossed budget, an interrupt: the run ends, and what was done is kept."""
     bundle = open_bundle(V1)

@@ -179,3 +179,19 @@ def test_a_rate_that_makes_no_sense_is_refused_and_named(name, rate):
     with pytest.raises(ConfigError, match="expected above 0 and below 100") as caught:
         AdamWSettings(**{name: rate})
     assert caught.value.where == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (SGDSettings, {"max_gradient_norm": -1.0}),
+        (AdamWSettings, {"max_gradient_norm": float("nan")}),
+        (AdamWSettings, {"beta1": 1.0}),
+        (AdamWSettings, {"beta2": -0.1}),
+        (AdamWSettings, {"epsilon": 0.0}),
+    ],
+)
+def test_settings_that_would_be_ignored_or_divide_by_nothing_are_refused(kind, values):
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert caught.value.where == next(iter(values))

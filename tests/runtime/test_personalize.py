@@ -42,7 +42,7 @@ from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter, persona
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.preprocess import build_preprocessor
 from edge_tcur_runtime.settings import AdamWSettings, PersonalizeSettings
-from edge_tcur_runtime.tasks import find_device_task
+from edge_tcur_runtime.tasks import find_device_task, mean_by_weight
 
 DATA = Path(__file__).parents[1] / "data"
 V1, SKETCH_V1, USER = DATA / "bundle-v1", DATA / "sketch-v1", DATA / "user.npz"
@@ -381,6 +381,20 @@ def test_the_better_of_two_adapters_is_the_tasks_business():
     assert better("image-segmentation", (0.4, 1.0), (0.5, 1.2))
     assert better("causal-lm", (0.5, 3.0), (0.4, 2.0))  # the likelihood of the text, not the best guesses
     assert not better("causal-lm", (0.4, 2.0), (0.5, 2.0))
+
+
+@pytest.mark.parametrize(("right", "count", "micro"), [(15, 23, 22), (7, 26, 25)])
+def test_a_share_that_differs_by_rounding_alone_is_the_same_share(right, count, micro):
+    """Before and after may be scored in passes of other sizes: the guard makes them smaller on the way."""
+    hits = np.arange(count) < right
+    sizes = [len(part) for part in np.split(hits, range(micro, count, micro))]
+    found = [np.mean(part) for part in np.split(hits, range(micro, count, micro))]
+    whole = mean_by_weight([np.mean(hits)], [count])
+    parts = mean_by_weight(found, sizes)
+    task = find_device_task("image-classification")
+    for before, after in ((whole, parts), (parts, whole)):
+        assert not trainer_module.Outcome(task, {}, before=(before, 1.0), after=(after, 2.0)).better
+        assert trainer_module.Outcome(task, {}, before=(before, 2.0), after=(after, 1.0)).better
 
 
 def test_data_read_for_another_task_are_refused(bundle, user):

@@ -156,7 +156,7 @@ def test_no_texts_give_an_empty_batch(root):
 @given(
     texts=st.lists(st.text(st.characters(exclude_categories=("Cs",)), max_size=40), min_size=1, max_size=6)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_sample_gives_the_same_tokens_alone_and_in_a_batch(root, texts):
     preprocessor = build_preprocessor(TEXT, root)
     batch = preprocessor(texts)

@@ -18,6 +18,7 @@ from edge_tcur_runtime import personalize as personalize_module
 from edge_tcur_runtime import privacy as module
 from edge_tcur_runtime import trainer as trainer_module
 from edge_tcur_runtime.accountant import epsilon
+from edge_tcur_runtime.arithmetic import combine
 from edge_tcur_runtime.budget import Budget
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
@@ -125,7 +126,7 @@ def test_the_plan_is_what_the_accountant_says():
 
 
 @given(st.floats(0.3, 50), st.integers(2, 5000))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_a_target_is_met(target, samples):
     found = plan_privacy(replace(PRIVATE, privacy=PrivacySettings(epsilon=target, delta=1e-4)), samples)
     assert found.epsilon <= target
@@ -136,6 +137,16 @@ def test_a_target_beyond_reach_is_refused_and_named():
     with pytest.raises(ConfigError, match="no noise multiplier") as caught:
         plan_privacy(wanted, 5)
     assert caught.value.where == "epsilon"
+
+
+@pytest.mark.parametrize("noise", [1e-160, 1e-200, 1e-320])
+@pytest.mark.parametrize("samples", [5, 500])
+def test_noise_that_bounds_nothing_is_refused(noise, samples):
+    """Its square is too small for a float: no epsilon can be told, and JSON holds no infinity."""
+    wanted = replace(PRIVATE, privacy=PrivacySettings(noise_multiplier=noise))
+    with pytest.raises(ConfigError, match="promises nothing") as caught:
+        plan_privacy(wanted, samples)
+    assert caught.value.where == "noise_multiplier"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +185,33 @@ def test_runs_add_up_in_the_adapters_provenance():
         assert math.inf in first.total(unbounded)
         assert None in first.facts(unbounded).values()
     assert plan(promised=False).total({})[0] == math.inf
+
+
+def test_what_several_adapters_spent_adds_up_where_they_are_combined(bundle):
+    """The mean of two private adapters tells of the samples of both."""
+
+    def adapter(**provenance):
+        own = bundle_adapter(bundle)
+        return replace(own, header=replace(own.header, provenance=provenance))
+
+    published = adapter(tool="x", start="sha256:a")
+    one = adapter(**PERSONAL, start="base", epsilon="1.5", delta="0.25")
+    two = adapter(**PERSONAL, start="base", epsilon="2.0", delta="0.5")
+    unbounded = adapter(**PERSONAL, start="base")
+
+    def made_of(*parts, weights=None):
+        weights = weights or [1 / len(parts)] * len(parts)
+        return combine(parts, weights, extras_from=0).header.provenance
+
+    assert made_of(one, two) == {**PERSONAL, "start": "base", "epsilon": "3.5", "delta": "0.75"}
+    for order in ((published, one), (one, published)):
+        found = made_of(*order)
+        assert plan(epsilon=1.0, delta=0.0).total(found) == (2.5, 0.25)
+        assert "start" not in found  # what differs from it is not all that was learned
+    assert "start" not in made_of(one, two, weights=[1.0, 1.0])
+    for order in ((one, unbounded), (unbounded, one), (published, unbounded)):
+        assert plan().total(made_of(*order))[0] == math.inf
+    assert made_of(published, published) == {"tool": "x", "start": "sha256:a"}
 
 
 # --- real runs -------------------------------------------------------------------------------------

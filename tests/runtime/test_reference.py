@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from edge_tcur_runtime import budget as budget_module
+from edge_tcur_runtime import fitting as fitting_module
 from edge_tcur_runtime import keeper as keeper_module
+from edge_tcur_runtime import personalize as personalize_module
 from edge_tcur_runtime import trainer as trainer_module
 from edge_tcur_runtime.budget import Budget, Memory
 from edge_tcur_runtime.cli import device
@@ -172,7 +174,7 @@ def test_a_set_that_the_budget_has_no_room_for_ends_the_run_before_training(cont
         return Memory(limit + 1 if crossed else limit // 2, limit // 4, 0, 0)
 
     monkeypatch.setattr(trainer_module.Trainer, "_run", counted)
-    for part in (trainer_module, budget_module):
+    for part in (trainer_module, budget_module, fitting_module, personalize_module):
         monkeypatch.setattr(part, "read_memory", memory)
     steps = []
     with pytest.raises(BudgetError, match="was exceeded by scoring the bundle's reference set"):

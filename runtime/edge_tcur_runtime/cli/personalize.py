@@ -46,7 +46,7 @@ Examples:
 
 CHECKPOINTS = "checkpoints"  # folder of the store
 _DEFAULT = PersonalizeSettings()
-_ENGINES = click.Choice(("auto", "ort-training", "ort-step"))
+_ENGINES = click.Choice(("auto", "ort-training", "ort-step", "executorch"))
 _OPTIONS = (
     ("--epochs", _DEFAULT.epochs, int, "Passes over the data."),
     ("--batch-size", _DEFAULT.batch_size, int, "Samples per update, whatever the memory allows at once."),

@@ -65,9 +65,8 @@ def describe(found: RunPlan) -> str:
     lines = [f"{limit}, {found.updates} updates; nothing was changed", table(HEADER, rows)]
     lines += [f"{what}: {value}" for what, value in _promises(found)]
     if found.plan.chosen is None:
-        least = -(-found.plan.smallest.peak // 2**20)
         lines += [
-            f"NOTHING FITS: give at least --budget {least}MiB",
+            f"NOTHING FITS: give at least --budget {found.plan.named}MiB",
             *(f"or: {text}" for text in found.advice),
         ]
     elif not found.plan.chosen.footprint.measured:
@@ -103,11 +102,13 @@ def privacy_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 def shown(found: RunPlan) -> list[Candidate]:
     """Without those that a faster one makes pointless: of the same engine and graph, with no less memory."""
+    from edge_tcur_runtime.planner import room
+
     plan, kept = found.plan, list[tuple[tuple[str, str], int]]()
     rows = []
     for candidate in plan.candidates:  # the fastest first
         known = [peak for runs, peak in kept if runs == candidate.runs]
-        fitted = plan.limit is None or any(peak <= plan.limit for peak in known)
+        fitted = plan.limit is None or any(peak <= room(plan.limit) for peak in known)
         if known and (fitted or candidate.peak >= min(known)):
             continue
         kept.append((candidate.runs, candidate.peak))

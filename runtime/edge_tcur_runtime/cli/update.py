@@ -51,6 +51,8 @@ def _options(command: Any) -> Any:
                      help="Time for everything; default 300, with --install 3600."),
         click.option("--max-size", type=SIZE, default="64MiB", show_default=True,
                      help="Skip an adapter that is larger."),
+        click.option("--max-bundle", type=SIZE, default="4GiB", show_default=True,
+                     help="With --install: refuse a bundle that is larger."),
     )  # fmt: skip
     for option in reversed(choices):
         command = option(command)
@@ -70,7 +72,7 @@ def update(
     """Check, fetch, verify and try the newest signed adapter of BUNDLE, and put it in use.
 
     Whatever goes wrong, the adapter in use stays: 6 says that something was not to be trusted, 8 that
-    the network failed, 7 the disk, 4 that the adapter does not work here.
+    the network failed, 7 the disk, 5 that memory is short, 4 that the adapter does not work here.
     """
     if not install and not bundle.is_dir():
         hint = "'--install' with '--root' fetches a published bundle"
@@ -80,7 +82,8 @@ def update(
     result = _run(bundle, store, settings, sink)
     for note in result.notes:
         sink.note(f"note: {note}")
-    sink.result(_payload(result, installed), _report(result, installed))
+    only = "nothing was changed (--check-only)\n" if settings.check_only else ""
+    sink.result(_payload(result, installed), only + _report(result, installed))
 
 
 def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:
@@ -94,7 +97,7 @@ def _settings(options: dict[str, Any], install: bool) -> UpdateSettings:
         hint = "pip install 'edge-tcur-runtime[ota]'"
         raise MissingEngineError(f"updates need {error.name}, which is not installed", hint=hint) from error
     seconds = options.pop("deadline")
-    limits = Limits(adapter_bytes=options.pop("max_size"))
+    limits = Limits(adapter_bytes=options.pop("max_size"), bundle_bytes=options.pop("max_bundle"))
     if seconds is not None or install:
         limits = replace(limits, total_seconds=seconds or limits.bundle_seconds)
     return UpdateSettings(personal=Personal(options.pop("personal")), limits=limits, **options)

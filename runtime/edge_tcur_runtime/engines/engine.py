@@ -12,18 +12,22 @@ import numpy as np
 from edge_tcur_runtime.engines.providers import AUTO, CPU, ON_CPU, Placement
 from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError, UsageError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import Bundle
-from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
+from edge_tcur_runtime.formats.bundle import Bundle, Manifest, ProgramSpec
+from edge_tcur_runtime.installed import OnnxRuntimeInstall, executorch_problem, find_onnxruntime
 
-ENGINES = {  # name -> roles of the graphs that it needs
+EXECUTORCH = "executorch"
+ENGINES: dict[str, tuple[str, ...]] = {  # name -> roles of the graphs that it needs; preferred ones first
     "ort-training": ("train", "eval", "checkpoint"),
     "ort-step": ("step",),
+    EXECUTORCH: (),  # it needs a program, one of `_PROGRAMS`
 }
+_PROGRAMS = ("train-xnnpack", "train-portable")  # preferred ones first
 _TRAINING_PROVIDERS = (AUTO, CPU, "cuda")  # of ``ort-training``; ``ort-step`` runs on any
 _EXPORT = {"step_recompute": "--recompute", "step_last": "--last-blocks"}
 _INSTALL = {
     "ort-training": "pip install 'edge-tcur-runtime[ort-training]' (Python 3.10 to 3.12, x86-64)",
     "ort-step": "pip install 'edge-tcur-runtime[ort]'",
+    EXECUTORCH: "pip install 'edge-tcur-runtime[executorch]' (brings torch)",
 }
 
 
@@ -113,18 +117,71 @@ def _unknown(name: str) -> UsageError:
 def _problem(
     name: str, bundle: Bundle, installed: OnnxRuntimeInstall | None, adapter: Adapter | None, provider: str
 ) -> MissingEngineError | IncompatibleError | None:
+    if name == EXECUTORCH:
+        return _executorch_problem(bundle, adapter, provider)
     if installed is None:
         return MissingEngineError("ONNX Runtime is not installed", hint=_INSTALL[name])
     if name == "ort-training" and not installed.training:
         return no_training_interface(installed)
     if name == "ort-training" and provider not in _TRAINING_PROVIDERS:
         return IncompatibleError(f"it does not run on {provider}", hint="use --engine ort-step")
-    missing = [role for role in ENGINES[name] if bundle.graph(role) is None]
+    missing = lacks(name, bundle.manifest)
     if missing:
         return _no_graph(bundle, ", ".join(missing), name)
     if name == "ort-training" and adapter is not None:
         return _other_rank(bundle, adapter)
     return None
+
+
+def _executorch_problem(
+    bundle: Bundle, adapter: Adapter | None, provider: str
+) -> MissingEngineError | IncompatibleError | None:
+    reason = executorch_problem()
+    if reason is not None:
+        return MissingEngineError(reason, hint=_INSTALL[EXECUTORCH])
+    if provider not in (AUTO, CPU):
+        return IncompatibleError(f"it does not run on {provider}", hint="use --engine ort-step")
+    if lacks(EXECUTORCH, bundle.manifest):
+        return _no_program(bundle)
+    return None if adapter is None else _other_rank(bundle, adapter, "program")
+
+
+def lacks(name: str, manifest: Manifest) -> list[str]:
+    """What the engine needs and a bundle does not have: roles of graphs, or the training program."""
+    if name == EXECUTORCH:
+        return [] if any(program in manifest.programs for program in _PROGRAMS) else ["training program"]
+    return [role for role in ENGINES[name] if role not in manifest.graphs]
+
+
+def _no_program(bundle: Bundle) -> IncompatibleError:
+    return IncompatibleError(
+        "the bundle has no training program of ExecuTorch",
+        where=str(bundle.root),
+        hint="export it again with --target executorch",
+    )
+
+
+def require_program(bundle: Bundle) -> ProgramSpec:
+    """The training program that ``executorch`` runs, XNNPACK's where there are two.
+
+    Raises:
+        IncompatibleError: the bundle was exported without one.
+    """
+    for name in _PROGRAMS:
+        if name in bundle.manifest.programs:
+            return bundle.manifest.programs[name]
+    raise _no_program(bundle)
+
+
+def require_executorch() -> None:
+    """Checks that ExecuTorch and torch, which its Python interface needs, are installed.
+
+    Raises:
+        MissingEngineError: one of them is not.
+    """
+    reason = executorch_problem()
+    if reason is not None:
+        raise MissingEngineError(reason, hint=_INSTALL[EXECUTORCH])
 
 
 def no_training_interface(installed: OnnxRuntimeInstall) -> MissingEngineError:
@@ -144,13 +201,13 @@ def _no_graph(bundle: Bundle, roles: str, engine: str) -> IncompatibleError:
     )
 
 
-def _other_rank(bundle: Bundle, adapter: Adapter) -> IncompatibleError | None:
-    """The shapes of ONNX Runtime Training's parameters are fixed when the bundle is exported."""
+def _other_rank(bundle: Bundle, adapter: Adapter, what: str = "graph") -> IncompatibleError | None:
+    """The shapes of ONNX Runtime Training's and ExecuTorch's parameters are fixed by the export."""
     for group, factors in adapter.factors.items():
         expected = bundle.manifest.groups[group].rank
         if factors.rank != expected:
             return IncompatibleError(
-                f"the adapter has rank {factors.rank}; the bundle's training graph is for rank {expected}",
+                f"the adapter has rank {factors.rank}; the bundle's training {what} is for rank {expected}",
                 hint="use --engine ort-step, which trains any rank, or export a bundle from that run",
             )
     return None
@@ -206,6 +263,10 @@ def open_engine(
         from edge_tcur_runtime.engines.ort_training import OrtTrainingEngine
 
         return OrtTrainingEngine(bundle, threads=threads, placement=placement)
+    if name == EXECUTORCH:
+        from edge_tcur_runtime.engines.executorch import ExecutorchEngine
+
+        return ExecutorchEngine(bundle, threads=threads)
     from edge_tcur_runtime.engines.ort_step import OrtStepEngine
 
     return OrtStepEngine(bundle, threads=threads, graph=graph, placement=placement)

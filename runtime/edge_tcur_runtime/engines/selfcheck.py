@@ -21,7 +21,7 @@ from typing import Any
 
 from edge_tcur_runtime.atomic import write_atomic
 from edge_tcur_runtime.engines.checks import Fault, Verdict, examine, operator_names
-from edge_tcur_runtime.engines.engine import require_onnxruntime
+from edge_tcur_runtime.engines.engine import EXECUTORCH, require_onnxruntime
 from edge_tcur_runtime.engines.providers import (
     AUTO,
     CPU,
@@ -105,6 +105,8 @@ def choose_for_training(engine: str, graph: str, bundle: Bundle, settings: Perso
         IncompatibleError: the bundle has no step graph to check ONNX Runtime Training's provider with.
     """
     name = settings.provider
+    if engine == EXECUTORCH and name in (AUTO, CPU):
+        return Choice(ON_CPU, "executorch runs on the CPU alone")
     if name == AUTO and engine != "ort-step":
         return Choice(ON_CPU, f"{engine} runs elsewhere only where --provider says so")
     if name == AUTO and settings.budget is not None:

@@ -25,7 +25,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from edge_tcur_runtime.formats.factors import (
     AnyFactors,
     GroupSpec,
     SketchFactors,
+    all_finite,
     check_factors,
     factor_parts,
     read_factors,
@@ -62,6 +63,11 @@ MAX_FILE_BYTES = 64 * 2**20  # a head of 50,000 classes fits; a base model does 
 MAX_HEADER_BYTES = 64 * 2**10
 MAX_ALPHA = 1e6
 _DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "I32": np.dtype("<i4"), "U8": np.dtype("u1")}
+_ENCODER = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+_DTYPE_NAMES = tuple(_DTYPES)  # a list is no key of a dict, but may be looked for in a tuple
+_ORDER = {dtype: place for place, dtype in enumerate(_DTYPES)}
+_ENTRY = ("dtype", "shape", "data_offsets")
+_METADATA_KEY = "__metadata__"  # of the safetensors header
 _METADATA = "edge_tcur"
 _DIGEST = "sha256"
 
@@ -136,20 +142,7 @@ def serialize_adapter(adapter: Adapter) -> bytes:
             that is not allowed), so that it could not be read.
     """
     _check_values(adapter, "adapter")
-    header = adapter.header
-    document = {
-        "format_version": FORMAT_VERSION,
-        "method": METHOD,
-        "coupling": header.coupling,
-        "transform": header.transform,
-        "frame": header.frame,
-        "alpha": header.alpha,
-        "base_digest": header.base_digest,
-        "task": header.task,
-        "labels": list(header.labels),
-        "groups": {name: asdict(spec) for name, spec in sorted(header.groups.items())},
-        "provenance": dict(sorted(header.provenance.items())),
-    }
+    document = _document(adapter.header)
     tensors = adapter.tensors()
     try:
         metadata = {_METADATA: _compact({**document, _DIGEST: _content_digest(document, tensors)})}
@@ -164,6 +157,23 @@ def serialize_adapter(adapter: Adapter) -> bytes:
         )
     parse_adapter(raw)  # what could not be read is not written
     return raw
+
+
+def _document(header: AdapterHeader) -> dict[str, Any]:
+    """The JSON document of a header without its digest, in the one order that is written and read."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "method": METHOD,
+        "coupling": header.coupling,
+        "transform": header.transform,
+        "frame": header.frame,
+        "alpha": float(header.alpha),
+        "base_digest": header.base_digest,
+        "task": header.task,
+        "labels": list(header.labels),
+        "groups": {name: vars(spec) for name, spec in sorted(header.groups.items())},
+        "provenance": dict(sorted(header.provenance.items())),
+    }
 
 
 def write_adapter(path: Path, adapter: Adapter, *, private: bool = False) -> str:
@@ -195,8 +205,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
                 raise BadInputError("not a regular file", where=str(path))
             if status.st_size > limit:
                 raise FileFormatError(f"{status.st_size} bytes; the limit is {limit}", where=str(path))
+            # As many bytes as there were: asked for `limit`, Python would reserve them all.
             with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return file.read(limit)
+                return file.read(status.st_size)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -211,14 +222,17 @@ def read_adapter(path: Path) -> Adapter:
 def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
     """An adapter from the bytes of its file; every check comes before the value is used.
 
+    One content has one file: what is accepted is, byte for byte, what `serialize_adapter` writes for it.
+
     Raises:
-        FileFormatError: not an adapter file (size, header, schema, tensor names, dtypes, shapes).
+        FileFormatError: not an adapter file (size, header, schema, tensor names, dtypes, shapes), or
+            written otherwise than the format says (spaces, order).
         FormatVersionError: written by a newer version.
         IntegrityError: the digest inside does not match the content.
         BadInputError: values out of range (non-finite core, indices).
     """
     table = _parse_table(raw, where)
-    metadata = table.pop("__metadata__", None)
+    metadata = table.pop(_METADATA_KEY, None)
     if not isinstance(metadata, dict) or set(metadata) != {_METADATA}:
         raise FileFormatError(
             f"this safetensors file is not an edge-tcur adapter (its metadata is not {_METADATA!r})",
@@ -229,25 +243,35 @@ def parse_adapter(raw: bytes, where: str = "adapter") -> Adapter:
     check_version(Fields(document, place), FORMAT_VERSION)  # a newer one may hold anything else
     tensors = _parse_tensors(raw, table, where)
     rest = {key: value for key, value in document.items() if key != _DIGEST}
-    expected, actual = Fields(document, place).text(_DIGEST), _content_digest(rest, tensors)
-    if actual != expected or text != _compact({**rest, _DIGEST: expected}):
+    body, expected = _compact(rest), Fields(document, place).text(_DIGEST)
+    actual = _text_digest(body, tensors)
+    if actual != expected or text != f'{body[:-1]},"{_DIGEST}":"{expected}"}}':
         raise IntegrityError(
             f"the content was altered: its digest is {actual}, the file promises {expected}",
             where=where,
             hint="fetch or build the adapter again; this copy is not used",
         )
     header = _parse_header(rest, place)
+    if body != _compact(_document(header)):
+        raise FileFormatError("the fields are not written in the format's order and form", where=place)
     adapter = _assemble(header, tensors, where)
-    _check_values(adapter, where)
+    _check_values(adapter, where, read=True)
     return adapter
 
 
 def _compact(document: Mapping[str, Any]) -> str:
-    return json.dumps(document, separators=(",", ":"), ensure_ascii=False)
+    try:
+        return _ENCODER.encode(document)
+    except RecursionError as error:
+        raise FileFormatError("nested too deeply", where="adapter") from error
 
 
 def _content_digest(document: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
-    named = [(_METADATA, np.frombuffer(_compact(document).encode(), dtype=np.uint8))]
+    return _text_digest(_compact(document), tensors)
+
+
+def _text_digest(body: str, tensors: Mapping[str, np.ndarray]) -> str:
+    named = [(_METADATA, np.frombuffer(body.encode(), dtype=np.uint8))]
     named += [(name, tensors[name]) for name in sorted(tensors)]
     return digest_tensors(named)
 
@@ -264,15 +288,22 @@ def _parse_table(raw: bytes, where: str) -> dict[str, Any]:
             f"the header claims {length} bytes; the file has {len(raw)} and the limit is {MAX_HEADER_BYTES}",
             where=where,
         )
-    return parse_document(raw[8 : 8 + length], f"{where}: header")
+    text, place = raw[8 : 8 + length], f"{where}: header"
+    table = parse_document(text, place)
+    # The digest covers what the header says, not how: other spaces or escapes would be another file.
+    written = _compact({_METADATA_KEY: table[_METADATA_KEY], **table} if _METADATA_KEY in table else table)
+    expected = written.encode()
+    if text != expected.ljust(-(-len(expected) // 8) * 8):
+        raise FileFormatError("holds spaces, escapes or an order that the format does not have", where=place)
+    return table
 
 
 def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     for name, entry in table.items():
-        Fields(entry if isinstance(entry, dict) else {}, f"{where}: {name}").only(
-            "dtype", "shape", "data_offsets"
-        ).choice("dtype", _DTYPES)
         _check_name(name, where)
+        if not isinstance(entry, dict) or tuple(entry) != _ENTRY or entry["dtype"] not in _DTYPE_NAMES:
+            _refuse_entry(entry, f"{where}: {name}")
+    _check_order(table, where)
     try:
         entries = safetensors.deserialize(raw)  # type: ignore[no-untyped-call]
         return {
@@ -283,9 +314,35 @@ def _parse_tensors(raw: bytes, table: Mapping[str, Any], where: str) -> dict[str
         raise FileFormatError(f"not a valid safetensors file: {error}", where=where) from error
 
 
+def _check_order(table: Mapping[str, Any], where: str) -> None:
+    """Refuses tensors in another order than the library writes: by dtype (`_DTYPES`), then by name, one
+    behind the other. Their data would be the same, their file another."""
+    end, last = 0, (0, "")
+    for name, entry in table.items():
+        order, offsets = (_ORDER[entry["dtype"]], name), entry["data_offsets"]
+        if order < last:
+            raise FileFormatError("the tensors are not in the format's order", where=where)
+        if not _are_offsets(offsets) or not end == offsets[0] <= offsets[1]:
+            raise FileFormatError(
+                "'data_offsets' must follow on those of the tensor before", where=f"{where}: {name}"
+            )
+        end, last = offsets[1], order
+
+
+def _are_offsets(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and type(value[0]) is type(value[1]) is int
+
+
+def _refuse_entry(entry: object, where: str) -> None:
+    """Raises the error of a tensor's entry that is not as it must be."""
+    fields = Fields(entry if isinstance(entry, dict) else {}, where)
+    fields.only(*_ENTRY).choice("dtype", _DTYPES)
+    raise FileFormatError(f"the fields must be {', '.join(_ENTRY)}", where=where)
+
+
 def _check_name(name: str, where: str) -> None:
     """Refuses tensor names that could leave a directory or alter a terminal."""
-    if not name.isprintable() or name in {"", "__metadata__"} or "/" in name or "\\" in name:
+    if not name.isprintable() or name in {"", _METADATA_KEY} or "/" in name or "\\" in name:
         raise FileFormatError(f"the tensor name {name!r} is not allowed", where=where)
 
 
@@ -348,11 +405,15 @@ def _assemble(header: AdapterHeader, tensors: Mapping[str, np.ndarray], where: s
     return Adapter(header, factors, rest)
 
 
-def _check_values(adapter: Adapter, where: str) -> None:
+def _check_values(adapter: Adapter, where: str, *, read: bool = False) -> None:
+    """Refuses values that the format does not have; `read`: the factors are those of `read_factors`, which
+    has checked each on its own."""
     if set(adapter.factors) != set(adapter.header.groups) or not (adapter.factors or adapter.extras):
         raise FileFormatError("groups and factors do not name the same groups, or are empty", where=where)
     for group, spec in adapter.header.groups.items():
-        _check_group(adapter, group, spec, f"{where}: {group}")
+        if not read:
+            check_factors(adapter.factors[group], spec, f"{where}: {group}")
+        _check_group(adapter, group, f"{where}: {group}")
     for name, value in adapter.extras.items():
         _check_name(name, where)
         if name.rpartition(".")[2] in FACTOR_PARTS or value.dtype != np.float32:
@@ -360,13 +421,12 @@ def _check_values(adapter: Adapter, where: str) -> None:
                 f"the tensor {name!r} ({value.dtype}) belongs to no group of this adapter, and is no extra",
                 where=where,
             )
-        if not np.isfinite(value).all():
+        if not all_finite(value):
             raise BadInputError("holds NaN or infinity", where=f"{where}: {name}")
 
 
-def _check_group(adapter: Adapter, group: str, spec: GroupSpec, where: str) -> None:
+def _check_group(adapter: Adapter, group: str, where: str) -> None:
     factors, header = adapter.factors[group], adapter.header
-    check_factors(factors, spec, where)
     if isinstance(factors, SketchFactors) != (header.frame == SKETCH):
         raise FileFormatError(f"the factors are not those of the frame {header.frame!r}", where=where)
     if header.frame == SKETCH and header.coupling != "none":

@@ -19,6 +19,7 @@ FRAMES = ("raw", "orthonormal", SKETCH)
 INDEX_PARTS = ("rows", "cols")
 SKETCH_PARTS = ("left", "right")
 FACTOR_PARTS = ("core", *INDEX_PARTS, *SKETCH_PARTS)
+_PIECE = 2**16  # numbers that are checked at a time
 
 
 @dataclass(frozen=True)
@@ -151,10 +152,9 @@ def read_factors(parts: Mapping[str, np.ndarray], spec: GroupSpec, where: str) -
                 f"{name} has shape {packed.shape} and dtype {packed.dtype}; expected uint8 {list(expected)}",
                 where=where,
             )
-        values = unpack(packed, count)
-        if not is_valid(packed, values):
+        if not is_valid(packed, count):
             raise BadInputError(f"{name} holds something else than -1, 0 and 1", where=where)
-        unpacked.append(values.reshape(-1, *shape))
+        unpacked.append(unpack(packed, count).reshape(-1, *shape))
     return SketchFactors(parts["core"], *unpacked)
 
 
@@ -203,6 +203,12 @@ def _check_indices(factors: Factors, spec: GroupSpec, rank: int, where: str) -> 
             )
 
 
+def all_finite(value: np.ndarray) -> bool:
+    """Whether a float array holds no NaN and no infinity; takes little memory, however large it is."""
+    flat = value.reshape(-1)
+    return all(bool(np.isfinite(flat[start : start + _PIECE]).all()) for start in range(0, flat.size, _PIECE))
+
+
 def _check_core(core: np.ndarray, spec: GroupSpec, where: str) -> int:
     n3, rank = len(spec.parameters), int(core.shape[-1]) if core.ndim == 3 else 0
     if rank < 1 or core.shape != (n3, rank, rank) or core.dtype != np.float32:
@@ -211,6 +217,6 @@ def _check_core(core: np.ndarray, spec: GroupSpec, where: str) -> int:
             f"expected float32 [{n3}, r, r] with r of at least 1",
             where=where,
         )
-    if not np.isfinite(core).all():
+    if not all_finite(core):
         raise BadInputError("the core holds NaN or infinity", where=where)
     return rank

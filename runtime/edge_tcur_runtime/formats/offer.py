@@ -4,9 +4,10 @@ The targets metadata is signed and its size is paid by every device at every cha
 adapters share stand once:
 
     signed["x-edge-tcur"]   {"format_version": 1, "bases": {id: base}, "versions": {name: last used}}
-                            (the last used version only where it is above every listed one)
+                            (the last used version only where it is above every listed one),
+                            "usual"?: base, fit, rank, runtime of an adapter that leaves them out
     base                    {"digest", "task", "tokenizer"?, "canary"?}
-    target["custom"]        adapter: {"base": id, "fit", "rank", "runtime", "channel"?, "rollout"?,
+    target["custom"]        adapter: {"base"?: id, "fit"?, "rank"?, "runtime"?, "channel"?, "rollout"?,
                             "format"?, "metrics"?, "canary"?, "card"?}
                             bundle:  {"base": digest}
     path                    adapters/<name>/<version>.safetensors, bundles/<name>/<version>.json
@@ -20,8 +21,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from edge_tcur_runtime.errors import EdgeError, FileFormatError, UsageError
@@ -32,6 +35,7 @@ from edge_tcur_runtime.formats.schema import Fields
 FORMAT_VERSION = 1
 EXTRA = "x-edge-tcur"
 CHANNELS = ("stable", "beta")  # a device on beta takes stable ones too
+USUAL = ("base", "fit", "rank", "runtime")  # what lines of adapters mostly have in common
 FULL_ROLLOUT = 10_000  # hundredths of a percent
 MAX_CANARY = 16  # samples
 _HEX = re.compile(r"[0-9a-f]{64}")
@@ -145,12 +149,14 @@ class Catalogue:
         adapters, bundles: in the order of their paths.
         skipped: path -> why the entry could not be understood.
         versions: name -> the highest version ever used.
+        usual: of `USUAL`, what an entry that leaves it out has.
     """
 
     adapters: tuple[Offer, ...] = ()
     bundles: tuple[BundleOffer, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, int] = field(default_factory=dict)
+    usual: Mapping[str, object] = field(default_factory=dict)
 
 
 def check_offer_name(name: str) -> None:
@@ -197,11 +203,31 @@ def serialize_extra(catalogue: Catalogue) -> dict[str, Any]:
     for offer in catalogue.adapters:
         listed[offer.facts.name] = max(listed.get(offer.facts.name, 0), offer.facts.version)
     versions = {name: last for name, last in catalogue.versions.items() if last > listed.get(name, 0)}
-    return {"format_version": FORMAT_VERSION, "bases": bases, "versions": versions}
+    extra = {"format_version": FORMAT_VERSION, "bases": bases, "versions": versions}
+    usual = usual_facts(catalogue)
+    return extra | ({"usual": usual} if usual else {})
 
 
-def serialize_adapter_facts(facts: AdapterFacts) -> dict[str, Any]:
-    """The custom object of an adapter's target."""
+def usual_facts(catalogue: Catalogue) -> dict[str, object]:
+    """What at least two adapters, and more than any other, have in common.
+
+    An entry that this version does not understand may lean on what is there: then nothing changes.
+    """
+    if catalogue.skipped:
+        return dict(catalogue.usual)
+    entries = [serialize_adapter_facts(offer.facts) for offer in catalogue.adapters]
+    usual = dict[str, object]()
+    for key in USUAL:
+        counts = Counter(entry[key] for entry in entries).most_common(1)
+        if counts and counts[0][1] > 1:
+            usual[key] = counts[0][0]
+    return usual
+
+
+def serialize_adapter_facts(
+    facts: AdapterFacts, usual: Mapping[str, object] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The custom object of an adapter's target, without what is `usual`."""
     custom: dict[str, Any] = {
         "base": base_id(facts.base),
         "fit": facts.fit,
@@ -217,7 +243,8 @@ def serialize_adapter_facts(facts: AdapterFacts) -> dict[str, Any]:
         "metrics": (dict(facts.metrics), {}),
         "card": (facts.card, None),
     }
-    return custom | {key: value for key, (value, usual) in more.items() if value != usual}
+    custom |= {key: value for key, (value, default) in more.items() if value != default}
+    return {key: value for key, value in custom.items() if key not in usual or usual[key] != value}
 
 
 def serialize_bundle_facts(facts: BundleFacts) -> dict[str, Any]:
@@ -243,9 +270,10 @@ def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogu
     check_version(fields, FORMAT_VERSION)
     bases = fields.children("bases")
     versions = fields.child("versions")
+    usual = {} if fields.is_null("usual") else dict(fields.mapping("usual"))
     adapters, bundles, skipped = [], [], {}
     for entry in sorted(entries, key=lambda entry: entry.path):
-        found = _parse_entry(entry, bases, f"{where}: {entry.path}")
+        found = _parse_entry(entry, bases, usual, f"{where}: {entry.path}")
         if isinstance(found, Offer):
             adapters.append(found)
         elif isinstance(found, BundleOffer):
@@ -255,7 +283,7 @@ def parse_catalogue(extra: object, entries: list[Entry], where: str) -> Catalogu
     known = {name: versions.integer(name) for name in versions.mapping_keys()}
     for offer in adapters:
         known[offer.facts.name] = max(known.get(offer.facts.name, 0), offer.facts.version)
-    return Catalogue(tuple(adapters), tuple(bundles), skipped, known)
+    return Catalogue(tuple(adapters), tuple(bundles), skipped, known, usual)
 
 
 def _serialize_base(base: BaseFacts) -> dict[str, str]:
@@ -275,13 +303,15 @@ def _parse_base(fields: Fields) -> BaseFacts:
     )
 
 
-def _parse_entry(entry: Entry, bases: Mapping[str, Fields], where: str) -> Offer | BundleOffer | str:
+def _parse_entry(
+    entry: Entry, bases: Mapping[str, Fields], usual: Mapping[str, object], where: str
+) -> Offer | BundleOffer | str:
     """An offer, or why the entry cannot be understood."""
-    custom = Fields(entry.custom if isinstance(entry.custom, dict) else {}, where)
+    given = entry.custom if isinstance(entry.custom, dict) else {}
     try:
         if entry.path.startswith("bundles/"):
-            return BundleOffer(entry, _parse_bundle(custom, entry))
-        return Offer(entry, _parse_adapter(custom, entry, bases))
+            return BundleOffer(entry, _parse_bundle(Fields(given, where), entry))
+        return Offer(entry, _parse_adapter(Fields({**usual, **given}, where), entry, bases))
     except EdgeError as error:
         return f"cannot be understood by this version: {error.message}"
 

@@ -10,6 +10,9 @@ import numpy as np
 
 _PER_BYTE = 4
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
+_CODES = (np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)  # of every byte
+_ENTRIES = _CODES.astype(np.int8) - np.int8(1)
+_INVALID = (_CODES == 3).any(axis=1)
 
 
 def packed_size(count: int) -> int:
@@ -27,17 +30,21 @@ def pack(values: np.ndarray) -> np.ndarray:
 
 def unpack(packed: np.ndarray, count: int) -> np.ndarray:
     """int8 [n, count] entries -1, 0, 1; 2 stands where the pattern is not valid (see `is_valid`)."""
-    codes = (packed[..., None] >> _SHIFTS) & np.uint8(3)
-    return codes.reshape(len(packed), -1)[:, :count].astype(np.int8) - 1
+    return np.take(_ENTRIES, packed, axis=0).reshape(len(packed), -1)[:, :count]
 
 
-def is_valid(packed: np.ndarray, values: np.ndarray) -> bool:
-    """Whether `packed` is what `pack` writes for `values`: no invalid pattern, no stray bits behind."""
-    return bool((values <= 1).all()) and np.array_equal(pack(values), packed)
+def is_valid(packed: np.ndarray, count: int) -> bool:
+    """Whether `packed` is what `pack` writes for rows of `count` entries: no invalid pattern, and no stray
+    bits behind."""
+    used = count % _PER_BYTE
+    stray = bool((packed[:, -1] >> (2 * used)).any()) if used and packed.size else False
+    return not stray and not _INVALID[packed].any()
 
 
 def unit_vectors(values: np.ndarray, axis: int) -> np.ndarray:
     """float32 entries of the vectors along `axis`, each divided by its length (an empty one stays zero)."""
-    lengths = np.sqrt((values != 0).sum(axis=axis, keepdims=True))
-    units: np.ndarray = values / np.maximum(lengths, 1)
-    return units.astype(np.float32)
+    entries = values.astype(np.float32)
+    lengths = np.sqrt(np.square(entries).sum(axis=axis, keepdims=True), dtype=np.float64)
+    # One division a vector, rounded once: an entry is plus or minus that, the bits of dividing each.
+    entries *= (1 / np.maximum(lengths, 1)).astype(np.float32)
+    return entries

@@ -27,16 +27,18 @@ from tuf.api.exceptions import (
     UnsignedMetadataError,
 )
 from tuf.api.metadata import Metadata, Root, Signed, Snapshot, Targets, Timestamp
+from tuf.api.serialization import DeserializationError
 from tuf.ngclient import Updater, UpdaterConfig
 
 from edge_tcur_runtime.atomic import disk_error
-from edge_tcur_runtime.errors import EdgeError, NetworkError, TrustError
+from edge_tcur_runtime.errors import EdgeError, FileFormatError, NetworkError, TrustError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.offer import EXTRA, Catalogue, Entry, parse_catalogue
 from edge_tcur_runtime.update.fetch import Limits, Transport, TufFetcher
 from edge_tcur_runtime.update.floor import ROLES, Versions
 
 _BASE = "repository:/metadata/"
+TELL = "nothing was changed; tell the publisher"
 _SIGNED = {"root": Root, "timestamp": Timestamp, "snapshot": Snapshot, "targets": Targets}
 
 
@@ -115,7 +117,10 @@ def read_verified(metadata: Path, limits: Limits) -> Verified:
         Entry(path, target.length, target.hashes.get("sha256", ""), target.custom)
         for path, target in targets.targets.items()
     ]
-    catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
+    try:
+        catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
+    except FileFormatError as error:
+        raise TrustError(f"signed, and malformed: {error.message}", where=error.where, hint=TELL) from error
     versions = Versions(
         **{role: loaded[role].version for role in ("root", *ROLES)},
         keys={role: _keys_of(root, role) for role in ROLES},
@@ -167,6 +172,9 @@ def _user_error(error: Exception) -> EdgeError:
         return NetworkError(f"the server has no usable repository: {text}", hint=hint)
     if isinstance(error, DownloadError):
         return NetworkError(f"cannot fetch the metadata: {text}", hint="run it again later")
+    if isinstance(error, DeserializationError):
+        hint = f"check --url, and that the server answers 404 for what is not there; {kept}"
+        return TrustError(f"what the server sends is no metadata: {text}", hint=hint)
     if isinstance(error, UnsignedMetadataError):
         return TrustError(f"not signed by the trusted keys: {text}", hint=kept)
     return TrustError(f"the repository's metadata is not to be trusted: {text}", hint=kept)

@@ -54,6 +54,7 @@ class Limits:
         root_rotations: new root versions accepted in one update.
         requests: in one update; a bundle's first installation counts its chunks on top.
         index_bytes: of a bundle's index.
+        bundle_bytes: of a bundle, all its files; a larger one is refused before its first chunk.
         adapter_bytes: of an adapter; a larger one is skipped.
     """
 
@@ -67,6 +68,7 @@ class Limits:
     root_rotations: int = 32
     requests: int = 64
     index_bytes: int = 2**20
+    bundle_bytes: int = 4 * 2**30
     adapter_bytes: int = MAX_FILE_BYTES
 
 

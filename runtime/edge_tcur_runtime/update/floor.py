@@ -2,7 +2,7 @@
 
 python-tuf remembers versions in its metadata directory only: once that is wiped, older metadata that is
 still signed would be accepted, and a clock at 1970 accepts metadata that expired. So the store keeps
-one small file, ``update/state.json`` (old-or-new, with a checksum):
+one small document, in two copies (``update/state-0.json``, ``state-1.json``; see `edge_tcur_runtime.copies`):
 
     floor       the versions of the four roles that were last acted upon, and which keys signed them;
                 raised only when an update ended well
@@ -20,17 +20,18 @@ import json
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory, write_atomic
-from edge_tcur_runtime.errors import BadInputError, FileFormatError, IntegrityError, TrustError
-from edge_tcur_runtime.formats.adapter import check_version, read_bounded
+from edge_tcur_runtime.atomic import disk_error, exclusive_lock, fsync_directory
+from edge_tcur_runtime.copies import NAMES, Copies
+from edge_tcur_runtime.errors import IntegrityError, TrustError
+from edge_tcur_runtime.formats.adapter import check_version
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.schema import Fields, parse_document
 from edge_tcur_runtime.update.policy import Committed
 
 FORMAT_VERSION = 1
-STATE_FILE = "state.json"
 MAX_STATE_BYTES = 2**18
 MAX_REMEMBERED = 256  # digests in each of the two lists; the oldest are forgotten
 MAX_ATTEMPTS = 3  # a health check that never came to its end (a crash, a lost battery)
@@ -51,7 +52,7 @@ class Versions:
 
 @dataclass(frozen=True)
 class UpdateState:
-    """The content of ``state.json``.
+    """What an update remembers.
 
     Attributes:
         device_id: 32 random hex digits; places the device in rollouts and is never sent.
@@ -189,14 +190,15 @@ def new_state() -> UpdateState:
     return UpdateState(secrets.token_hex(16))
 
 
-def serialize_update_state(state: UpdateState) -> bytes:
-    """The bytes of ``state.json``."""
-    document = json.loads(json.dumps({"format_version": FORMAT_VERSION, **asdict(state)}))
+def serialize_update_state(state: UpdateState, generation: int) -> bytes:
+    """The bytes of a copy; `generation` counts the writes."""
+    fields = {"format_version": FORMAT_VERSION, "generation": generation, **asdict(state)}
+    document = json.loads(json.dumps(fields))
     return json.dumps({**document, "sha256": _checksum(document)}, indent=1, sort_keys=True).encode()
 
 
-def parse_update_state(raw: bytes, where: str) -> UpdateState:
-    """A state from its bytes.
+def parse_update_state(raw: bytes, where: str) -> tuple[UpdateState, int]:
+    """A state and its generation from the bytes of a copy.
 
     Raises:
         IntegrityError, FileFormatError: altered, or no state file.
@@ -206,10 +208,10 @@ def parse_update_state(raw: bytes, where: str) -> UpdateState:
     check_version(fields, FORMAT_VERSION)
     if _checksum({key: value for key, value in document.items() if key != "sha256"}) != fields.text("sha256"):
         raise IntegrityError("the checksum does not match", where=where)
-    fields.only("format_version", "sha256", *UpdateState.__dataclass_fields__)
+    fields.only("format_version", "generation", "sha256", *UpdateState.__dataclass_fields__)
     floor, rejected = fields.child("floor"), fields.child("rejected")
     keys = floor.child("keys")
-    return UpdateState(
+    state = UpdateState(
         fields.text("device_id"),
         Versions(
             **{role: floor.integer(role) for role in ("root", *ROLES)},
@@ -225,37 +227,36 @@ def parse_update_state(raw: bytes, where: str) -> UpdateState:
         () if fields.is_null("combined") else fields.texts("combined"),
         "" if fields.is_null("repository") else fields.text("repository"),
     )
+    return state, fields.integer("generation", low=1)
 
 
 class StateFile:
-    """``update/state.json`` of a store, and the lock that one update holds from its start to its end."""
+    """The two copies of the state in ``update/``, and the lock that one update holds from start to end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / STATE_FILE
+        self._copies = Copies(folder, parse_update_state, MAX_STATE_BYTES, "what updates remember")
+        self.warnings: tuple[str, ...] = ()  # about a damaged copy, of the last `read`
+        self.missing = True  # whether the last `read` found no state
 
     def read(self) -> UpdateState:
-        """The state; a new one where there is none.
+        """The state; a new one where there is none. Of a damaged copy `warnings` tells.
 
         Raises:
-            IntegrityError, FileFormatError: damaged. It is never silently begun anew: that would forget
-                the floor.
+            IntegrityError: no copy is whole. It is never silently begun anew: that would forget the floor.
         """
-        hint = f"remove it to start over: the protection against old metadata then starts anew ({self.path})"
-        try:
-            return parse_update_state(read_bounded(self.path, MAX_STATE_BYTES), str(self.path))
-        except BadInputError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return new_state()
-            if isinstance(error, FileFormatError):
-                raise IntegrityError(error.message, where=error.where, hint=hint) from error
-            raise
-        except IntegrityError as error:
-            raise IntegrityError(error.message, where=error.where, hint=hint) from error
+        current = self._copies.read(new_state(), changing=True)
+        self.warnings, self.missing = current.warnings, current.generation == 0
+        if self.missing and current.warnings:
+            names = " and ".join(NAMES)
+            hint = f"remove {names} to start over: the protection against old metadata then starts anew"
+            raise IntegrityError(current.warnings[0], where=str(self.folder), hint=hint)
+        return current.value
 
     def write(self, state: UpdateState) -> None:
-        """Writes the state old-or-new, readable by its owner only."""
-        write_atomic(self.path, serialize_update_state(state), mode=0o600)
+        """Writes the state old-or-new, readable by its owner only, in the place of the older copy."""
+        current = self._copies.read(state, changing=True)
+        self._copies.write(current, partial(serialize_update_state, state))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,13 +11,21 @@ from pathlib import Path
 import numpy as np
 
 from edge_tcur_runtime.canary import read_canary
-from edge_tcur_runtime.errors import BadInputError, EdgeError, HealthCheckError
+from edge_tcur_runtime.errors import (
+    BadInputError,
+    BudgetError,
+    DiskError,
+    EdgeError,
+    HealthCheckError,
+    MissingEngineError,
+)
 from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle, Manifest
 from edge_tcur_runtime.formats.offer import CanaryAnswers
 
 SAMPLES = 4  # of the canary that are signed
+_NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory")  # as ONNX Runtime says it
 TOLERANCE = 50  # thousandths, plus 2 % of the value
 
 
@@ -59,6 +67,7 @@ def check_health(
 
     Raises:
         HealthCheckError: it does not fit, gives NaN or infinity, or other answers.
+        BudgetError: the device has not enough memory now; that says nothing about the adapter.
     """
     outputs = _outputs(bundle, adapter)
     if outputs is None:
@@ -94,10 +103,13 @@ def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
     except BadInputError:
         raise
     except EdgeError as error:
-        if error.code == "missing-engine":
+        if isinstance(error, (MissingEngineError, BudgetError, DiskError)):
             raise
         raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
     except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY):
+            hint = "nothing was changed; run it again when other programs have ended"
+            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
         raise HealthCheckError(f"the graph cannot run with it: {error}") from error
     if not np.isfinite(outputs).all():
         raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")

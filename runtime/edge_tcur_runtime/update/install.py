@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
-from edge_tcur_runtime.errors import DiskError, IntegrityError, OutputExistsError, TrustError, UsageError
+from edge_tcur_runtime.errors import (
+    DiskError,
+    FileFormatError,
+    IntegrityError,
+    OutputExistsError,
+    TrustError,
+    UsageError,
+)
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.chunks import BundleIndex, ChunkedFile, chunk_path, parse_index
 from edge_tcur_runtime.formats.offer import BundleOffer
-from edge_tcur_runtime.update.client import refresh, repository_id
+from edge_tcur_runtime.units import format_size
+from edge_tcur_runtime.update.client import TELL, refresh, repository_id
 from edge_tcur_runtime.update.fetch import Download, FileTransport, HttpTransport, Limits, Progress, fetch
 from edge_tcur_runtime.update.floor import StateFile, check_floor, check_time
 
@@ -57,7 +65,7 @@ def install_bundle(
 
     Raises:
         OutputExistsError: `target` is there already.
-        UsageError: no such bundle, or several.
+        UsageError: no such bundle, or several; or larger than the limit.
         TrustError, NetworkError, DiskError: see `edge_tcur_runtime.update.run`.
     """
     if target.exists():
@@ -115,7 +123,17 @@ def _fetch_index(offer: BundleOffer, work: Path, place: Place, limits: Limits) -
     part = work / f".{_INDEX}"
     folder, _, name = entry.path.rpartition("/")
     fetch(Download(f"targets/{folder}/{entry.sha256}.{name}", entry.size, entry.sha256, part), place)
-    return parse_index(read_bounded(part, limits.index_bytes), entry.path)
+    try:
+        index = parse_index(read_bounded(part, limits.index_bytes), entry.path)
+    except FileFormatError as error:
+        raise TrustError(f"signed, and malformed: {error.message}", where=error.where, hint=TELL) from error
+    if index.size > limits.bundle_bytes:
+        raise UsageError(
+            f"the bundle has {format_size(index.size)}; the limit is {format_size(limits.bundle_bytes)}",
+            where=entry.path,
+            hint="nothing of it was fetched; --max-bundle allows more",
+        )
+    return index
 
 
 def _fetch_files(index: BundleIndex, work: Path, place: Place, progress: Progress | None) -> None:

@@ -79,6 +79,9 @@ class Situation:
         published: digests that came by update.
         rejected: digest -> why it is not tried again on this device.
         personal: what to do where the adapter in use did not come by update.
+        origin: what a personal adapter in use started from: a digest, ``base``, or None where not known.
+        obstacle: why a personal adapter in use cannot be combined with a published one; None where it can.
+        went_back: the store's state lost its last change: nobody took `committed` out of use.
     """
 
     active: str | None = None
@@ -86,6 +89,9 @@ class Situation:
     published: frozenset[str] = frozenset()
     rejected: Mapping[str, str] = field(default_factory=dict)
     personal: Personal = Personal.KEEP
+    origin: str | None = None
+    obstacle: str | None = None
+    went_back: bool = False
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,8 @@ def _held(offer: Offer, listed: frozenset[str], situation: Situation) -> str | N
     committed = situation.committed
     if committed is None or committed.digest == situation.active or committed.digest not in listed:
         return None
+    if situation.went_back:
+        return None
     if offer.facts.name != committed.name or offer.facts.version > committed.version:
         return None
     return f"version {committed.version} was taken out of use on this device"
@@ -205,11 +213,15 @@ def _with_personal(best: Offer | None, situation: Situation, skipped: Mapping[st
     if best is None:
         return Decision(Action.NOTHING, "a personal adapter is in use", skipped=skipped)
     label = f"{best.facts.name} version {best.facts.version}"
-    known = situation.committed is not None and situation.committed.digest == best.digest
-    if situation.personal is Personal.KEEP or (known and situation.personal is Personal.COMBINE):
-        reason = f"a personal adapter is in use and kept; published: {label}"
+    committed = None if situation.committed is None else situation.committed.digest
+    combine = situation.personal is Personal.COMBINE
+    known = best.digest in (committed, situation.origin)
+    if situation.personal is Personal.KEEP or (combine and (known or situation.obstacle is not None)):
+        why = f": {situation.obstacle}" if combine and not known else ""
+        how = "" if combine else " (--personal combine adds it, replace takes it alone)"
+        reason = f"a personal adapter is in use and kept{why}; published: {label}{how}"
         return Decision(Action.NOTHING, reason, best, skipped=skipped)
-    if situation.personal is Personal.COMBINE:
+    if combine:
         return Decision(Action.COMBINE, f"{label}, with what the personal one learned", best, skipped=skipped)
     return Decision(Action.INSTALL, f"{label} replaces the personal adapter", best, skipped=skipped)
 

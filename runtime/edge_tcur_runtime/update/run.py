@@ -16,15 +16,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_tcur_runtime import __version__
-from edge_tcur_runtime.arithmetic import combine
 from edge_tcur_runtime.atomic import disk_error
 from edge_tcur_runtime.errors import (
     BadInputError,
-    ConfigError,
+    BudgetError,
     EdgeError,
+    FileFormatError,
     HealthCheckError,
-    IncompatibleError,
     IntegrityError,
+    TrustError,
     UsageError,
 )
 from edge_tcur_runtime.feeds import facts_of_manifest, fit_digest
@@ -38,7 +38,8 @@ from edge_tcur_runtime.formats.adapter import (
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
 from edge_tcur_runtime.store import Store, check_name
-from edge_tcur_runtime.update.client import Verified, refresh, repository_id
+from edge_tcur_runtime.update.blend import blend, obstacle, origin_of
+from edge_tcur_runtime.update.client import TELL, Verified, refresh, repository_id
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
     Counters,
@@ -146,7 +147,7 @@ def run_update(
 
     Raises:
         TrustError, IntegrityError: 6. NetworkError: 8. DiskError: 7.
-        IncompatibleError, HealthCheckError: 4. BadInputError: 3. UsageError: 2.
+        IncompatibleError, HealthCheckError: 4. BudgetError: 5. BadInputError: 3. UsageError: 2.
         In every case the adapter in use is the one from before.
     """
     bundle = open_bundle(bundle_root, verify=False)  # the manifest; its files are verified before use
@@ -228,7 +229,12 @@ class _Update:
         if self.settings.retry:
             committed = None if self._was_taken_out() else self.state.committed
             self.state = replace(self.state, rejected={}, attempts=0, committed=committed)
-        if not self.states.path.exists() or (self.state != before and not self.settings.check_only):
+        self.notes += self.states.warnings
+        if (
+            self.states.missing
+            or self.states.warnings
+            or (self.state != before and not self.settings.check_only)
+        ):
             self.states.write(self.state)
         verified = refresh(self.place, trusted, self.states.folder / "metadata", self.settings.limits)
         check_floor(verified.versions, self.state.floor)
@@ -260,6 +266,18 @@ class _Update:
         own = active is not None and active not in self.state.published
         return committed is not None and committed.digest != active and not own
 
+    def _went_back(self) -> bool:
+        """Whether the store's state lost its last change, and with it what the last update put in use.
+
+        Who goes back by hand leaves it as the one to go back to.
+        """
+        committed, state = self.state.committed, self.store.state
+        known = committed is None or committed.digest in (state.active, state.previous, state.pending)
+        if known or not self.store.may_be_behind:
+            return False
+        self.notes.append(f"{self.store.root}: the store's state was damaged and is an older one")
+        return True
+
     def _device(self) -> Device:
         manifest = self.bundle.manifest
         if self.settings.channel not in CHANNELS:
@@ -278,13 +296,19 @@ class _Update:
         )
 
     def _situation(self) -> Situation:
-        return Situation(
-            self.store.active_digest(),
+        active = self.store.active_digest()
+        situation = Situation(
+            active,
             self.state.committed,
             frozenset(self.state.published),
             self.state.rejected,
             self.settings.personal,
+            went_back=self._went_back(),
         )
+        if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
+            return situation
+        why = obstacle(active, self.store, self.bundle)
+        return replace(situation, origin=origin_of(active, self.store), obstacle=why)
 
     def _carry_out(self, decision: Decision) -> str | None:
         """Does what was decided and returns what the health check saw."""
@@ -307,10 +331,13 @@ class _Update:
             name = _COMBINED if decision.action is Action.COMBINE else self._free_name(offer)
             base = self.bundle.manifest.base_digest
             self.store.activate(replacing, expected_base=base, name=name)
-        except EdgeError:
+        except (EdgeError, MemoryError) as error:
             with contextlib.suppress(EdgeError):  # the first error is the one to tell
                 self._save(self.state.abandon())
-            raise
+            if isinstance(error, EdgeError):
+                raise
+            hint = "nothing was changed; run it again when other programs have ended"
+            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
         self._save(self.state.commit())
         return seen
 
@@ -320,7 +347,12 @@ class _Update:
         known = {line.digest for line in self.store.list() if line.problem is None}
         if offer.digest not in known:
             raw = self._fetch(offer)
-            self.store.install(raw, expected_base=base, where=offer.entry.path)
+            try:
+                self.store.install(raw, expected_base=base, where=offer.entry.path)
+            except FileFormatError as error:
+                raise TrustError(
+                    f"signed, and no adapter: {error.message}", where=error.where, hint=TELL
+                ) from error
         discard(self._downloads / offer.entry.sha256)
         return offer.digest
 
@@ -361,27 +393,12 @@ class _Update:
         return read_bounded(part, MAX_FILE_BYTES)
 
     def _combine(self, digest: str) -> str:
-        """Installs the new adapter plus what the personal one learned on the old; returns its digest.
-
-        With the old one in the store: new + personal - old. Without it: the mean of new and personal.
+        """Installs the new adapter plus what the personal one learned here; returns its digest.
 
         Raises:
             IncompatibleError: other rows or columns; the personal adapter stays in use.
         """
-        new, personal, old = self.store.load(digest), self.store.load("active"), self.state.committed
-        parts, weights = [new, personal], [0.5, 0.5]
-        if old is not None and old.digest in {line.digest for line in self.store.list()}:
-            parts, weights = [new, personal, self.store.load(old.digest)], [1.0, 1.0, -1.0]
-        try:
-            mixed = combine(parts, weights)
-        except (IncompatibleError, ConfigError) as error:
-            hint = "the personal adapter stays in use; '--personal replace' takes the published one alone"
-            raise IncompatibleError(f"cannot be combined: {error.message}", hint=hint) from error
-        provenance = {
-            "tool": f"edge-tcur-runtime {__version__}",
-            "method": "published and personal, combined",
-        }
-        mixed = replace(mixed, header=replace(new.header, provenance=provenance))
+        mixed = blend(self.store.load(digest), self.store.load("active"), self.store, self.bundle)
         found = self.store.install(serialize_adapter(mixed))
         self._save(replace(self.state, combined=(*self.state.combined, found)))
         return found
@@ -413,16 +430,17 @@ class _Update:
     def _drop_old(self, listed: frozenset[str]) -> tuple[str, ...]:
         """Digests that came by update and are kept: in use, or referred to and still listed.
 
-        The one that a personal adapter started from is kept too: `_combine` subtracts it.
+        The one that a personal adapter started from is kept too: `blend` subtracts it.
         """
         state, committed = self.store.state, self.state.committed
         personal = state.in_use is not None and state.in_use not in self.state.published
         held = {line.digest for line in self.store.list()}
+        starts = {origin_of(digest, self.store) for digest in held - set(self.state.published)}
         kept = []
         for digest in self.state.published:
             last = committed is not None and digest == committed.digest
             wanted = digest in listed and (last or digest in state.referenced)
-            if wanted or digest in (state.active, state.pending) or (last and personal):
+            if wanted or digest in (state.active, state.pending) or digest in starts or (last and personal):
                 kept.append(digest)
             elif digest in held:
                 self.store.remove(digest)

@@ -205,7 +205,13 @@ class SimulatedDevice:
 
     @property
     def state(self) -> dict:
-        return json.loads((self.store_path / "update" / "state.json").read_text())
+        return json.loads(self.state_path.read_text())
+
+    @property
+    def state_path(self) -> Path:
+        """The copy of the update state that holds."""
+        copies = (self.store_path / "update").glob("state-?.json")
+        return max(copies, key=lambda path: json.loads(path.read_text())["generation"])
 
     def wipe_metadata(self) -> None:
         """What an attacker, or a factory reset of a cache partition, does."""

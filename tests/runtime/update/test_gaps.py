@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import socket
 import threading
@@ -190,11 +191,51 @@ def test_a_damaged_metadata_cache_heals(simulator, device, published, damage):
 
 
 def test_a_damaged_state_is_never_silently_begun_anew(simulator, device, published):
-    path = device.store_path / "update" / "state.json"
-    path.write_bytes(path.read_bytes().replace(b'"targets": 2', b'"targets": 1'))
+    for path in (device.store_path / "update").glob("state-?.json"):
+        path.write_bytes(path.read_bytes().replace(b'"targets": 2', b'"targets": 1')[:-9])
     with pytest.raises(IntegrityError) as caught:
         device.update(simulator)
-    assert "remove it" in caught.value.hint
+    assert "remove state-0.json and state-1.json" in caught.value.hint
+
+
+@pytest.mark.parametrize("damage", ["torn", "empty", "another floor"])
+def test_a_torn_copy_of_the_state_costs_one_write_and_heals(simulator, device, published, damage):
+    """The other copy holds: the same device, and the floor before that write at least."""
+    device.update(simulator)
+    before, newest = device.state, device.state_path
+    raw = newest.read_bytes()
+    other = raw.replace(b'"root": 1', b'"root": 9')
+    assert other != raw
+    newest.write_bytes({"torn": raw[: len(raw) // 2], "empty": b"", "another floor": other}[damage])
+    result = device.update(simulator)
+    assert any(newest.name in note for note in result.notes)
+    assert (device.state["device_id"], device.state["floor"]) == (before["device_id"], before["floor"])
+    assert device.update(simulator).notes == ()
+
+
+@pytest.mark.parametrize("damage", ["torn", "gone"])
+@pytest.mark.parametrize("lost", ["newest", "both"])
+def test_a_damaged_state_of_the_store_is_no_choice_of_the_user(simulator, device, published, damage, lost):
+    """The store is then behind; the update must not take that for a rollback by hand, and stay behind."""
+    assert device.update(simulator).active == simulator.second.digest
+    copies = sorted(
+        device.store_path.glob("state-?.json"), key=lambda path: json.loads(path.read_text())["generation"]
+    )
+    for path in copies[-1:] if lost == "newest" else copies:
+        path.write_bytes(path.read_bytes()[:50]) if damage == "torn" else path.unlink()
+    assert device.active != simulator.second.digest
+    result = device.update(simulator)
+    assert result.active == device.active == simulator.second.digest
+    assert any("damaged" in note for note in result.notes)
+
+
+def test_a_rollback_by_hand_is_respected_though_the_older_copy_is_damaged(simulator, device, published):
+    device.update(simulator)
+    device.store.rollback()
+    before = device.active
+    copies = device.store_path.glob("state-?.json")
+    min(copies, key=lambda path: json.loads(path.read_text())["generation"]).write_bytes(b"{")
+    assert device.update(simulator).active == before != simulator.second.digest
 
 
 class Slow(http.server.BaseHTTPRequestHandler):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import socket
 import tempfile
@@ -14,6 +15,7 @@ import pytest
 
 from edge_tcur_runtime.errors import (
     BadInputError,
+    BudgetError,
     DiskError,
     EdgeError,
     ExitCode,
@@ -55,6 +57,29 @@ def test_what_is_not_the_adapters_fault_never_condemns_it(simulator, device, sec
     for _ in range(4):
         with pytest.raises(type(error)):
             device.update(simulator)
+    device.healthy = healthy
+    assert device.update(simulator).active == second.digest
+
+
+@pytest.mark.parametrize("where", ["raised", "as onnxruntime says it"])
+def test_too_little_memory_is_not_the_adapters_fault(simulator, device, second, monkeypatch, where):
+    """Four times too little memory in the real health check: 5, and it is installed all the same."""
+    from edge_tcur_runtime.predict import Model
+    from edge_tcur_runtime.update.run import _check
+
+    pytest.importorskip("onnxruntime")
+    error = MemoryError() if where == "raised" else RuntimeError("[ONNXRuntimeError] : 6 : std::bad_alloc")
+
+    def fails(*_):
+        raise error
+
+    healthy, device.healthy = device.healthy, _check
+    monkeypatch.setattr(Model, "outputs", fails)
+    for _ in range(4):
+        with pytest.raises(BudgetError) as caught:
+            device.update(simulator)
+    assert caught.value.exit_code is ExitCode.BUDGET
+    assert device.state["rejected"] == {}
     device.healthy = healthy
     assert device.update(simulator).active == second.digest
 
@@ -227,9 +252,9 @@ def test_an_address_of_a_family_that_this_device_lacks_is_passed_over(monkeypatc
 
 def test_a_stick_that_is_pulled_is_a_failed_transport(tmp_path, monkeypatch):
     """The mirror gives an input/output error in the middle: 8, what arrived is kept, and a hint."""
-    (tmp_path / "file").write_bytes(bytes(200_000))
+    content = bytes(range(250)) * 800
+    (tmp_path / "file").write_bytes(content)
     place = FileTransport(tmp_path, Deadline(10))
-    real = FileTransport._read
 
     class Pulled:
         def __init__(self, file):
@@ -251,13 +276,16 @@ def test_a_stick_that_is_pulled_is_a_failed_transport(tmp_path, monkeypatch):
             return self.file.read(size)
 
     fdopen = os.fdopen
-    assert real is FileTransport._read
     with monkeypatch.context() as patch:
         patch.setattr(os, "fdopen", lambda *arguments: Pulled(fdopen(*arguments)))
         with pytest.raises(NetworkError) as caught:
             fetch(Download("file", 200_000, "0" * 64, tmp_path / "part"), place)
     assert "mounted" in caught.value.hint
-    assert (tmp_path / "part").stat().st_size == 65_536
+    assert (tmp_path / "part").read_bytes() == content[:65_536]
+    digest = hashlib.sha256(content).hexdigest()
+    fetch(Download("file", 200_000, digest, tmp_path / "part"), place)  # the stick is back: it goes on
+    assert (tmp_path / "part").read_bytes() == content
+    assert place.counters.received == 200_000  # nothing was read twice
 
 
 def test_old_combinations_do_not_fill_the_disk(simulator, device, second, adapters):
@@ -267,12 +295,15 @@ def test_old_combinations_do_not_fill_the_disk(simulator, device, second, adapte
     import numpy as np
 
     from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+    from edge_tcur_runtime.origin import starting_from
 
     adapter = parse_adapter(adapters[0])
     factors = {
         n: f.with_core((f.core + np.float32(0.25)).astype(np.float32)) for n, f in adapter.factors.items()
     }
-    own = device.store.install(serialize_adapter(replace(adapter, factors=factors)), name="personal")
+    header = replace(adapter.header, provenance={"personal": "true", **starting_from(adapter)})
+    own = replace(adapter, header=header, factors=factors)
+    own = device.store.install(serialize_adapter(own), name="personal")
     device.store.activate(own)
     combined = [device.update(simulator, personal=Personal.COMBINE).active]
     for raw in (*adapters[2:], adapters[0]):

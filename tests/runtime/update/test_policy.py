@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import edge_tcur_runtime
@@ -32,6 +32,7 @@ from edge_tcur_runtime.formats.offer import (
     parse_catalogue,
     serialize_adapter_facts,
     serialize_extra,
+    usual_facts,
 )
 from edge_tcur_runtime.update.floor import (
     MAX_ATTEMPTS,
@@ -89,7 +90,6 @@ situations = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_what_is_installed_is_listed_fits_and_is_meant_for_this_device(offers, situation):
     decision = decide(offers, DEVICE, situation)
@@ -103,7 +103,6 @@ def test_what_is_installed_is_listed_fits_and_is_meant_for_this_device(offers, s
         assert decision.offer.digest != situation.active
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_an_update_settles(offers, situation):
     """After a decision is carried out the next one is to do nothing: no device goes to and fro."""
@@ -131,7 +130,6 @@ def test_an_update_settles(offers, situation):
         assert again.action is Action.NOTHING
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_what_was_withdrawn_does_not_stay_in_use(offers, situation):
     listed = {found.digest for found in offers}
@@ -141,7 +139,6 @@ def test_what_was_withdrawn_does_not_stay_in_use(offers, situation):
         assert decision.withdrawn == situation.active
 
 
-@settings(deadline=None)
 @given(catalogues, situations)
 def test_a_personal_adapter_is_never_replaced_unasked(offers, situation):
     listed = {found.digest for found in offers}
@@ -158,13 +155,14 @@ def test_rollouts_spread_evenly_and_differently_for_each_version():
     assert 430 < both < 570
 
 
-@settings(deadline=None)
 @given(catalogues)
 def test_a_catalogue_is_read_as_it_was_written(offers):
     catalogue = Catalogue(offers, versions={"line": 9, "gone": 4})
     extra = json.loads(json.dumps(serialize_extra(catalogue)))
+    usual = extra.get("usual", {})
     entries = [
-        replace(o.entry, custom=json.loads(json.dumps(serialize_adapter_facts(o.facts)))) for o in offers
+        replace(o.entry, custom=json.loads(json.dumps(serialize_adapter_facts(o.facts, usual))))
+        for o in offers
     ]
     found = parse_catalogue(extra, entries, "targets")
     assert [o.facts for o in found.adapters] == [o.facts for o in offers]
@@ -179,7 +177,6 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_a_strange_entry_is_skipped_with_the_reason(data):
     good = offer(AdapterFacts("line", 1, "stable", 10_000, BASES[0], "f" * 16, 2, 1, "0.1.0"))
@@ -195,6 +192,16 @@ def test_a_strange_entry_is_skipped_with_the_reason(data):
     found = parse_catalogue(serialize_extra(Catalogue((good,))), entries, "targets")
     assert good.entry.path in {o.entry.path for o in found.adapters}
     assert "elsewhere" in found.skipped
+
+
+def test_what_is_usual_stays_while_an_entry_is_not_understood():
+    """It may lean on it: an older publisher must not change what it cannot read."""
+    offers = tuple(
+        offer(AdapterFacts("line", n, "stable", 10_000, BASES[0], "f" * 16, 2, 1, "0.1.0")) for n in (1, 2)
+    )
+    before = {"runtime": "0.0.5"}
+    assert usual_facts(Catalogue(offers, skipped={"x": "why"}, usual=before)) == before
+    assert usual_facts(Catalogue(offers, usual=before))["runtime"] == "0.1.0"
 
 
 def test_a_newer_catalogue_is_refused_and_a_foreign_one_is_empty():
@@ -228,7 +235,6 @@ def test_an_index_is_read_as_it_was_written_and_checked():
             parse_index(raw.replace(old, new), "index")
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_as_an_index_are_an_error_for_people(raw):
     with pytest.raises(EdgeError):
@@ -240,15 +246,15 @@ def test_the_state_is_read_as_it_was_written_and_every_changed_byte_is_found():
         "ab", Versions(1, 2, 3, 4, {"targets": "x"}), 5, Committed("d", "n", 6), ("p",), {"r": "why"}
     )
     state = state.begin(Committed("e", "n", 7), "f")
-    raw = serialize_update_state(state)
-    assert parse_update_state(raw, "state") == state
+    raw = serialize_update_state(state, 3)
+    assert parse_update_state(raw, "state") == (state, 3)
     for place in range(len(raw)):
         changed = raw[:place] + bytes([raw[place] ^ 1]) + raw[place + 1 :]
         try:
             found = parse_update_state(changed, "state")
         except EdgeError:
             continue
-        assert found == state  # white space
+        assert found == (state, 3)  # white space
     with pytest.raises(IntegrityError):
         parse_update_state(raw.replace(b'"root": 1', b'"root": 9'), "state")
 

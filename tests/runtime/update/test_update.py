@@ -15,6 +15,7 @@ from edge_tcur_runtime.errors import (
     UsageError,
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.origin import starting_from
 from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
@@ -127,9 +128,11 @@ def test_retry_takes_what_was_taken_out_of_use(simulator, device, adapters):
     assert device.update(simulator, retry=True).active == second.digest
 
 
-def personal(device, adapters, start=0, shift=0.25):
-    """What `personalize` leaves: an adapter with moved cores, named and active."""
+def personal(device, adapters, start=0, shift=0.25, says=True):
+    """What `personalize` leaves: moved cores, and what it started from; named and active."""
     adapter = parse_adapter(adapters[start])
+    provenance = {"personal": "true"} | (starting_from(adapter) if says else {})
+    adapter = replace(adapter, header=replace(adapter.header, provenance=provenance))
     factors = {
         n: f.with_core((f.core + np.float32(shift)).astype(np.float32)) for n, f in adapter.factors.items()
     }
@@ -205,22 +208,29 @@ def test_a_development_version_of_the_runtime_updates_too(simulator, device, ada
     assert device.update(simulator).active == offer.digest
 
 
-def test_without_the_old_one_the_mean_is_taken(simulator, device, adapters):
-    own = device.store.load(personal(device, adapters))
+def test_a_personal_adapter_of_unknown_start_is_kept_with_the_reason(simulator, device, adapters):
+    own = personal(device, adapters, says=False)
     simulator.release(adapters[1])
-    device.update(simulator, personal=Personal.COMBINE)
-    mixed, new = device.store.load("active"), parse_adapter(adapters[1])
-    for name, part in new.factors.items():
-        np.testing.assert_allclose(
-            mixed.factors[name].core, (part.core + own.factors[name].core) / 2, atol=1e-6
-        )
+    result = device.update(simulator, personal=Personal.COMBINE)
+    assert (result.action, result.active) == (Action.NOTHING, own)
+    assert "does not say what it started from" in result.decision.reason
+    assert not any(path.endswith(".safetensors") for path in device.asked)
+
+
+def test_a_personal_adapter_whose_start_is_gone_is_kept_with_the_reason(simulator, device, adapters):
+    own = personal(device, adapters, start=3)
+    simulator.release(adapters[1])
+    result = device.update(simulator, personal=Personal.COMBINE)
+    assert (result.action, result.active) == (Action.NOTHING, own)
+    assert "is not here any more" in result.decision.reason
 
 
 def test_a_personal_adapter_of_other_rows_cannot_be_combined_and_stays(simulator, device, adapters):
     adapter = parse_adapter(adapters[0])
     factors = {n: replace(f, rows=np.roll(f.rows, 0)[:, :2], cols=f.cols[:, :2], core=f.core[:, :2, :2])
                for n, f in adapter.factors.items()}  # fmt: skip
-    digest = device.store.install(serialize_adapter(replace(adapter, factors=factors)))
+    header = replace(adapter.header, provenance=starting_from(None))
+    digest = device.store.install(serialize_adapter(replace(adapter, header=header, factors=factors)))
     device.store.activate(digest)
     simulator.release(adapters[1])
     with pytest.raises(IncompatibleError, match="cannot be combined"):
