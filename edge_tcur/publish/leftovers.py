@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from edge_tcur.publish.repository import CARDS, TARGETS, Change, Repository, target_place
+from edge_tcur.publish.repository import CARDS, Change, Repository
 from edge_tcur_runtime.errors import BadInputError, IntegrityError
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.chunks import chunk_path, parse_index
 from edge_tcur_runtime.formats.digest import PREFIX, digest_bytes
+from edge_tcur_runtime.formats.offer import TARGETS, target_place
 
 GRACE_DAYS = 7.0  # a first installation that was begun before may still go on
 _MAX_INDEX = 16 * 2**20
@@ -21,8 +22,9 @@ def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     Raises:
         IntegrityError: a bundle's index is not the signed one: what it refers to is not known.
     """
-    used = {str(path.relative_to(repository.folder)) for path in _indexes(repository, change)}
-    for path in _indexes(repository, change):
+    indexes = _indexes(repository, change)
+    used = {str(path.relative_to(repository.folder)) for path in indexes}
+    for path in indexes:
         hint = "publish the bundle again ('edge-tcur publish bundle')"
         try:
             raw = read_bounded(path, _MAX_INDEX)
@@ -33,8 +35,7 @@ def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
         for file in parse_index(raw, str(path)).files.values():
             used |= {chunk_path(digest) for digest in file.chunks}
     for offer in change.catalogue.adapters:
-        folder, _, name = offer.entry.path.rpartition("/")
-        used.add(f"{TARGETS}/{folder}/{offer.entry.sha256}.{name}")
+        used.add(target_place(offer.entry.path, offer.entry.sha256))
         used.add(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
     used |= {f"{TARGETS}/{path}" for path in change.catalogue.skipped}
     files = [path for top in (TARGETS, CARDS) for path in (repository.folder / top).rglob("*")]
@@ -78,5 +79,4 @@ def _touched(repository: Repository, path: str) -> float:
 
 def _indexes(repository: Repository, change: Change) -> list[Path]:
     entries = [offer.entry for offer in change.catalogue.bundles]
-    parts = [(entry.path.rpartition("/"), entry.sha256) for entry in entries]
-    return [repository.folder / TARGETS / folder / f"{sha}.{name}" for (folder, _, name), sha in parts]
+    return [repository.folder / target_place(entry.path, entry.sha256) for entry in entries]

@@ -12,7 +12,7 @@ from securesystemslib.signer import Key
 from edge_tcur.publish.card import render_card
 from edge_tcur.publish.facts import Description, describe, find_sources
 from edge_tcur.publish.keys import ROLES
-from edge_tcur.publish.repository import CARDS, Change, Repository, target_place
+from edge_tcur.publish.repository import CARDS, Change, Repository
 from edge_tcur_runtime.errors import BadInputError, UsageError
 from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, parse_adapter, read_bounded
 from edge_tcur_runtime.formats.digest import digest_bytes
@@ -27,6 +27,7 @@ from edge_tcur_runtime.formats.offer import (
     parse_runtime,
     serialize_adapter_facts,
     serialize_extra,
+    target_place,
 )
 
 LATER = ("targets", "snapshot", "timestamp")

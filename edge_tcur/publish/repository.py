@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from tuf.api.exceptions import RepositoryError
 from tuf.api.metadata import Metadata, MetaFile, Root, Signed, Snapshot, TargetFile, Targets, Timestamp
 
 from edge_tcur.publish.keys import DAYS, ROLES, Keyring, KeyStore
-from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
+from edge_tcur_runtime.atomic import disk_error, fsync_directory, remove_tree, write_atomic
 from edge_tcur_runtime.errors import (
     BadInputError,
     EdgeError,
@@ -44,9 +43,16 @@ from edge_tcur_runtime.errors import (
 )
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.digest import PREFIX, digest_file
-from edge_tcur_runtime.formats.offer import EXTRA, FORMAT_VERSION, Catalogue, Entry, parse_catalogue
+from edge_tcur_runtime.formats.offer import (
+    EXTRA,
+    FORMAT_VERSION,
+    Catalogue,
+    Entry,
+    parse_catalogue,
+    target_place,
+)
 
-METADATA, TARGETS, CARDS = "metadata", "targets", "cards"
+METADATA, CARDS = "metadata", "cards"
 KEPT_VERSIONS = 8  # of snapshot and targets: a device may be in the middle of reading an older one
 _INIT = ".init"
 _RESTORE = "restore the directory from what was last published (the copy on your server)"
@@ -115,7 +121,7 @@ class Repository:
             _rename(work.keys.folder, self.keys.folder)
         if place == inside:
             _rename(place / METADATA, self.folder / METADATA)
-            _remove_tree(place)
+            remove_tree(place)
         else:
             _rename(place, self.folder)
         return self.load()
@@ -128,7 +134,7 @@ class Repository:
             hint = "keys are never overwritten: choose another --keys"
             raise BadInputError("the directory of keys exists", where=str(self.keys.folder), hint=hint)
         for folder in (work.folder, work.keys.folder):
-            _remove_tree(folder)
+            remove_tree(folder)
         return False
 
     def _owns(self, folder: Path) -> bool:
@@ -280,13 +286,12 @@ class Repository:
         """Writes a target's bytes under their consistent name and enters it; signed by `publish`."""
         target = TargetFile.from_data(path, raw, ["sha256"])
         target.unrecognized_fields["custom"] = custom
-        folder, _, name = path.rpartition("/")
-        self._write(f"{TARGETS}/{folder}", f"{target.hashes['sha256']}.{name}", raw)
+        self.write_file(target_place(path, target.hashes["sha256"]), raw)
         change.targets.signed.targets[path] = target
         return target
 
     def write_file(self, path: str, raw: bytes) -> None:
-        """Writes any other file of the repository old-or-new."""
+        """Writes a file of the repository old-or-new."""
         folder, _, name = path.rpartition("/")
         self._write(folder, name, raw)
 
@@ -361,12 +366,6 @@ class Repository:
                 self.remove_file(f"{METADATA}/{path.name}")
 
 
-def target_place(path: str, sha256: str) -> str:
-    """Where the file of a listed target lies in the repository."""
-    folder, _, name = path.rpartition("/")
-    return f"{TARGETS}/{folder}/{sha256}.{name}"
-
-
 def catalogue_of(targets: Targets) -> Catalogue:
     """The offers of targets metadata."""
     entries = [
@@ -388,14 +387,6 @@ def _beside(folder: Path) -> Path:
     """Where `Repository.create` builds what becomes `folder`."""
     place = folder.absolute()
     return place.with_name(f".{place.name}{_INIT}")
-
-
-def _remove_tree(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise disk_error(error, folder) from error
 
 
 def _rename(work: Path, folder: Path) -> None:

@@ -5,9 +5,9 @@ One definition: whichever engine computes the gradients, the update is the same,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -22,18 +22,21 @@ def schedule(step: int, total_steps: int, warmup_fraction: float = 0.1) -> float
     return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
 
 
-class Optimizer(Protocol):
+@dataclass
+class Optimizer(ABC):
     """Moves named float64 arrays.
 
     Attributes:
+        settings: learning rates and the rest.
         first, second: its state by parameter name, float64, created at the first step; what it does not
             need stays empty.
-        steps: updates done.
+        steps: updates that were done.
     """
 
-    first: dict[str, np.ndarray]
-    second: dict[str, np.ndarray]
-    steps: int
+    settings: OptimizerSettings
+    first: dict[str, np.ndarray] = field(default_factory=dict)
+    second: dict[str, np.ndarray] = field(default_factory=dict)
+    steps: int = 0
 
     def step(
         self,
@@ -41,7 +44,7 @@ class Optimizer(Protocol):
         gradients: Mapping[str, np.ndarray],
         rates: Mapping[str, float],
     ) -> dict[str, np.ndarray]:
-        """One update.
+        """One update, by gradients whose global norm is clipped.
 
         Args:
             values: parameters by name, float64.
@@ -54,7 +57,16 @@ class Optimizer(Protocol):
         Raises:
             FloatingPointError: a gradient is not finite; nothing was updated.
         """
-        ...
+        scale = clipping_scale(gradients, self.settings.max_gradient_norm)
+        self.steps += 1
+        return {
+            name: self._moved(name, value, gradients[name] * scale, rates[name])
+            for name, value in values.items()
+        }
+
+    @abstractmethod
+    def _moved(self, name: str, value: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
+        """The new value of one parameter, its state brought up to date."""
 
 
 def build_optimizer(
@@ -72,65 +84,35 @@ def build_optimizer(
 
 
 @dataclass
-class AdamW:
+class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2); `first` and `second` are its moments."""
 
     settings: AdamWSettings
-    first: dict[str, np.ndarray] = field(default_factory=dict)
-    second: dict[str, np.ndarray] = field(default_factory=dict)
-    steps: int = 0
 
-    def step(
-        self,
-        values: Mapping[str, np.ndarray],
-        gradients: Mapping[str, np.ndarray],
-        rates: Mapping[str, float],
-    ) -> dict[str, np.ndarray]:
-        """See `Optimizer`."""
+    def _moved(self, name: str, value: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
         settings = self.settings
-        scale = clipping_scale(gradients, settings.max_gradient_norm)
-        self.steps += 1
-        result = {}
-        for name, value in values.items():
-            gradient = gradients[name] * scale
-            first = self.first.get(name, 0.0) * settings.beta1 + (1 - settings.beta1) * gradient
-            second = self.second.get(name, 0.0) * settings.beta2 + (1 - settings.beta2) * gradient**2
-            self.first[name], self.second[name] = first, second
-            corrected = first / (1 - settings.beta1**self.steps)
-            spread = np.sqrt(second / (1 - settings.beta2**self.steps)) + settings.epsilon
-            rate = rates[name]
-            result[name] = value * (1 - rate * settings.weight_decay) - rate * corrected / spread
+        first = self.first.get(name, 0.0) * settings.beta1 + (1 - settings.beta1) * gradient
+        second = self.second.get(name, 0.0) * settings.beta2 + (1 - settings.beta2) * gradient**2
+        self.first[name], self.second[name] = first, second
+        corrected = first / (1 - settings.beta1**self.steps)
+        spread = np.sqrt(second / (1 - settings.beta2**self.steps)) + settings.epsilon
+        result: np.ndarray = value * (1 - rate * settings.weight_decay) - rate * corrected / spread
         return result
 
 
 @dataclass
-class SGD:
+class SGD(Optimizer):
     """Gradient descent with momentum as `torch.optim.SGD` has it: the velocity (`first`) starts as the first
     gradient, and the learning rate multiplies the velocity."""
 
     settings: SGDSettings
-    first: dict[str, np.ndarray] = field(default_factory=dict)
-    second: dict[str, np.ndarray] = field(default_factory=dict)
-    steps: int = 0
 
-    def step(
-        self,
-        values: Mapping[str, np.ndarray],
-        gradients: Mapping[str, np.ndarray],
-        rates: Mapping[str, float],
-    ) -> dict[str, np.ndarray]:
-        """See `Optimizer`."""
-        settings = self.settings
-        scale = clipping_scale(gradients, settings.max_gradient_norm)
-        self.steps += 1
-        result = {}
-        for name, value in values.items():
-            velocity = gradients[name] * scale + settings.weight_decay * value
-            if settings.momentum:
-                velocity = self.first.get(name, 0.0) * settings.momentum + velocity
-                self.first[name] = velocity
-            result[name] = value - rates[name] * velocity
-        return result
+    def _moved(self, name: str, value: np.ndarray, gradient: np.ndarray, rate: float) -> np.ndarray:
+        velocity = gradient + self.settings.weight_decay * value
+        if self.settings.momentum:
+            velocity = self.first.get(name, 0.0) * self.settings.momentum + velocity
+            self.first[name] = velocity
+        return value - rate * velocity
 
 
 def global_norm(gradients: Mapping[str, np.ndarray]) -> float:

@@ -18,7 +18,7 @@ import numpy as np
 
 from edge_tcur_runtime.accountant import epsilon, noise_for
 from edge_tcur_runtime.errors import ConfigError
-from edge_tcur_runtime.optimizer import global_norm
+from edge_tcur_runtime.optimizer import clipping_scale
 from edge_tcur_runtime.origin import DELTA, EPSILON, spent_by
 from edge_tcur_runtime.settings import PersonalizeSettings, PrivacySettings
 
@@ -147,10 +147,7 @@ class Mechanism:
         Raises:
             FloatingPointError: they are not finite, and cannot be bounded.
         """
-        norm = global_norm(gradients)
-        if not math.isfinite(norm):
-            raise FloatingPointError("a gradient is not finite")
-        scale = min(1.0, self.plan.clip / norm) if norm else 1.0
+        scale = clipping_scale(gradients, self.plan.clip)
         return {name: gradient * scale for name, gradient in gradients.items()}
 
     def noised(self, total: Mapping[str, np.ndarray], step: int) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
 from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter
 
 DATA = Path(__file__).parents[1] / "data"
-V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
+V1 = DATA / "bundle-v1"
 INSTALLED = find_onnxruntime()
 STOCK = OnnxRuntimeInstall("onnxruntime", "1.31.1", training=False)
 TRAINING = OnnxRuntimeInstall("onnxruntime-training-cpu", "1.19.2", training=True)
@@ -35,16 +35,6 @@ ENGINE = [
     pytest.param("ort-step", marks=needs_onnxruntime),
     pytest.param("ort-training", marks=needs_training),
 ]
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return open_bundle(V1)
-
-
-@pytest.fixture(scope="module")
-def sketched():
-    return open_bundle(SKETCH_V1)
 
 
 @pytest.fixture(scope="module")

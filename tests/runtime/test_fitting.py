@@ -22,7 +22,6 @@ from edge_tcur_runtime.checkpoint import parse_checkpoint
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.cli.plan import shown
-from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import BudgetError, IncompatibleError, PausedError
 from edge_tcur_runtime.formats.bundle import open_bundle, serialize_manifest
@@ -55,11 +54,6 @@ def table(nodes=600, each=2**14):
 
 
 TABLES = MemoryTables(SAMPLES, (0,), {"step": table(), "train": table(400)})
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from edge_tcur_runtime import budget as budget_module
 from edge_tcur_runtime import keeper as keeper_module
 from edge_tcur_runtime.budget import Memory
 from edge_tcur_runtime.checkpoint import FILES, Checkpoints, parse_checkpoint
-from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.errors import BadInputError, BudgetError, DiskError, IncompatibleError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
@@ -37,11 +36,6 @@ needs_training = pytest.mark.skipif(
 )
 SETTINGS = PersonalizeSettings(epochs=3, threads=1, engine="ort-step", batch_size=32, holdout=0.25)
 NEVER = 1e9  # seconds between checkpoints: only what ends the run saves
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
 
 
 class ClosesAfter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,19 +12,15 @@ from hypothesis import strategies as st
 
 from edge_tcur_runtime import keeper as keeper_module
 from edge_tcur_runtime import personalize as module
-from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import ConfigError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
-from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.outcome import MIN_HELD_OUT, Outcome, patience_for
 from edge_tcur_runtime.personalize import personalize
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings, SGDSettings
 from edge_tcur_runtime.tasks import find_device_task
 
-DATA = Path(__file__).parents[1] / "data"
-V1, USER = DATA / "bundle-v1", DATA / "user.npz"
 TASK = find_device_task("image-classification")
 needs_engine = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
 LOSSES = st.lists(st.floats(0, 10) | st.just(math.nan) | st.just(math.inf), min_size=1, max_size=12)
@@ -75,16 +70,6 @@ def test_a_patience_below_nothing_is_refused():
 
 
 # --- real runs -------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return open_bundle(V1)
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
 
 
 # A rate at which the held-out loss rises again after some epochs.

@@ -21,7 +21,7 @@ from edge_tcur_runtime.budget import Budget, Memory
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates
-from edge_tcur_runtime.data import Dataset, encode_labels, load_dataset
+from edge_tcur_runtime.data import Dataset, encode_labels
 from edge_tcur_runtime.engines import StepResult, open_engine
 from edge_tcur_runtime.errors import (
     BaseMismatchError,
@@ -56,21 +56,6 @@ needs_training = pytest.mark.skipif(
     reason="the installed ONNX Runtime has no training interface (onnxruntime-training-cpu has)",
 )
 ENGINE = ["ort-step", pytest.param("ort-training", marks=needs_training)]
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return open_bundle(V1)
-
-
-@pytest.fixture(scope="module")
-def sketched():
-    return open_bundle(SKETCH_V1)
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
 
 
 def quick(**changes):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_tcur_runtime.data import Dataset, load_dataset
+from edge_tcur_runtime.data import Dataset
 from edge_tcur_runtime.errors import (
     BaseMismatchError,
     DataError,
@@ -33,21 +33,6 @@ DATA = Path(__file__).parents[1] / "data"
 V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
 
 pytestmark = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
-
-
-@pytest.fixture(scope="module")
-def bundle():
-    return open_bundle(V1)
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(DATA / "user.npz", "image", image_size=(8, 8), channels=1)
-
-
-@pytest.fixture(scope="module")
-def sketched():
-    return open_bundle(SKETCH_V1)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_tcur_runtime import keeper as keeper_module
+from edge_tcur_runtime import optimizer as optimizer_module
 from edge_tcur_runtime import personalize as personalize_module
-from edge_tcur_runtime import privacy as module
 from edge_tcur_runtime import trainer as trainer_module
 from edge_tcur_runtime.accountant import epsilon
 from edge_tcur_runtime.arithmetic import combine
@@ -23,11 +23,10 @@ from edge_tcur_runtime.budget import Budget
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.coordinates import read_coordinates
-from edge_tcur_runtime.data import encode_labels, load_dataset
+from edge_tcur_runtime.data import encode_labels
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import ConfigError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
-from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.optimizer import global_norm
 from edge_tcur_runtime.personalize import bundle_adapter, personalize
@@ -217,16 +216,6 @@ def test_what_several_adapters_spent_adds_up_where_they_are_combined(bundle):
 # --- real runs -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def bundle():
-    return open_bundle(V1)
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
-
-
 @needs_engine
 def test_without_noise_and_bound_an_update_is_that_of_the_ordinary_training(bundle, user, monkeypatch):
     """All samples take part: the mean of single gradients is the gradient of the mean."""
@@ -335,7 +324,7 @@ def test_held_out_samples_on_request_and_a_note_that_they_are_not_protected(bund
 
 @needs_engine
 def test_a_divergence_is_the_same_clear_error(bundle, user, monkeypatch):
-    monkeypatch.setattr(module, "global_norm", lambda gradients: math.nan)
+    monkeypatch.setattr(optimizer_module, "global_norm", lambda gradients: math.nan)
     with pytest.raises(ConfigError, match="training diverged: a gradient is not finite"):
         personalize(bundle, user, PRIVATE)
 

@@ -22,7 +22,6 @@ from edge_tcur_runtime.budget import Budget, Memory
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.coordinates import read_coordinates
-from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import BudgetError, ConfigError, FileFormatError, IntegrityError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
@@ -49,11 +48,6 @@ FILE = "reference.safetensors"
 TASK = find_device_task("image-classification")
 QUICK = PersonalizeSettings(epochs=4, threads=1, engine="ort-step")
 pytestmark = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
-
-
-@pytest.fixture(scope="module")
-def user():
-    return load_dataset(USER, "image", image_size=(8, 8), channels=1)
 
 
 def with_reference(root, tensors, **spec):

@@ -35,6 +35,7 @@ from edge_tcur_runtime.formats.schema import Fields
 FORMAT_VERSION = 1
 EXTRA = "x-edge-tcur"
 CHANNELS = ("stable", "beta")  # a device on beta takes stable ones too
+TARGETS = "targets"  # directory of the repository
 USUAL = ("base", "fit", "rank", "runtime")  # what lines of adapters mostly have in common
 FULL_ROLLOUT = 10_000  # hundredths of a percent
 MAX_CANARY = 16  # samples
@@ -118,6 +119,12 @@ class Entry:
     size: int
     sha256: str
     custom: object = None
+
+
+def target_place(path: str, sha256: str) -> str:
+    """Where the file of a target lies in the repository: under its consistent name."""
+    folder, _, name = path.rpartition("/")
+    return f"{TARGETS}/{folder}/{sha256}.{name}"
 
 
 @dataclass(frozen=True)

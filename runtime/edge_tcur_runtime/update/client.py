@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -38,7 +39,7 @@ from edge_tcur_runtime.update.fetch import Limits, Transport, TufFetcher
 from edge_tcur_runtime.update.floor import ROLES, Versions
 
 _BASE = "repository:/metadata/"
-TELL = "nothing was changed; tell the publisher"
+_TELL = "nothing was changed; tell the publisher"
 _SIGNED = {"root": Root, "timestamp": Timestamp, "snapshot": Snapshot, "targets": Targets}
 
 
@@ -108,6 +109,19 @@ def repository_id(root: bytes) -> str:
     return found if isinstance(found, str) else ""
 
 
+@contextmanager
+def signed_content(what: str) -> Iterator[None]:
+    """Inside, what is not as its format says is the publisher's fault: TrustError, not FileFormatError.
+
+    Args:
+        what: what the signed content is instead, in words.
+    """
+    try:
+        yield
+    except FileFormatError as error:
+        raise TrustError(f"signed, and {what}: {error.message}", where=error.where, hint=_TELL) from error
+
+
 def read_verified(metadata: Path, limits: Limits) -> Verified:
     """What a cache says that `refresh` has just verified; the caller holds the update lock."""
     loaded = {role: _load(metadata, role, limits) for role in _SIGNED}
@@ -117,10 +131,8 @@ def read_verified(metadata: Path, limits: Limits) -> Verified:
         Entry(path, target.length, target.hashes.get("sha256", ""), target.custom)
         for path, target in targets.targets.items()
     ]
-    try:
+    with signed_content("malformed"):
         catalogue = parse_catalogue(targets.unrecognized_fields.get(EXTRA), entries, "targets.json")
-    except FileFormatError as error:
-        raise TrustError(f"signed, and malformed: {error.message}", where=error.where, hint=TELL) from error
     versions = Versions(
         **{role: loaded[role].version for role in ("root", *ROLES)},
         keys={role: _keys_of(root, role) for role in ROLES},

@@ -88,6 +88,12 @@ def check_health(
     return f"the signed answers on {len(expected.answers)} canary samples"
 
 
+def no_memory() -> BudgetError:
+    """The error of a check that ran out of memory."""
+    hint = "nothing was changed; run it again when other programs have ended"
+    return BudgetError("not enough memory to try the adapter now", hint=hint)
+
+
 def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
     """Finite outputs f32 [samples, classes] of the whole canary; None where there is nothing to run."""
     from edge_tcur_runtime.predict import Model
@@ -108,8 +114,7 @@ def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
         raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
     except Exception as error:
         if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY):
-            hint = "nothing was changed; run it again when other programs have ended"
-            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
+            raise no_memory() from error
         raise HealthCheckError(f"the graph cannot run with it: {error}") from error
     if not np.isfinite(outputs).all():
         raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")

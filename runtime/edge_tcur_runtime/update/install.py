@@ -12,7 +12,6 @@ from pathlib import Path
 from edge_tcur_runtime.atomic import disk_error, fsync_directory, write_atomic
 from edge_tcur_runtime.errors import (
     DiskError,
-    FileFormatError,
     IntegrityError,
     OutputExistsError,
     TrustError,
@@ -21,9 +20,9 @@ from edge_tcur_runtime.errors import (
 from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import FileEntry, open_bundle, verify_file
 from edge_tcur_runtime.formats.chunks import BundleIndex, ChunkedFile, chunk_path, parse_index
-from edge_tcur_runtime.formats.offer import BundleOffer
+from edge_tcur_runtime.formats.offer import BundleOffer, target_place
 from edge_tcur_runtime.units import format_size
-from edge_tcur_runtime.update.client import TELL, refresh, repository_id
+from edge_tcur_runtime.update.client import refresh, repository_id, signed_content
 from edge_tcur_runtime.update.fetch import Download, FileTransport, HttpTransport, Limits, Progress, fetch
 from edge_tcur_runtime.update.floor import StateFile, check_floor, check_time
 
@@ -121,12 +120,10 @@ def _fetch_index(offer: BundleOffer, work: Path, place: Place, limits: Limits) -
             f"its index has {entry.size} bytes; the limit is {limits.index_bytes}", where=entry.path
         )
     part = work / f".{_INDEX}"
-    folder, _, name = entry.path.rpartition("/")
-    fetch(Download(f"targets/{folder}/{entry.sha256}.{name}", entry.size, entry.sha256, part), place)
-    try:
+    path = target_place(entry.path, entry.sha256)
+    fetch(Download(path, entry.size, entry.sha256, part), place)
+    with signed_content("malformed"):
         index = parse_index(read_bounded(part, limits.index_bytes), entry.path)
-    except FileFormatError as error:
-        raise TrustError(f"signed, and malformed: {error.message}", where=error.where, hint=TELL) from error
     if index.size > limits.bundle_bytes:
         raise UsageError(
             f"the bundle has {format_size(index.size)}; the limit is {format_size(limits.bundle_bytes)}",

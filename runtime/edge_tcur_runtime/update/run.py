@@ -9,22 +9,18 @@ the last one came. The floor rises only when an update ended well.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from edge_tcur_runtime import __version__
-from edge_tcur_runtime.atomic import disk_error
+from edge_tcur_runtime.atomic import disk_error, remove_tree
 from edge_tcur_runtime.errors import (
     BadInputError,
-    BudgetError,
     EdgeError,
-    FileFormatError,
     HealthCheckError,
     IntegrityError,
-    TrustError,
     UsageError,
 )
 from edge_tcur_runtime.feeds import facts_of_manifest, fit_digest
@@ -36,10 +32,10 @@ from edge_tcur_runtime.formats.adapter import (
     serialize_adapter,
 )
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
-from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of
+from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of, target_place
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.blend import blend, obstacle, origin_of
-from edge_tcur_runtime.update.client import TELL, Verified, refresh, repository_id
+from edge_tcur_runtime.update.client import Verified, refresh, repository_id, signed_content
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
     Counters,
@@ -54,7 +50,7 @@ from edge_tcur_runtime.update.fetch import (
     open_transport,
 )
 from edge_tcur_runtime.update.floor import StateFile, UpdateState, check_floor, check_time
-from edge_tcur_runtime.update.health import check_health
+from edge_tcur_runtime.update.health import check_health, no_memory
 from edge_tcur_runtime.update.policy import (
     Action,
     Committed,
@@ -224,7 +220,7 @@ class _Update:
         repository = repository_id(trusted)
         self.state = before.of_repository(repository)
         if self.state.floor != before.floor:  # of another repository: its roots would not follow ours
-            _remove_tree(self.states.folder / "metadata")
+            remove_tree(self.states.folder / "metadata")
         self.state = self.state.recover(self.store.state.in_use, self.store.state.previous)
         if self.settings.retry:
             committed = None if self._was_taken_out() else self.state.committed
@@ -336,8 +332,7 @@ class _Update:
                 self._save(self.state.abandon())
             if isinstance(error, EdgeError):
                 raise
-            hint = "nothing was changed; run it again when other programs have ended"
-            raise BudgetError("not enough memory to try the adapter now", hint=hint) from error
+            raise no_memory() from error
         self._save(self.state.commit())
         return seen
 
@@ -347,12 +342,8 @@ class _Update:
         known = {line.digest for line in self.store.list() if line.problem is None}
         if offer.digest not in known:
             raw = self._fetch(offer)
-            try:
+            with signed_content("no adapter"):
                 self.store.install(raw, expected_base=base, where=offer.entry.path)
-            except FileFormatError as error:
-                raise TrustError(
-                    f"signed, and no adapter: {error.message}", where=error.where, hint=TELL
-                ) from error
         discard(self._downloads / offer.entry.sha256)
         return offer.digest
 
@@ -382,13 +373,12 @@ class _Update:
 
     def _fetch(self, offer: Offer) -> bytes:
         entry = offer.entry
-        folder, _, name = entry.path.rpartition("/")
         part = self._downloads / entry.sha256
         try:
             self._downloads.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise disk_error(error, self._downloads) from error
-        path = f"targets/{folder}/{entry.sha256}.{name}"
+        path = target_place(entry.path, entry.sha256)
         fetch(Download(path, entry.size, entry.sha256, part, self.progress), self.place)
         return read_bounded(part, MAX_FILE_BYTES)
 
@@ -461,14 +451,6 @@ class _Update:
         if state != self.state:
             self.states.write(state)
             self.state = state
-
-
-def _remove_tree(folder: Path) -> None:
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-    except OSError as error:
-        raise disk_error(error, folder) from error
 
 
 def _check(bundle: Bundle, adapter: Adapter, offer: Offer) -> str:
