@@ -4,7 +4,8 @@ It runs on the finished graphs, ONNX Runtime Training's too: its builder folds a
 a float32 copy of the weight, and is given the float32 weight instead.
 
 Each reader gets a DequantizeLinear of its own: one for forward and backward would keep every float32
-weight alive from the one to the other.
+weight alive from the one to the other. What is gathered is gathered as it is stored, and a piece of a table is
+a tensor of its own over a part of the table's bytes.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export import packed
 from edge_tcur_export.quantize import BLOCK, Quantized
 from edge_tcur_export.recompute import Gate
 from edge_tcur_runtime.formats.weights import INT4, INT8
 
 INT4_OPSET = 21  # the first one with int4 and blocks
 VALUES, SCALES = ".values", ".scales"  # behind the name of a weight: its two tensors
+PACKED = ".packed"  # the values of int4 once more, two a byte, as uint8: the same bytes of a file
+WITHIN = "edge_tcur.within"  # `ir.Value.meta` of a piece: name of the whole, and bytes before the piece
 _Key = tuple[tuple[int, ...], bytes]
 
 
@@ -93,13 +97,11 @@ def dequantize_late(model: ir.Model) -> ir.Model:
         values, scales = node.inputs
         assert scales is not None
         for number, (reader, place) in enumerate(list(node.outputs[0].uses())):
-            operand, gates = reader.inputs[0], list[ir.Node]()
+            operand, gates, scale = reader.inputs[0], list[ir.Node](), scales
             assert operand is not None
-            if operand is not node.outputs[0]:  # a gather of int4 has nothing to wait for: it is done at once
+            if operand is not node.outputs[0]:  # a gather or a piece: nothing to wait for, or it waits already
                 gate = Gate(model.graph, operand, f"{node.name}.{number}")
                 scale, gates = gate(scales), gate.nodes
-            else:
-                scale = scales
             own = ir.node(
                 "DequantizeLinear",
                 [values, scale],
@@ -115,27 +117,50 @@ def dequantize_late(model: ir.Model) -> ir.Model:
 
 
 class _Stored:
-    """The two initializers of a quantised weight, and what its readers are given."""
+    """The initializers of a quantised weight, and what its readers are given.
+
+    Attributes:
+        names: of the initializers that the readers needed.
+        nodes: that dequantise the whole weight.
+    """
 
     def __init__(self, graph: ir.Graph, name: str, weight: Quantized) -> None:
         self._graph, self._name, self._weight = graph, name, weight
         self._inserted = 0  # nodes beside the readers
         self.nodes: list[ir.Node] = []
-        scales, values = weight.scales, weight.values
-        if self._is_table:
-            scales = scales[:, None]  # gathered with its rows
-        if weight.precision == INT4:
-            values = values.astype(ml_dtypes.int4)
-        self._values = self._add(name + VALUES, values)
-        self._scales = self._add(name + SCALES, scales)
-        self.names = (name + VALUES, name + SCALES)
+        self.names: list[str] = []
+        # Those of a table of int8 are gathered with its rows.
+        column = weight.precision == INT8 and self._is_table
+        self._scales = self._add(SCALES, weight.scales[:, None] if column else weight.scales)
 
-    def _add(self, name: str, array: np.ndarray) -> ir.Value:
+    def _add(self, suffix: str, array: np.ndarray) -> ir.Value:
+        name = self._name + suffix
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
         tensor = ir.Tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self._graph.initializers[name] = value
+        self.names.append(name)
         return value
+
+    def _values(self) -> ir.Value:
+        """The stored values, int8 or int4."""
+        return self._add(VALUES, self._typed(self._weight.values))
+
+    def _typed(self, values: np.ndarray) -> np.ndarray:
+        return values.astype(ml_dtypes.int4) if self._weight.precision == INT4 else values
+
+    def _piece(self, first: int, last: int) -> ir.Value:
+        """Rows of a table as a tensor of their own; their bytes are those of the whole."""
+        values = self._weight.values
+        if self._weight.precision == INT4:
+            whole, row = self._add(PACKED, packed.pack(values)), values.shape[1] // 2
+        else:
+            whole, row = self._values(), values.shape[1]
+        piece = self._add(f"{VALUES}.{first}", self._typed(values[first:last]))
+        piece.meta[WITHIN] = (whole.name, first * row)
+        return piece
 
     def serve(self, node: ir.Node, place: int) -> None:
         """Gives one reader what it reads."""
@@ -143,8 +168,11 @@ class _Stored:
             self._serve_gather(node)
         elif self._is_table and node.op_type == "Slice" and place == 0:
             self._serve_slice(node)
+        elif self._is_table and self._weight.precision == INT8:
+            node.replace_input_with(place, self._floats(node, self._values(), self._scales))
         elif self._is_table:
-            node.replace_input_with(place, self._floats(node, self._values, self._scales))
+            rows, columns = self._weight.values.shape
+            node.replace_input_with(place, self._unmoved(node, self._dequantize(), rows, columns))
         elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             self._serve_transpose(node)
         elif node.op_type == "MatMul" and place == 1:
@@ -156,7 +184,8 @@ class _Stored:
 
     @property
     def _is_table(self) -> bool:
-        return self._weight.precision == INT8 and self._weight.axis == 0
+        """Whether it is stored as an embedding has it: a scale, or several, for each row."""
+        return self._weight.axis == (0 if self._weight.precision == INT8 else 1)
 
     def _unknown(self, node: ir.Node) -> ExportError:
         return ExportError(
@@ -173,7 +202,7 @@ class _Stored:
             attributes["block_size"] = BLOCK
         node = ir.node(
             "DequantizeLinear",
-            [self._values, self._scales],
+            [self._values(), self._scales],
             attributes,
             name=f"{self._name}.dequantize.{len(self.nodes)}",
         )
@@ -182,26 +211,53 @@ class _Stored:
         return node.outputs[0]
 
     def _serve_gather(self, node: ir.Node) -> None:
-        """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes
-        int4 but ONNX Runtime's does not: the weight is dequantised, and freed after it. (One
-        DequantizeLinear for two readers would be split by ONNX Runtime, and not be first any more.)"""
-        if self._weight.precision == INT4:
-            node.replace_input_with(0, self._dequantize())
-            return
+        """Rows or columns, gathered as they are stored, with their scales. ONNX's Gather takes int4 but ONNX
+        Runtime's does not: bytes are gathered, and unpacked. Where bytes hold numbers of two rows, the weight
+        is dequantised, and freed after it. (One DequantizeLinear for two readers would be split by ONNX
+        Runtime, and not be first any more.)"""
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0) % 2
-        values = self._insert(node, "Gather", [self._values, indices], {"axis": axis})
+        assert indices is not None
+        if self._weight.precision == INT4:
+            self._serve_packed(node, indices, axis)
+            return
+        values = self._insert(node, "Gather", [self._values(), indices], {"axis": axis})
         scales = self._scales
         if axis == self._weight.axis:
             scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
         self._replace(node, self._floats(node, values, scales))
 
+    def _serve_packed(self, node: ir.Node, indices: ir.Value, axis: int) -> None:
+        rank = None if indices.shape is None else len(indices.shape)
+        form = packed.form_of(self._weight, axis, rank, indices.dtype)
+        if form is None:
+            node.replace_input_with(0, self._dequantize())
+            return
+        whole = self._add(PACKED, packed.pack(self._weight.values))
+        writer = packed.Writer(self._graph, lambda *made: self._insert(node, *made))
+        self._replace(node, form(writer, packed.Source(whole, self._scales, self._weight), indices))
+
     def _serve_slice(self, node: ir.Node) -> None:
-        """A piece of a table (`edge_tcur_export.vocabulary`), cut as it is stored."""
-        values, scales = (
-            self._insert(node, "Slice", [value, *node.inputs[1:]], {})
-            for value in (self._values, self._scales)
-        )
-        self._replace(node, self._floats(node, values, scales))
+        """A piece of a table (`edge_tcur_export.vocabulary`). It waits for what the axes of the Slice wait
+        for."""
+        ends = [None if value is None else value.const_value for value in node.inputs[1:3]]
+        if ends[0] is None or ends[1] is None:
+            raise self._unknown(node)
+        first, last = (int(end.numpy()[0]) for end in ends if end is not None)
+        piece = self._piece(first, last)
+        scales = self._insert(node, "Slice", [self._scales, *node.inputs[1:]], {})
+        attributes = {"axis": 1, "block_size": BLOCK}
+        if self._weight.precision == INT8:
+            flat = packed.constant(self._graph, "quantized.flat", np.array([-1]))
+            scales, attributes = self._insert(node, "Reshape", [scales, flat], {}), {"axis": 0}
+        floats = self._insert(node, "DequantizeLinear", [piece, scales], attributes)
+        self._replace(node, self._unmoved(node, floats, last - first, self._weight.values.shape[1]))
+
+    def _unmoved(self, node: ir.Node, floats: ir.Value, rows: int, columns: int) -> ir.Value:
+        """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX Runtime
+        would make two, with a MatMul behind it a MatMulNBits, and it would move it through a Transpose."""
+        name = f"quantized.sizes.{rows}.{columns}"
+        sizes = packed.constant(self._graph, name, np.array([rows, columns]))
+        return self._insert(node, "Reshape", [floats, sizes], {})
 
     def _floats(self, node: ir.Node, values: ir.Value, scales: ir.Value) -> ir.Value:
         """A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`; and of a

@@ -285,13 +285,13 @@ class _Writer:
         """The rows of one piece, which wait for the values in `after`: all pieces could be read at the start,
         and ONNX Runtime would."""
         first, last = piece
-        start, axis = self.constant(np.array([first])), self.constant(np.array([0]))
+        axis = self.constant(np.array([0]))
         for value in after:
             gate = Gate(self._graph, value, f"piece.{first}")
-            start = gate(start)
+            axis = gate(axis)
             self.nodes += gate.nodes
-        ends = [self.constant(np.array([last])), axis]
-        return self("Slice", [table, start, *ends], shape=(last - first, _sizes(table)[1]))
+        ends = [self.constant(np.array([first])), self.constant(np.array([last]))]
+        return self("Slice", [table, *ends, axis], shape=(last - first, _sizes(table)[1]))
 
 
 def _shape(value: ir.Value) -> tuple[int | ir.SymbolicDim, ...] | None:

@@ -6,15 +6,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_tcur.errors import ExportError
 from edge_tcur_export.ort_training import _generate
+from edge_tcur_export.packed import pack, unpack
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
 from edge_tcur_export.quantized_graph import WeightTable, dequantize_late, quantize_weights
 from edge_tcur_runtime.formats.bundle import ADAMW
@@ -73,7 +77,9 @@ def test_a_layer_computes_what_it_computes_with_the_dequantised_weight(kind, dis
     quantized = quantized_layer(kind)
     plain, model = (parse(LAYER, quantized.dequantize()) for _ in range(2))
     added = quantize_weights(model, WeightTable([quantized]))
-    assert added == set(model.graph.initializers) == {"weight.values", "weight.scales"}
+    stored = {"weight.values", "weight.scales"} | ({"weight.packed"} if kind == "int4" else set())
+    assert added == stored <= set(model.graph.initializers)
+    assert "weight" not in model.graph.initializers
     for found, expected in zip(
         run(model, layer_feeds(), disabled=disabled), run(plain, layer_feeds()), strict=True
     ):
@@ -88,8 +94,7 @@ def test_each_product_has_a_dequantised_weight_of_its_own_after_optimisation_too
     assert model.graph.opset_imports[""] == (21 if kind == "int4" else 20)
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert list(model.graph)[: len(nodes)] == nodes  # first in the graph
-    # Products forward and backward; of int4 also both gathers.
-    assert len(nodes) == (2 if kind == "int8" else 4)
+    assert len(nodes) == 2  # products forward and backward; what is gathered is gathered as it is stored
     assert {"Transpose", "MatMul"}.isdisjoint(node.op_type for node in model.graph)
     path = tmp_path / "optimized.onnx"
     run(model, layer_feeds(), path)  # ONNX Runtime's defaults: constants are folded, equal nodes merged
@@ -154,6 +159,47 @@ def test_rows_of_a_table_are_gathered_as_int8():
     assert [node.op_type for node in model.graph] == ["Gather", "Gather", "Cast", "Mul"]
     ids = np.array([[1, 49, 1], [0, 7, 3]])
     np.testing.assert_array_equal(run(model, {"ids": ids})[0], quantized.dequantize()[ids])
+
+
+def gather(weight, indices, axis):
+    """What a Gather of an int4 weight gives, and the operators that it became."""
+    kind = "int32" if indices.dtype == np.int32 else "int64"
+    sizes = ", ".join("abc"[: indices.ndim])
+    text = f"g ({kind}[{sizes}] indices) => (float[{'s, t, u'[: 3 * indices.ndim + 1]}] y)"
+    model = parse(f"{text} {{ y = Gather <axis = {axis}> (weight, indices) }}", weight.dequantize())
+    quantize_weights(model, WeightTable([weight]))
+    return run(model, {"indices": indices})[0], [node.op_type for node in model.graph]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.sampled_from([32, 40, 64]), columns=st.sampled_from([2, 32, 64, 70]), along=st.integers(0, 1),
+    axis=st.integers(0, 1), batch=st.booleans(), kind=st.sampled_from([np.int32, np.int64]),
+    seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_what_is_gathered_of_int4_are_its_numbers(rows, columns, along, axis, batch, kind, seed):
+    """Rows and columns, blocks along either, of any index; of whole bytes, where a byte holds no two rows."""
+    generator = np.random.default_rng(seed)
+    weight = quantize_int4(generator.normal(size=(rows, columns)).astype(np.float32), along)
+    indices = generator.integers(0, (rows, columns)[axis], (2, 3) if batch else 5).astype(kind)
+    found, operators = gather(weight, indices, axis)
+    np.testing.assert_array_equal(found, np.take(weight.dequantize(), indices, axis))
+    whole = axis == along == 1 or (axis == 0 and along == 1 and columns % 32)
+    whole = whole or (axis == 1 and (batch or rows % 32 or along == 1))
+    assert ("DequantizeLinear" in operators) == bool(whole)
+
+
+def test_numbers_in_bytes_that_two_rows_share_are_dequantised_first():
+    weight = quantize_int4(np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32), 0)
+    found, operators = gather(weight, np.array([1, 31]), 0)
+    assert operators == ["DequantizeLinear", "Gather"]
+    np.testing.assert_array_equal(found, weight.dequantize()[[1, 31]])
+
+
+def test_packed_bytes_are_those_of_an_onnx_tensor_of_int4():
+    values = np.random.default_rng(0).integers(-7, 8, (3, 6)).astype(np.int8)
+    assert pack(values).tobytes() == ir.Tensor(values.astype(ml_dtypes.int4)).tobytes()
+    np.testing.assert_array_equal(unpack(pack(values)), values)
 
 
 def test_what_the_table_does_not_know_stays():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -21,13 +23,16 @@ from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig
 from edge_tcur_export import graph as graphs
 from edge_tcur_export import vocabulary
-from edge_tcur_export.quantize import quantize_int8
-from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
+from edge_tcur_export.base_file import BaseFile
+from edge_tcur_export.quantize import quantize_int4, quantize_int8
+from edge_tcur_export.quantized_graph import WeightTable
 from edge_tcur_export.trace import Signature, Traced, trace_backward, trace_program
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.tasks import IGNORED
 
+WIDTH = 32  # features: a block of int4
+ROW = 4 * WIDTH  # bytes of a row in float32
 NAMES, OUTPUTS = ("input_ids", "labels", "core"), ("loss", "logits", "metric")
 
 
@@ -51,7 +56,7 @@ class Model(torch.nn.Module):
         return task.loss(outputs, labels), detached, task.measure(detached, labels)
 
 
-def step_graph(words=30, width=8, **how):
+def step_graph(words=30, width=WIDTH, **how):
     """A step graph, and the forward graph."""
     axes = {0: Dim("batch", min=1, max=4096), 1: Dim("sequence", min=2, max=1024)}
     ids = torch.randint(words, (3, 16))
@@ -73,10 +78,12 @@ def plain():
     return step_graph()
 
 
-def run(model, feeds, *, ours=True):
+def run(model, feeds, *, ours=True, optimized=None):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    raw = ir.to_proto(model).SerializeToString()
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    raw = model if isinstance(model, Path) else ir.to_proto(model).SerializeToString()
     off = ["ConstantFolding"] if ours else []
     session = onnxruntime.InferenceSession(
         raw, options, providers=["CPUExecutionProvider"], disabled_optimizers=off
@@ -111,15 +118,15 @@ def check(found, expected):
 def test_loss_metric_and_gradient_are_those_of_the_whole(plain, rows, seed, samples, length, scale):
     """Of any size of the pieces; outputs that are all equal, and ones far beyond what exp can hold, too."""
     model = graphs.clone(plain[0])
-    assert vocabulary.write_token_loss(model, "labels", rows * 4 * 8)
-    feeds = feeds_of(30, 8, samples, length, seed, scale)
+    assert vocabulary.write_token_loss(model, "labels", rows * ROW)
+    feeds = feeds_of(30, WIDTH, samples, length, seed, scale)
     check(run(model, feeds), run(plain[0], feeds))
 
 
 def test_nothing_to_learn_from_is_no_loss_and_no_gradient(plain):
     model = graphs.clone(plain[0])
-    assert vocabulary.write_token_loss(model, "labels", 7 * 32)
-    feeds = feeds_of(30, 8, 2, 5, 0) | {"labels": np.full((2, 5), IGNORED)}
+    assert vocabulary.write_token_loss(model, "labels", 7 * ROW)
+    feeds = feeds_of(30, WIDTH, 2, 5, 0) | {"labels": np.full((2, 5), IGNORED)}
     found = run(model, feeds)
     assert (float(found["loss"]), float(found["metric"])) == (0, 0)
     assert not found["core.grad"].any()
@@ -127,9 +134,9 @@ def test_nothing_to_learn_from_is_no_loss_and_no_gradient(plain):
 
 def test_the_whole_is_left_where_it_is_small_or_the_table_is_read_in_another_way(plain):
     for model, size in (
-        (graphs.clone(plain[0]), 30 * 32),
-        (step_graph(tied=False)[0], 32),
-        (step_graph(read_twice=True)[0], 32),
+        (graphs.clone(plain[0]), 30 * ROW),
+        (step_graph(tied=False)[0], ROW),
+        (step_graph(read_twice=True)[0], ROW),
     ):
         before = [node.name for node in model.graph]
         assert not vocabulary.write_token_loss(model, "labels", size)
@@ -138,32 +145,42 @@ def test_the_whole_is_left_where_it_is_small_or_the_table_is_read_in_another_way
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_pieces_of_a_quantised_table_are_cut_from_its_bytes(plain, ours):
-    """Under ONNX Runtime's own optimisers too; the table is stored once."""
-    table = quantize_int8(Model(30, 8).table.numpy(), 0)
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_pieces_of_a_quantised_table_are_parts_of_its_bytes(plain, kind, ours, tmp_path):
+    """Under ONNX Runtime's own optimisers too; the table is stored once, and dequantised a piece at a time."""
+    matrix = Model(30, WIDTH).table.numpy()
+    table = quantize_int8(matrix, 0) if kind == "int8" else quantize_int4(matrix, 1)
     expected = graphs.clone(plain[0])
-    (weight,) = [v for v in expected.graph.initializers.values() if tuple(v.shape) == (30, 8)]
+    (weight,) = [v for v in expected.graph.initializers.values() if tuple(v.shape) == (30, WIDTH)]
     weight.const_value = ir.tensor(table.dequantize(), name=weight.name)
     model, whole = graphs.clone(expected), graphs.clone(expected)
-    assert vocabulary.write_token_loss(model, "labels", 7 * 32)
-    feeds = feeds_of(30, 8, 2, 5, 1)
+    assert vocabulary.write_token_loss(model, "labels", 7 * ROW)
+    feeds = feeds_of(30, WIDTH, 2, 5, 1)
     for changed in (model, whole):
-        quantize_weights(changed, WeightTable([table]))
-        large = [v.const_value for v in changed.graph.initializers.values() if 30 in v.shape]
-        assert sorted(tensor.dtype.name for tensor in large) == ["FLOAT", "INT8"]  # scales and values
-    check(run(model, feeds, ours=ours), run(expected, feeds))
-    found = run(whole, feeds, ours=ours)
-    np.testing.assert_allclose(found["core.grad"], run(expected, feeds)["core.grad"], rtol=1e-4, atol=1e-5)
+        BaseFile(tmp_path, WeightTable([table])).externalize(changed)
+        spread = tmp_path.joinpath("base.bin").stat().st_size - table.nbytes
+        assert 0 <= spread < 2**12  # paddings, and numbers of bytes
+        assert not [v for v in changed.graph.initializers.values() if tuple(v.shape) == (30, WIDTH)
+                    and v.dtype == ir.DataType.FLOAT]  # fmt: skip
+        ir.save(changed, tmp_path / "graph.onnx")
+        found = run(tmp_path / "graph.onnx", feeds, ours=ours, optimized=tmp_path / "optimized.onnx")
+        if changed is model:
+            check(found, run(expected, feeds))
+            nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+            assert [node.op_type for node in nodes].count("DequantizeLinear") == 5
+            assert "MatMulNBits" not in {node.op_type for node in nodes}
+        gradient = run(expected, feeds)["core.grad"]
+        np.testing.assert_allclose(found["core.grad"], gradient, rtol=1e-4, atol=1e-4)
 
 
 def test_an_inference_graph_answers_in_pieces_as_whole(plain):
     expected = graphs.keep_outputs(graphs.clone(plain[1]), ("logits",))
     model = graphs.clone(expected)
-    assert not vocabulary.split_head(graphs.clone(model), 30 * 32)
-    assert vocabulary.split_head(model, 7 * 32)
-    (table,) = [v for v in model.graph.initializers.values() if tuple(v.shape) == (30, 8)]
+    assert not vocabulary.split_head(graphs.clone(model), 30 * ROW)
+    assert vocabulary.split_head(model, 7 * ROW)
+    (table,) = [v for v in model.graph.initializers.values() if tuple(v.shape) == (30, WIDTH)]
     assert [node.op_type for node, _ in table.uses()].count("Slice") == 5
-    feeds = feeds_of(30, 8, 2, 5, 2)
+    feeds = feeds_of(30, WIDTH, 2, 5, 2)
     found = run(model, feeds)["logits"]
     np.testing.assert_allclose(found, run(expected, feeds)["logits"], rtol=1e-6, atol=1e-6)
 
