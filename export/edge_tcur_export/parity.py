@@ -202,19 +202,21 @@ def distance(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def _compare_infer(bundle: Bundle, cases: list[Case]) -> dict[str, float]:
     """The inference graph fed with factors, and fed with nothing against the canary."""
+    from edge_tcur_runtime.canary import read_canary
     from edge_tcur_runtime.engines.session import open_session
 
     graph = bundle.graph("infer")
     assert graph is not None
-    assert bundle.manifest.canary is not None
     session = open_session(graph, threads=1)
     worst = 0.0
     for case in cases:
         feeds = {name: value for name, value in case.feeds.items() if name != "labels"}
         worst = max(worst, distance(session.run(["logits"], feeds)[0], case.outputs))
-    canary = load_file(bundle.path(bundle.manifest.canary))
-    inputs = {name.removeprefix("input."): v for name, v in canary.items() if name.startswith("input.")}
-    return {"outputs": max(worst, distance(session.run(["logits"], inputs)[0], canary["output.base"]))}
+    canary = read_canary(bundle.root, bundle.manifest)
+    assert canary is not None
+    assert canary.base is not None
+    outputs = canary.part(session.run(["logits"], canary.inputs)[0])
+    return {"outputs": max(worst, distance(outputs, canary.base))}
 
 
 def compare_steps(stepper: Stepper, bundle: Bundle, cases: list[Case]) -> dict[str, float]:

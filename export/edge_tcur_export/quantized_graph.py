@@ -11,7 +11,7 @@ a tensor of its own over a part of the table's bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -87,21 +87,24 @@ def quantize_weights(model: ir.Model, table: WeightTable) -> frozenset[str]:
 
 def dequantize_late(model: ir.Model) -> ir.Model:
     """Gives each reader of a dequantised weight a DequantizeLinear of its own that waits for the reader's
-    first operand.
+    first operand; where that is the weight, as of a Gather, for the first operand of who reads the result.
 
     For a graph that is run in the order of the file. A DequantizeLinear needs nothing but the file, so in
     that order ONNX Runtime runs it before every node that its optimiser has fused (those come last), and all
     float32 weights are alive at once. The gate is that of `edge_tcur_export.recompute`, on the scales.
     """
+    places = {node: place for place, node in enumerate(model.graph)}
+    gates: dict[ir.Value, Gate] = {}
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         values, scales = node.inputs
         assert scales is not None
         for number, (reader, place) in enumerate(list(node.outputs[0].uses())):
-            operand, gates, scale = reader.inputs[0], list[ir.Node](), scales
-            assert operand is not None
-            if operand is not node.outputs[0]:  # a gather or a piece: nothing to wait for, or it waits already
-                gate = Gate(model.graph, operand, f"{node.name}.{number}")
-                scale, gates = gate(scales), gate.nodes
+            operand, scale, made = _awaited(reader, places), scales, list[ir.Node]()
+            if operand is not None:
+                if operand not in gates:
+                    gates[operand] = Gate(model.graph, operand, "weights")
+                scale = gates[operand](scales)
+                made = [new for new in gates[operand].nodes if new.graph is None]
             own = ir.node(
                 "DequantizeLinear",
                 [values, scale],
@@ -110,10 +113,29 @@ def dequantize_late(model: ir.Model) -> ir.Model:
             )
             own.outputs[0].name = f"{node.outputs[0].name}.{number}"
             own.outputs[0].type, own.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-            model.graph.insert_before(reader, [*gates, own])
+            model.graph.insert_before(reader, [*made, own])
             reader.replace_input_with(place, own.outputs[0])
         model.graph.remove(node, safe=True)
+    model.graph.sort()
     return model
+
+
+def _awaited(reader: ir.Node, places: Mapping[ir.Node, int]) -> ir.Value | None:
+    """What a reader of a dequantised weight waits for anyway; of the first reader of what is gathered, nothing
+    depends on that yet."""
+    if reader.op_type == "Gather":
+        after = sorted(reader.outputs[0].consumers(), key=lambda node: places.get(node, 0))
+        return next(
+            (v for node in after[:1] for v in node.inputs if v is not None and v is not reader.outputs[0]), None
+        )
+    first = reader.inputs[0]
+    # A piece of a table (`_serve_slice`) waits by itself.
+    return None if first is None or _is_dequantised(first) else first
+
+
+def _is_dequantised(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type == "DequantizeLinear"
 
 
 class _Stored:
@@ -211,14 +233,14 @@ class _Stored:
         return node.outputs[0]
 
     def _serve_gather(self, node: ir.Node) -> None:
-        """Rows or columns, gathered as they are stored, with their scales. ONNX's Gather takes int4 but ONNX
-        Runtime's does not: bytes are gathered, and unpacked. Where bytes hold numbers of two rows, the weight
-        is dequantised, and freed after it. (One DequantizeLinear for two readers would be split by ONNX
-        Runtime, and not be first any more.)"""
+        """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes int4
+        but ONNX Runtime's does not: rows of a table are gathered as bytes, and any other weight is dequantised,
+        and freed after it. (One DequantizeLinear for two readers would be split by ONNX Runtime, and not be
+        first any more.)"""
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0) % 2
         assert indices is not None
         if self._weight.precision == INT4:
-            self._serve_packed(node, indices, axis)
+            self._serve_int4(node, indices, axis)
             return
         values = self._insert(node, "Gather", [self._values(), indices], {"axis": axis})
         scales = self._scales
@@ -226,15 +248,16 @@ class _Stored:
             scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
         self._replace(node, self._floats(node, values, scales))
 
-    def _serve_packed(self, node: ir.Node, indices: ir.Value, axis: int) -> None:
-        rank = None if indices.shape is None else len(indices.shape)
-        form = packed.form_of(self._weight, axis, rank, indices.dtype)
-        if form is None:
+    def _serve_int4(self, node: ir.Node, indices: ir.Value, axis: int) -> None:
+        known = indices.shape if indices.shape is not None else (node.outputs[0].shape or ())[1:]
+        if not self._is_table or axis or not known or self._weight.values.shape[1] % BLOCK:
             node.replace_input_with(0, self._dequantize())
             return
         whole = self._add(PACKED, packed.pack(self._weight.values))
-        writer = packed.Writer(self._graph, lambda *made: self._insert(node, *made))
-        self._replace(node, form(writer, packed.Source(whole, self._scales, self._weight), indices))
+        rows = packed.gather_rows(
+            self._graph, lambda *made: self._insert(node, *made), whole, self._scales, indices, len(known)
+        )
+        self._replace(node, rows)
 
     def _serve_slice(self, node: ir.Node) -> None:
         """A piece of a table (`edge_tcur_export.vocabulary`). It waits for what the axes of the Slice wait
@@ -255,7 +278,7 @@ class _Stored:
     def _unmoved(self, node: ir.Node, floats: ir.Value, rows: int, columns: int) -> ir.Value:
         """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX Runtime
         would make two, with a MatMul behind it a MatMulNBits, and it would move it through a Transpose."""
-        name = f"quantized.sizes.{rows}.{columns}"
+        name = f"quantized.sizes_{rows}_{columns}"
         sizes = packed.constant(self._graph, name, np.array([rows, columns]))
         return self._insert(node, "Reshape", [floats, sizes], {})
 

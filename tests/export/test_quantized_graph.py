@@ -77,9 +77,7 @@ def test_a_layer_computes_what_it_computes_with_the_dequantised_weight(kind, dis
     quantized = quantized_layer(kind)
     plain, model = (parse(LAYER, quantized.dequantize()) for _ in range(2))
     added = quantize_weights(model, WeightTable([quantized]))
-    stored = {"weight.values", "weight.scales"} | ({"weight.packed"} if kind == "int4" else set())
-    assert added == stored <= set(model.graph.initializers)
-    assert "weight" not in model.graph.initializers
+    assert added == set(model.graph.initializers) == {"weight.values", "weight.scales"}
     for found, expected in zip(
         run(model, layer_feeds(), disabled=disabled), run(plain, layer_feeds()), strict=True
     ):
@@ -94,7 +92,8 @@ def test_each_product_has_a_dequantised_weight_of_its_own_after_optimisation_too
     assert model.graph.opset_imports[""] == (21 if kind == "int4" else 20)
     nodes = [node for node in model.graph if node.op_type == "DequantizeLinear"]
     assert list(model.graph)[: len(nodes)] == nodes  # first in the graph
-    assert len(nodes) == 2  # products forward and backward; what is gathered is gathered as it is stored
+    # Products forward and backward; of int4 also both gathers.
+    assert len(nodes) == (2 if kind == "int8" else 4)
     assert {"Transpose", "MatMul"}.isdisjoint(node.op_type for node in model.graph)
     path = tmp_path / "optimized.onnx"
     run(model, layer_feeds(), path)  # ONNX Runtime's defaults: constants are folded, equal nodes merged
@@ -161,39 +160,21 @@ def test_rows_of_a_table_are_gathered_as_int8():
     np.testing.assert_array_equal(run(model, {"ids": ids})[0], quantized.dequantize()[ids])
 
 
-def gather(weight, indices, axis):
-    """What a Gather of an int4 weight gives, and the operators that it became."""
-    kind = "int32" if indices.dtype == np.int32 else "int64"
-    sizes = ", ".join("abc"[: indices.ndim])
-    text = f"g ({kind}[{sizes}] indices) => (float[{'s, t, u'[: 3 * indices.ndim + 1]}] y)"
-    model = parse(f"{text} {{ y = Gather <axis = {axis}> (weight, indices) }}", weight.dequantize())
-    quantize_weights(model, WeightTable([weight]))
-    return run(model, {"indices": indices})[0], [node.op_type for node in model.graph]
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    rows=st.sampled_from([32, 40, 64]), columns=st.sampled_from([2, 32, 64, 70]), along=st.integers(0, 1),
-    axis=st.integers(0, 1), batch=st.booleans(), kind=st.sampled_from([np.int32, np.int64]),
-    seed=st.integers(0, 2**31),
+    rows=st.sampled_from([1, 40]), columns=st.sampled_from([32, 96]), batch=st.booleans(),
+    kind=st.sampled_from(["int32", "int64"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
-def test_what_is_gathered_of_int4_are_its_numbers(rows, columns, along, axis, batch, kind, seed):
-    """Rows and columns, blocks along either, of any index; of whole bytes, where a byte holds no two rows."""
+def test_rows_of_an_int4_table_are_gathered_as_bytes(rows, columns, batch, kind, seed):
     generator = np.random.default_rng(seed)
-    weight = quantize_int4(generator.normal(size=(rows, columns)).astype(np.float32), along)
-    indices = generator.integers(0, (rows, columns)[axis], (2, 3) if batch else 5).astype(kind)
-    found, operators = gather(weight, indices, axis)
-    np.testing.assert_array_equal(found, np.take(weight.dequantize(), indices, axis))
-    whole = axis == along == 1 or (axis == 0 and along == 1 and columns % 32)
-    whole = whole or (axis == 1 and (batch or rows % 32 or along == 1))
-    assert ("DequantizeLinear" in operators) == bool(whole)
-
-
-def test_numbers_in_bytes_that_two_rows_share_are_dequantised_first():
-    weight = quantize_int4(np.random.default_rng(0).normal(size=(32, 5)).astype(np.float32), 0)
-    found, operators = gather(weight, np.array([1, 31]), 0)
-    assert operators == ["DequantizeLinear", "Gather"]
-    np.testing.assert_array_equal(found, weight.dequantize()[[1, 31]])
+    weight = quantize_int4(generator.normal(size=(rows, columns)).astype(np.float32), 1)
+    indices = generator.integers(0, rows, (2, 3) if batch else 5).astype(kind)
+    sizes = "a, b" if batch else "a"
+    text = f"g ({kind}[{sizes}] ids) => (float[{sizes}, c] y) {{ y = Gather <axis = 0> (weight, ids) }}"
+    model = parse(text, weight.dequantize())
+    assert quantize_weights(model, WeightTable([weight])) == {"weight.packed", "weight.scales"}
+    assert "DequantizeLinear" not in {node.op_type for node in model.graph}
+    np.testing.assert_array_equal(run(model, {"ids": indices})[0], weight.dequantize()[indices])
 
 
 def test_packed_bytes_are_those_of_an_onnx_tensor_of_int4():
