@@ -92,8 +92,8 @@ def adapted(base: Base, run: Run, adapter: Adapter) -> Iterator[None]:
 def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict[str, np.ndarray]:
     """Fixed inputs (``input.*``) and torch's outputs of base and adapter on them (``output.*``).
 
-    Of a language model with a large vocabulary, texts of as few tokens as give `_CANARY_BYTES` of outputs, and
-    of these evenly spread places alone (``output.places``, ``output.sizes``): see `edge_tcur_runtime.canary`.
+    Of a language model with a large vocabulary, texts of as few tokens as give `_CANARY_BYTES` of outputs,
+    and of these evenly spread places alone (``output.places``, ``output.sizes``): see `edge_tcur_runtime.canary`.
 
     Args:
         directory: holds the tokenizer.
@@ -118,7 +118,9 @@ def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict
 
 def _answers(base: Base, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     with torch.no_grad():
-        answers: np.ndarray = base.model(**{n: torch.from_numpy(value) for n, value in inputs.items()}).numpy()
+        answers: np.ndarray = base.model(
+            **{n: torch.from_numpy(value) for n, value in inputs.items()}
+        ).numpy()
     return answers
 
 

@@ -4,8 +4,8 @@ It runs on the finished graphs, ONNX Runtime Training's too: its builder folds a
 a float32 copy of the weight, and is given the float32 weight instead.
 
 Each reader gets a DequantizeLinear of its own: one for forward and backward would keep every float32
-weight alive from the one to the other. What is gathered is gathered as it is stored, and a piece of a table is
-a tensor of its own over a part of the table's bytes.
+weight alive from the one to the other. Of int8, and of tables, what is gathered is gathered as it is
+stored; a piece of a table is a tensor of its own over a part of the table's bytes.
 """
 
 from __future__ import annotations
@@ -121,12 +121,13 @@ def dequantize_late(model: ir.Model) -> ir.Model:
 
 
 def _awaited(reader: ir.Node, places: Mapping[ir.Node, int]) -> ir.Value | None:
-    """What a reader of a dequantised weight waits for anyway; of the first reader of what is gathered, nothing
-    depends on that yet."""
+    """What a reader of a dequantised weight waits for anyway; of the first reader of what is gathered,
+    nothing depends on that yet."""
     if reader.op_type == "Gather":
         after = sorted(reader.outputs[0].consumers(), key=lambda node: places.get(node, 0))
         return next(
-            (v for node in after[:1] for v in node.inputs if v is not None and v is not reader.outputs[0]), None
+            (v for node in after[:1] for v in node.inputs if v is not None and v is not reader.outputs[0]),
+            None,
         )
     first = reader.inputs[0]
     # A piece of a table (`_serve_slice`) waits by itself.
@@ -234,7 +235,7 @@ class _Stored:
 
     def _serve_gather(self, node: ir.Node) -> None:
         """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes int4
-        but ONNX Runtime's does not: rows of a table are gathered as bytes, and any other weight is dequantised,
+        but ONNX Runtime's does not: rows of a table are gathered as bytes, any other weight is dequantised,
         and freed after it. (One DequantizeLinear for two readers would be split by ONNX Runtime, and not be
         first any more.)"""
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0) % 2
@@ -276,8 +277,9 @@ class _Stored:
         self._replace(node, self._unmoved(node, floats, last - first, self._weight.values.shape[1]))
 
     def _unmoved(self, node: ir.Node, floats: ir.Value, rows: int, columns: int) -> ir.Value:
-        """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX Runtime
-        would make two, with a MatMul behind it a MatMulNBits, and it would move it through a Transpose."""
+        """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX
+        Runtime would make two, with a MatMul behind it a MatMulNBits, and it would move it through a
+        Transpose."""
         name = f"quantized.sizes_{rows}_{columns}"
         sizes = packed.constant(self._graph, name, np.array([rows, columns]))
         return self._insert(node, "Reshape", [floats, sizes], {})

@@ -23,6 +23,7 @@ from edge_tcur_export.log_softmax import write_log_softmax
 from edge_tcur_export.parity import Case
 from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
+from edge_tcur_export.scalars import read_scalars
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_export.trace import (
     EXAMPLE_LENGTH,
@@ -97,7 +98,8 @@ class StepGraphs:
         return roles
 
     def _write_loss(self, model: ir.Model) -> None:
-        """The loss as providers have operators for it; of a large vocabulary in pieces."""
+        """The loss as providers have operators for it, of a large vocabulary in pieces; scalars unspread."""
+        read_scalars(model)
         if isinstance(self._task, CausalLm):
             vocabulary.write_token_loss(model, TARGETS, vocabulary.PIECE_BYTES)
         write_log_softmax(model)

@@ -107,7 +107,7 @@ def split_head(model: ir.Model, piece_bytes: int) -> bool:
     writer, outputs = _Writer(model.graph), list[ir.Value]()
     before = (_shape(head.hidden) or ())[:-1]
     for piece in pieces:
-        rows = writer.rows(head.table, piece, outputs[-1:])
+        rows = writer.rows(head.table, piece, outputs[-1:] or [head.hidden])
         turned = writer("Transpose", [rows], perm=(1, 0), shape=(*_sizes(rows)[::-1],))
         outputs.append(writer("MatMul", [head.hidden, turned], shape=(*before, piece[1] - piece[0])))
     old = head.product.outputs[0]
@@ -218,7 +218,9 @@ class _Running:
         """Adds the words of one piece."""
         write, column = self._write, (self._tokens, 1)
         wide, deep = (self._tokens, piece[1] - piece[0]), (self._tokens, _sizes(self._head.table)[1])
-        rows = write.rows(self._head.table, piece, [] if self._first else [self.sum, self.total, self.best])
+        # The first waits for what it is multiplied with, each other one for all that the one before it gives.
+        after = [self._head.hidden] if self._first else [self.sum, self.total, self.best]
+        rows = write.rows(self._head.table, piece, after)
         outputs = write("Gemm", [self._head.hidden, rows], transB=1, shape=wide)
         here = write.reduce("ReduceMax", outputs, column)
         place = write("ArgMax", [outputs], axis=1, keepdims=1, dtype=_INT, shape=column)

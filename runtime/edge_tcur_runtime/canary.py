@@ -46,7 +46,7 @@ class Canary:
     sizes: tuple[int, ...] = ()
 
     def part(self, outputs: np.ndarray) -> np.ndarray:
-        """The part of a model's outputs that `base` and `adapter` hold; outputs of another size as they are."""
+        """The part of a model's outputs that `base` and `adapter` hold; of another size, all of them."""
         if self.places is None or outputs.shape != self.sizes:
             return outputs
         found: np.ndarray = outputs.reshape(len(outputs), -1)[:, self.places]
@@ -94,7 +94,8 @@ def _in_part(canary: Canary, places: np.ndarray | None, sizes: np.ndarray | None
     for name, outputs in ((_BASE, canary.base), (_ADAPTER, canary.adapter)):
         if outputs is not None and outputs.shape != (whole[0], len(places)):
             raise FileFormatError(
-                f"{name!r} has the shape {list(outputs.shape)}; expected {[whole[0], len(places)]}", where=where
+                f"{name!r} has the shape {list(outputs.shape)}; expected {[whole[0], len(places)]}",
+                where=where,
             )
     return replace(canary, places=places, sizes=whole)
 

@@ -307,6 +307,16 @@ def test_a_step_holds_a_few_float32_weights_at_a_time(tmp_path):
     assert first > gated + 4 * weight
 
 
+def ancestors(node):
+    """Every value that a node needs."""
+    waiting, ahead = [node], set()
+    while waiting:
+        given = [value for value in waiting.pop().inputs if value is not None]
+        ahead.update(given)
+        waiting += [value.producer() for value in given if value.producer() is not None]
+    return ahead
+
+
 def test_a_late_weight_waits_for_the_operand_of_its_reader():
     quantized = quantized_layer("int8")
     model = parse(LAYER, quantized.dequantize())
@@ -317,13 +327,29 @@ def test_a_late_weight_waits_for_the_operand_of_its_reader():
     assert len(dequantised) == 2
     for node in dequantised:
         (use,) = node.outputs[0].uses()
-        waiting, ahead = [node], set()
-        while waiting:
-            given = [value for value in waiting.pop().inputs if value is not None]
-            ahead.update(given)
-            waiting += [value.producer() for value in given if value.producer() is not None]
-        assert use.node.inputs[0] in ahead
+        assert use.node.inputs[0] in ancestors(node)
     for found, expected in zip(run(model, layer_feeds()), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_late_weight_that_is_gathered_from_waits_for_the_reader_of_what_is_gathered():
+    """In the order of the file nothing else would make it wait, and all weights would be float32 at once."""
+    quantized = quantized_layer("int4")
+    text = """g (float[b, 64] x, int32[r] rows) => (float[b, r] y, float[r, 64] z)
+    {
+        right = Gather <axis = 1> (weight, rows)
+        u = Neg(x)
+        y = MatMul(u, right)
+        z = Transpose <perm = [1, 0]> (right)
+    }"""
+    model = parse(text, quantized.dequantize())
+    quantize_weights(model, WeightTable([quantized]))
+    feeds = {name: layer_feeds()[name] for name in ("x", "rows")}
+    before = run(model, feeds)
+    dequantize_late(model)
+    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert "u" in {value.name for value in ancestors(node)}
+    for found, expected in zip(run(model, feeds), before, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -21,14 +21,17 @@ from torch.utils import _pytree
 
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig
+from edge_tcur_export import cases, vocabulary
 from edge_tcur_export import graph as graphs
-from edge_tcur_export import vocabulary
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
 from edge_tcur_export.quantized_graph import WeightTable
 from edge_tcur_export.trace import Signature, Traced, trace_backward, trace_program
+from edge_tcur_runtime.canary import departs, read_canary
 from edge_tcur_runtime.engines import open_engine
+from edge_tcur_runtime.errors import IncompatibleError
 from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.predict import Model as DeviceModel
 from edge_tcur_runtime.tasks import IGNORED
 
 WIDTH = 32  # features: a block of int4
@@ -147,7 +150,7 @@ def test_the_whole_is_left_where_it_is_small_or_the_table_is_read_in_another_way
 @pytest.mark.parametrize("ours", [True, False])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_pieces_of_a_quantised_table_are_parts_of_its_bytes(plain, kind, ours, tmp_path):
-    """Under ONNX Runtime's own optimisers too; the table is stored once, and dequantised a piece at a time."""
+    """Under ONNX Runtime's own optimisers too; the table is stored once, and float32 a piece at a time."""
     matrix = Model(30, WIDTH).table.numpy()
     table = quantize_int8(matrix, 0) if kind == "int8" else quantize_int4(matrix, 1)
     expected = graphs.clone(plain[0])
@@ -233,23 +236,32 @@ def write_qwen(root):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=end, pad_token=end).save_pretrained(root)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_a_language_model_with_a_tied_table_of_int8(precision, kit, tmp_path, monkeypatch):
-    monkeypatch.setattr(vocabulary, "PIECE_BYTES", 200 * 4 * 32)
-    write_qwen(tmp_path / "base")
-    (tmp_path / "data.csv").write_text("text\n" + "".join(f"abc{n} def{n}\n" for n in range(6)))
+@pytest.fixture(scope="module")
+def language_model(kit, tmp_path_factory):
+    """An int4 bundle whose head is four pieces, and whose canary is a part of its outputs."""
+    root = tmp_path_factory.mktemp("language-model")
+    write_qwen(root / "base")
+    (root / "data.csv").write_text("text\n" + "".join(f"abc{n} def{n}\n" for n in range(6)))
     config = TrainConfig(
-        str(tmp_path / "base"), str(tmp_path / "data.csv"), task="causal-lm", rank=2, epochs=1,
-        selection="norm", threads=1,
+        str(root / "base"), str(root / "data.csv"), task="causal-lm", rank=2, epochs=1, selection="norm",
+        threads=1,
     )  # fmt: skip
-    exported = kit.export(config, tmp_path, ("onnx", "step"), precision=precision, recompute=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vocabulary, "PIECE_BYTES", 150 * ROW)
+        patch.setattr(cases, "_CANARY_BYTES", 2 * 5 * 600 * 4)
+        patch.setattr(cases, "_CANARY_ENTRIES", 1000)
+        return kit.export(config, root, ("onnx", "step"), precision="int4", recompute=True)
+
+
+def test_a_language_model_with_a_tied_table_of_int4(kit, language_model):
+    exported = language_model
     kit.check_parity(exported)
     report = exported.report.quantization
-    assert "module.lm_head.weight" in report.relative_errors
-    assert report.relative_errors["module.lm_head.weight"] < 0.02  # int8 in both
+    assert 0.02 < report.relative_errors["module.lm_head.weight"] < 0.12  # int4, as of a linear layer
     for role in ("infer", "step", "step_recompute"):
         tables = [tensor for tensor in exported.graph(role).graph.initializer if 600 in tensor.dims]
-        assert {tensor.data_type for tensor in tables} == {1, 3}  # scales and values, no float32 table
+        # Scales, and two numbers in each byte: no float32 table.
+        assert {tensor.data_type: list(tensor.dims) for tensor in tables} == {1: [600, 1], 2: [600, 16]}
         assert len(tables) == 2
     manifest = exported.bundle.manifest
     ids = np.arange(16).reshape(2, 8)
@@ -262,3 +274,34 @@ def test_a_language_model_with_a_tied_table_of_int8(precision, kit, tmp_path, mo
     assert [result.outputs.size for result in results] == [0, 0]
     assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
     assert results[0].metric is not None
+
+
+def test_the_bytes_of_a_base_are_counted_once(language_model):
+    """The table's pieces, and the table whose rows are picked, are one part of the file."""
+    step = language_model.bundle.manifest.memory.graphs["step"]
+    size = language_model.bundle.path("base.bin").stat().st_size
+    assert size - 2**14 < step.base < size + 2**14  # small tensors lie in the graph
+
+
+def test_the_canary_of_a_large_vocabulary_is_short_and_holds_a_part(language_model):
+    """Answers that differ in what it holds, and those that are not finite anywhere, are refused."""
+    bundle = language_model.bundle
+    canary = read_canary(bundle.root, bundle.manifest)
+    assert canary.sizes == (2, 5, 600)
+    assert canary.inputs["input_ids"].shape == (2, 5)
+    assert canary.base.shape == canary.adapter.shape == (2, 1000)
+    steps = np.diff(canary.places)
+    assert steps.min() >= 3  # evenly spread: words of each piece of the vocabulary, at each position
+    assert steps.max() <= 4
+    model = DeviceModel(bundle, threads=1)
+    whole = model.outputs(canary.inputs)
+    assert departs(canary.part(whole), canary.base) is None
+    model.load("own", language_model.run.adapter())
+    for place, value, problem in ((0, 1e6, "off by"), (1, np.nan, "NaN")):
+        outputs = whole.copy()
+        outputs[0, 0, canary.places[0] + place] = value
+        model._run = lambda inputs, feeds, outputs=outputs: outputs
+        with pytest.raises(IncompatibleError, match=problem):
+            model._check({}, canary.base, "the base", IncompatibleError)
+    short = whole[:, :4]
+    assert departs(canary.part(short), canary.base).startswith("outputs of the shape [2, 4, 600]")
