@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from edge_tcur_export.quantized_graph import WITHIN, WeightTable, quantize_weights
+from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
 from edge_tcur_runtime.formats.bundle import BASE_FILE
 
 _INLINE_BYTES = 256  # smaller tensors (shapes, axes, scalars) stay in the graph
@@ -68,8 +68,6 @@ class BaseFile:
                     continue
                 if tensor.nbytes <= _INLINE_BYTES and name not in quantised | self._always:
                     continue
-                if WITHIN in value.meta:
-                    continue
                 raw = tensor.tobytes()
                 key = hashlib.sha256(raw).digest()
                 if key not in self._known:
@@ -80,10 +78,6 @@ class BaseFile:
                     self._known[key] = self.size + padding
                     self.size += padding + len(raw)
                 self._refer(name, value, self._known[key])
-        for name, value in model.graph.initializers.items():
-            if WITHIN in value.meta:
-                whole, skipped = value.meta[WITHIN]
-                self._refer(name, value, self.offsets[whole] + skipped)
         return self.size - before
 
     def _refer(self, name: str, value: ir.Value, offset: int) -> None:

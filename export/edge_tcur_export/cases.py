@@ -93,7 +93,7 @@ def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict
     """Fixed inputs (``input.*``) and torch's outputs of base and adapter on them (``output.*``).
 
     Of a language model with a large vocabulary, texts of as few tokens as give `_CANARY_BYTES` of outputs,
-    and of these evenly spread places alone (``output.places``, ``output.sizes``): see `edge_tcur_runtime.canary`.
+    and of these evenly spread places alone (``output.places``, ``output.sizes``: see `Canary`).
 
     Args:
         directory: holds the tokenizer.

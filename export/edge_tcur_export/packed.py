@@ -1,8 +1,8 @@
-"""Rows of an int4 table, gathered as bytes.
+"""Rows of an int4 table, taken as bytes.
 
-ONNX Runtime's Gather takes no int4, and dequantised for it a table of words is eight times its size, for a
-few of its rows. A byte holds two neighbours of a row: bytes are gathered from the same file as uint8, and a
-table of 256 pairs of numbers says what they hold.
+ONNX Runtime's Gather and Slice take no int4, and dequantised for them a table of words is eight times its
+size, for a few of its rows. A byte holds two neighbours of a row: bytes are taken, and a table of 256 pairs of
+numbers says what they hold.
 
 Of other weights this would be worse: ONNX Runtime maps each tensor of a file by itself, so pages that are
 read as int4 by a product and as uint8 by a Gather are resident twice, and columns lie in all of them.
@@ -49,30 +49,26 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     return graph.initializers[name]
 
 
-def gather_rows(
-    graph: ir.Graph, write: Write, table: ir.Value, scales: ir.Value, indices: ir.Value, rank: int
+def numbers(
+    graph: ir.Graph, write: Write, found: ir.Value, scales: ir.Value, sizes: tuple[int, int]
 ) -> ir.Value:
-    """Rows of a table, f32 [..., columns].
+    """What rows of a table hold, f32 [..., columns].
 
     Args:
         write: makes a node, from its operator, inputs and attributes.
-        table: uint8 [rows, columns / 2], see `pack`.
-        scales: f32 [rows, columns / BLOCK].
-        indices: of rows.
-        rank: their axes.
+        found: the rows, uint8 [..., columns / 2], see `pack`.
+        scales: of the rows, f32 [..., columns / BLOCK].
+        sizes: number of the axes before the last, and columns.
     """
-    assert table.shape is not None
-    columns = 2 * table.shape.numpy()[1]
+    rank, columns = sizes
 
-    def sizes(*last: int) -> ir.Value:
+    def shape(*last: int) -> ir.Value:
         name = f"{_PAIRS}.sizes_{rank}_{'_'.join(map(str, last))}"
         return constant(graph, name, np.array([0] * rank + list(last)))  # 0: as it is
 
-    found = write("Gather", [table, indices], {"axis": 0})
     places = write("Cast", [found], {"to": int(ir.DataType.INT32)})
-    pairs = unpack(np.arange(256, dtype=np.uint8)[:, None]).astype(np.float32)
-    numbers = write("Gather", [constant(graph, _PAIRS, pairs), places], {"axis": 0})
-    blocks = write("Reshape", [numbers, sizes(columns // BLOCK, BLOCK)], {})
-    own = write("Gather", [scales, indices], {"axis": 0})
-    spread = write("Reshape", [own, sizes(columns // BLOCK, 1)], {})
-    return write("Reshape", [write("Mul", [blocks, spread], {}), sizes(columns)], {})
+    table = unpack(np.arange(256, dtype=np.uint8)[:, None]).astype(np.float32)
+    pairs = write("Gather", [constant(graph, _PAIRS, table), places], {"axis": 0})
+    blocks = write("Reshape", [pairs, shape(columns // BLOCK, BLOCK)], {})
+    spread = write("Reshape", [scales, shape(columns // BLOCK, 1)], {})
+    return write("Reshape", [write("Mul", [blocks, spread], {}), shape(columns)], {})

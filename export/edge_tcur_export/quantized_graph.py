@@ -4,8 +4,8 @@ It runs on the finished graphs, ONNX Runtime Training's too: its builder folds a
 a float32 copy of the weight, and is given the float32 weight instead.
 
 Each reader gets a DequantizeLinear of its own: one for forward and backward would keep every float32
-weight alive from the one to the other. Of int8, and of tables, what is gathered is gathered as it is
-stored; a piece of a table is a tensor of its own over a part of the table's bytes.
+weight alive from the one to the other. Of int8, and of tables, what is gathered or cut is taken as
+it is stored.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from edge_tcur_runtime.formats.weights import INT4, INT8
 INT4_OPSET = 21  # the first one with int4 and blocks
 VALUES, SCALES = ".values", ".scales"  # behind the name of a weight: its two tensors
 PACKED = ".packed"  # the values of int4 once more, two a byte, as uint8: the same bytes of a file
-WITHIN = "edge_tcur.within"  # `ir.Value.meta` of a piece: name of the whole, and bytes before the piece
 _Key = tuple[tuple[int, ...], bytes]
 
 
@@ -130,13 +129,8 @@ def _awaited(reader: ir.Node, places: Mapping[ir.Node, int]) -> ir.Value | None:
             None,
         )
     first = reader.inputs[0]
-    # A piece of a table (`_serve_slice`) waits by itself.
-    return None if first is None or _is_dequantised(first) else first
-
-
-def _is_dequantised(value: ir.Value) -> bool:
-    node = value.producer()
-    return node is not None and node.op_type == "DequantizeLinear"
+    made = None if first is None else first.producer()
+    return None if made is not None and made.op_type == "DequantizeLinear" else first
 
 
 class _Stored:
@@ -169,21 +163,8 @@ class _Stored:
 
     def _values(self) -> ir.Value:
         """The stored values, int8 or int4."""
-        return self._add(VALUES, self._typed(self._weight.values))
-
-    def _typed(self, values: np.ndarray) -> np.ndarray:
-        return values.astype(ml_dtypes.int4) if self._weight.precision == INT4 else values
-
-    def _piece(self, first: int, last: int) -> ir.Value:
-        """Rows of a table as a tensor of their own; their bytes are those of the whole."""
         values = self._weight.values
-        if self._weight.precision == INT4:
-            whole, row = self._add(PACKED, packed.pack(values)), values.shape[1] // 2
-        else:
-            whole, row = self._values(), values.shape[1]
-        piece = self._add(f"{VALUES}.{first}", self._typed(values[first:last]))
-        piece.meta[WITHIN] = (whole.name, first * row)
-        return piece
+        return self._add(VALUES, values.astype(ml_dtypes.int4) if self._weight.precision == INT4 else values)
 
     def serve(self, node: ir.Node, place: int) -> None:
         """Gives one reader what it reads."""
@@ -254,27 +235,29 @@ class _Stored:
         if not self._is_table or axis or not known or self._weight.values.shape[1] % BLOCK:
             node.replace_input_with(0, self._dequantize())
             return
-        whole = self._add(PACKED, packed.pack(self._weight.values))
-        rows = packed.gather_rows(
-            self._graph, lambda *made: self._insert(node, *made), whole, self._scales, indices, len(known)
-        )
-        self._replace(node, rows)
+        write = self._write(node)
+        found = write("Gather", [self._packed(), indices], {"axis": 0})
+        scales = write("Gather", [self._scales, indices], {"axis": 0})
+        sizes = (len(known), self._weight.values.shape[1])
+        self._replace(node, packed.numbers(self._graph, write, found, scales, sizes))
+
+    def _packed(self) -> ir.Value:
+        return self._add(PACKED, packed.pack(self._weight.values))
+
+    def _write(self, node: ir.Node) -> packed.Write:
+        return lambda *made: self._insert(node, *made)
 
     def _serve_slice(self, node: ir.Node) -> None:
-        """A piece of a table (`edge_tcur_export.vocabulary`). It waits for what the axes of the Slice wait
-        for."""
-        ends = [None if value is None else value.const_value for value in node.inputs[1:3]]
-        if ends[0] is None or ends[1] is None:
-            raise self._unknown(node)
-        first, last = (int(end.numpy()[0]) for end in ends if end is not None)
-        piece = self._piece(first, last)
+        """A piece of a table (`edge_tcur_export.vocabulary`), cut as it is stored. A tensor over that part of
+        the file would need no copy, but its pages would be resident twice where rows are gathered too."""
         scales = self._insert(node, "Slice", [self._scales, *node.inputs[1:]], {})
-        attributes = {"axis": 1, "block_size": BLOCK}
+        stored = self._values() if self._weight.precision == INT8 else self._packed()
+        cut = self._insert(node, "Slice", [stored, *node.inputs[1:]], {})
         if self._weight.precision == INT8:
-            flat = packed.constant(self._graph, "quantized.flat", np.array([-1]))
-            scales, attributes = self._insert(node, "Reshape", [scales, flat], {}), {"axis": 0}
-        floats = self._insert(node, "DequantizeLinear", [piece, scales], attributes)
-        self._replace(node, self._unmoved(node, floats, last - first, self._weight.values.shape[1]))
+            self._replace(node, self._floats(node, cut, scales))
+            return
+        columns = self._weight.values.shape[1]
+        self._replace(node, packed.numbers(self._graph, self._write(node), cut, scales, (1, columns)))
 
     def _unmoved(self, node: ir.Node, floats: ir.Value, rows: int, columns: int) -> ir.Value:
         """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX

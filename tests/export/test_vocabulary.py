@@ -170,8 +170,7 @@ def test_pieces_of_a_quantised_table_are_parts_of_its_bytes(plain, kind, ours, t
         if changed is model:
             check(found, run(expected, feeds))
             nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
-            assert [node.op_type for node in nodes].count("DequantizeLinear") == 5
-            assert "MatMulNBits" not in {node.op_type for node in nodes}
+            assert {"DequantizeLinear", "MatMulNBits"}.isdisjoint(node.op_type for node in nodes)
         gradient = run(expected, feeds)["core.grad"]
         np.testing.assert_allclose(found["core.grad"], gradient, rtol=1e-4, atol=1e-4)
 

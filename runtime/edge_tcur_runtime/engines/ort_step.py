@@ -33,7 +33,12 @@ class OrtStepEngine:
         # What is recomputed must wait for the backward pass; ONNX Runtime's own order suits the others, whose
         # quantised weights stand first in the file.
         in_order = graph == "step_recompute"
-        self._session = open_session(path, threads=threads, in_order=in_order, placement=placement)
+        # Nodes that ONNX Runtime's optimiser makes come last in that order, and before each of them all that is
+        # ready of the backward pass.
+        optimized = not in_order or placement != ON_CPU
+        self._session = open_session(
+            path, threads=threads, in_order=in_order, placement=placement, optimized=optimized
+        )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]
