@@ -110,7 +110,8 @@ def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict
     whole = outputs[0].size
     if whole > _CANARY_ENTRIES:
         places = np.linspace(0, whole - 1, _CANARY_ENTRIES).astype(np.int64)
-        found = {name: value.reshape(len(value), -1)[:, places] for name, value in found.items()}
+        # safetensors writes an array as it lies in memory, whatever its strides.
+        found = {n: np.ascontiguousarray(v.reshape(len(v), -1)[:, places]) for n, v in found.items()}
         content = {"output.places": places, "output.sizes": np.array(outputs.shape, np.int64)}
     content |= {f"input.{name}": value for name, value in inputs.items()}
     return content | {f"output.{name}": value for name, value in found.items()}

@@ -1,8 +1,8 @@
 """Rows of an int4 table, taken as bytes.
 
 ONNX Runtime's Gather and Slice take no int4, and dequantised for them a table of words is eight times its
-size, for a few of its rows. A byte holds two neighbours of a row: bytes are taken, and a table of 256 pairs of
-numbers says what they hold.
+size, for a few of its rows. A byte holds two neighbours of a row: bytes are taken, and a table of 256 pairs
+of numbers says what they hold.
 
 Of other weights this would be worse: ONNX Runtime maps each tensor of a file by itself, so pages that are
 read as int4 by a product and as uint8 by a Gather are resident twice, and columns lie in all of them.

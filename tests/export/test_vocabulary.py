@@ -25,7 +25,7 @@ from edge_tcur_export import cases, vocabulary
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
-from edge_tcur_export.quantized_graph import WeightTable
+from edge_tcur_export.quantized_graph import WeightTable, quantize_weights
 from edge_tcur_export.trace import Signature, Traced, trace_backward, trace_program
 from edge_tcur_runtime.canary import departs, read_canary
 from edge_tcur_runtime.engines import open_engine
@@ -175,16 +175,23 @@ def test_pieces_of_a_quantised_table_are_parts_of_its_bytes(plain, kind, ours, t
         np.testing.assert_allclose(found["core.grad"], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_an_inference_graph_answers_in_pieces_as_whole(plain):
+@pytest.mark.parametrize("kind", ["fp32", "int8", "int4"])
+def test_an_inference_graph_answers_in_pieces_as_whole(plain, kind):
     expected = graphs.keep_outputs(graphs.clone(plain[1]), ("logits",))
+    (weight,) = [v for v in expected.graph.initializers.values() if tuple(v.shape) == (30, WIDTH)]
+    matrix = weight.const_value.numpy()
+    stored = {"int8": [quantize_int8(matrix, 0)], "int4": [quantize_int4(matrix, 1)]}.get(kind, [])
+    for table in stored:
+        weight.const_value = ir.tensor(table.dequantize(), name=weight.name)
     model = graphs.clone(expected)
     assert not vocabulary.split_head(graphs.clone(model), 30 * ROW)
     assert vocabulary.split_head(model, 7 * ROW)
     (table,) = [v for v in model.graph.initializers.values() if tuple(v.shape) == (30, WIDTH)]
     assert [node.op_type for node, _ in table.uses()].count("Slice") == 5
+    quantize_weights(model, WeightTable(stored))
     feeds = feeds_of(30, WIDTH, 2, 5, 2)
-    found = run(model, feeds)["logits"]
-    np.testing.assert_allclose(found, run(expected, feeds)["logits"], rtol=1e-6, atol=1e-6)
+    whole = run(expected, feeds)["logits"]
+    np.testing.assert_allclose(run(model, feeds)["logits"], whole, rtol=1e-5, atol=1e-5)
 
 
 CHILD = """
