@@ -33,8 +33,8 @@ class OrtStepEngine:
         # What is recomputed must wait for the backward pass; ONNX Runtime's own order suits the others, whose
         # quantised weights stand first in the file.
         in_order = graph == "step_recompute"
-        # Nodes that ONNX Runtime makes as it optimises come last in that order, and before each of them all that
-        # is ready of the backward pass.
+        # Nodes that ONNX Runtime makes as it optimises come last in that order, and before each of them all
+        # of the backward pass that is ready.
         optimized = not in_order or placement != ON_CPU
         self._session = open_session(
             path, threads=threads, in_order=in_order, placement=placement, optimized=optimized
