@@ -14,7 +14,7 @@ from typing import Any
 
 import tomllib
 
-from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig
+from edge_tcur.method.config import AUTO, GROUPINGS, TCurConfig, split_names
 from edge_tcur.method.selection import GRADIENT, SELECTIONS, UPDATE
 from edge_tcur.tasks import TASKS, find_task
 from edge_tcur_runtime.errors import ConfigError
@@ -48,23 +48,29 @@ class TrainConfig:
     transform: str = setting(
         AUTO, "Along the coupled weights; auto: dft, identity without coupling.", choices=(AUTO, *TRANSFORMS)
     )
-    selection: str = setting(GRADIENT, "Rule that picks rows and columns.", choices=tuple(SELECTIONS))
+    selection: str = setting(
+        GRADIENT,
+        "Rule that picks rows and columns; update rehearses first, which takes as long again.",
+        choices=tuple(SELECTIONS),
+    )
     frame: str = setting("orthonormal", "Coordinates of training; sketch stores its vectors.", choices=FRAMES)
-    targets: str = setting("all-linear", "all-linear, or comma-separated module name patterns.")
+    targets: str = setting("all-linear", "all-linear, or comma-separated names or patterns of modules.")
     alpha: float = setting(1.0, "Scale of the update, and so of the effective learning rate.")
     rank_pattern: str = setting("", "Other ranks by module: comma-separated pattern=rank.")
     rank_budget: int = setting(
         0, "Trained numbers in all, shared out among single weights by energy; 0: --rank for each."
     )
     layers_to_transform: str = setting("", "Numbers of the layers to adapt, comma-separated; all by default.")
-    modules_to_save: str = setting("", "Patterns of modules trained in full and saved with the adapter.")
+    modules_to_save: str = setting("", "Names or patterns of modules trained in full and saved with it.")
     epochs: int = setting(20, "Passes over the training data.")
     batch_size: int = setting(16, "Samples per step.")
     learning_rate: float = setting(0.02, "Peak learning rate of the cores.")
     head_learning_rate: float = setting(0.005, "Peak learning rate of a trained head.")
     head_epochs: int = setting(20, "Passes in which a new head is trained alone first; they cost one pass.")
     gradient_batches: int = setting(24, "Batches whose gradients choose rows and columns.")
-    rehearsal_rate: float = setting(0.001, "Peak learning rate of what selection update learns first.")
+    rehearsal_rate: float = setting(
+        0.0, "Peak learning rate of what selection update learns first; 0 goes by the width of the base."
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.")
     max_length: int = setting(0, "Longest text in tokens; 0 takes the base's limit, at most 128.")
     seed: int = setting(0, "Seed of the split and of the order of the data.")
@@ -86,9 +92,11 @@ class TrainConfig:
             if getattr(self, name) < low:
                 raise ConfigError(f"{getattr(self, name)}; expected at least {low}", where=name)
         self._check_budget()
-        for name in ("learning_rate", "head_learning_rate", "rehearsal_rate"):
+        for name in ("learning_rate", "head_learning_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise ConfigError(f"{getattr(self, name)}; expected above 0 and below 100", where=name)
+        if not 0 <= self.rehearsal_rate < 100:
+            raise ConfigError(f"{self.rehearsal_rate}; expected from 0 to below 100", where="rehearsal_rate")
         if not 0 <= self.weight_decay < math.inf:
             raise ConfigError(f"{self.weight_decay}; expected at least 0", where="weight_decay")
         if not 0 < self.eval_fraction < 1:
@@ -125,7 +133,7 @@ class TrainConfig:
             alpha=self.alpha,
             rank_pattern=_parse_ranks(self.rank_pattern),
             layers_to_transform=_parse_layers(self.layers_to_transform),
-            modules_to_save=_split(self.modules_to_save),
+            modules_to_save=split_names(self.modules_to_save),
             seed=self.seed,
         )
 
@@ -134,14 +142,10 @@ class TrainConfig:
         return asdict(self)
 
 
-def _split(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
-
-
 def _parse_ranks(text: str) -> dict[str, int]:
     """``query=4,*dense=16`` as a mapping."""
     result = {}
-    for part in _split(text):
+    for part in split_names(text):
         pattern, _, rank = part.rpartition("=")
         if not pattern or not rank.isdecimal():
             raise ConfigError(f"{part!r}; expected pattern=rank", where="rank_pattern")
@@ -150,7 +154,7 @@ def _parse_ranks(text: str) -> dict[str, int]:
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    parts = _split(text)
+    parts = split_names(text)
     for part in parts:
         if not part.isdecimal():
             raise ConfigError(f"{part!r}; expected numbers of layers", where="layers_to_transform")

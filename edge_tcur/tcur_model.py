@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -213,6 +214,14 @@ class TCurModel(nn.Module):
         share = 100 * trained / total
         return f"trainable params: {trained:,} || all params: {total:,} || trainable%: {share:.4f}"
 
+    def print_trainable_parameters(self) -> None:
+        """Writes `describe_trainable_parameters` to stdout, as peft does."""
+        sys.stdout.write(self.describe_trainable_parameters() + "\n")
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside, its adapted layers with it; `unload` gives it without them."""
+        return self.model
+
     def adapter(self, name: str | None = None) -> Adapter:
         """An adapter (the active one by default) as the file format has it."""
         chosen = name or self.active_adapter or ""
@@ -360,9 +369,6 @@ def read_config(path: Path) -> TCurConfig:
     known = {item.name for item in fields(TCurConfig)}
     if unknown := set(document) - known:
         raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}", where=str(path))
-    for name in ("layers_to_transform", "modules_to_save"):
-        if isinstance(values := document.get(name, []), list):
-            document[name] = tuple(values)
     try:
         return TCurConfig(**document)
     except TypeError as error:

@@ -13,7 +13,7 @@ from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.group import CoreGroup, choose_factors, member_of
 from edge_tcur.method.layer import AdaptedLayer, Slot
 from edge_tcur.method.quantized import Int8Linear
-from edge_tcur.method.targets import Targets, find_targets, group_specs, saved_parameters
+from edge_tcur.method.targets import Group, Targets, find_targets, group_specs, saved_parameters
 from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError, UsageError
 from edge_tcur_runtime.formats.factors import SKETCH, AnyFactors, Factors, SketchFactors, check_factors
 
@@ -419,6 +419,17 @@ def inject(
     return injection
 
 
+def _refuse_indices_beyond(factors: Factors, group: Group) -> None:
+    for name, indices, size in (("rows", factors.rows, group.n1), ("cols", factors.cols, group.n2)):
+        for block, own in enumerate(indices):
+            if (highest := own.max()) >= size:
+                raise BaseMismatchError(
+                    f"{name} of block {block} hold the index {highest}; the weights [{group.n1}, {group.n2}] "
+                    f"have 0 to {size - 1}",
+                    where=group.name,
+                )
+
+
 def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurConfig) -> None:
     """Refuses factors that are not of these groups.
 
@@ -437,15 +448,15 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
                 f"the adapter's factors are not of the frame {config.frame}", where=group.name
             )
         fits = len(own.core) == len(group.modules) and own.blocks == group.blocks
-        if isinstance(own, Factors):
-            fits = fits and own.rows.max() < group.n1 and own.cols.max() < group.n2
-        else:
-            fits = fits and own.left.shape[1] == group.n1 and own.right.shape[2] == group.n2
+        if not isinstance(own, Factors):
+            fits = fits and (own.n1, own.n2) == (group.n1, group.n2)
         if not fits:
             raise BaseMismatchError(
                 f"the adapter's factors do not fit {len(group.modules)} weights [{group.n1}, {group.n2}] "
                 f"in {group.blocks} blocks",
                 where=group.name,
             )
+        if isinstance(own, Factors):
+            _refuse_indices_beyond(own, group)
         if type(own) in (Factors, SketchFactors):  # a comparison brings others, of no format
             check_factors(own, specs[group.name], group.name)

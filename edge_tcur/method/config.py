@@ -5,7 +5,7 @@ Imports no torch: the names are options of `edge-tcur train`, whose help must be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,12 +45,16 @@ class TCurConfig:
         selection: rule that picks rows and columns, see `edge_tcur.method.selection`.
         frame: coordinates of training, ``orthonormal`` or ``raw`` (`edge_tcur_runtime.frame`), or
             ``sketch``: stored ternary sketches of the gradient or update in the place of rows and columns.
-        targets: ``all-linear`` or comma-separated name patterns (``*`` and ``?``) of modules.
+        targets: ``all-linear``, or the names of modules, as a list or comma-separated (kept in that form).
         alpha: scale of the update (and so of the effective learning rate).
         rank_pattern: name pattern of a module -> rank of its group; the first that matches counts.
-        layers_to_transform: numbers of the layers that are adapted; empty for all.
-        modules_to_save: name patterns of modules that are trained in full and saved with the adapter.
+        layers_to_transform: numbers of the layers that are adapted, or one number; empty for all.
+        modules_to_save: names of modules that are trained in full and saved with the adapter.
         seed: of selections that draw at random.
+
+    Names are as in peft: a plain one means the module of that name and all whose last components it is
+    (``query``: ``encoder.layer.0.attention.self.query`` too); one with ``*``, ``?`` or ``[`` is a pattern
+    of whole names.
 
     Raises:
         ConfigError: a value that is not known, or a combination that means nothing.
@@ -62,14 +66,15 @@ class TCurConfig:
     transform: str = AUTO
     selection: str = GRADIENT
     frame: str = "orthonormal"
-    targets: str = ALL_LINEAR
+    targets: str | Sequence[str] | Set[str] = ALL_LINEAR
     alpha: float = 1.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    layers_to_transform: tuple[int, ...] = ()
-    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: int | Sequence[int] = ()
+    modules_to_save: Sequence[str] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._bring_to_one_form()
         self._refuse_types()
         for name, rank in {"rank": self.rank, **self.rank_pattern}.items():
             if rank < 1:
@@ -84,6 +89,23 @@ class TCurConfig:
         _known("frame", self.frame, FRAMES)
         self._refuse_combinations()
 
+    def _bring_to_one_form(self) -> None:
+        """Lists as peft has them; what is neither is refused with its type."""
+        targets, layers, saved = self.targets, self.layers_to_transform, self.modules_to_save
+        if isinstance(targets, (list, tuple, Set)):
+            if not targets:
+                raise ConfigError("the list is empty", where="targets", hint=f"name modules, or {ALL_LINEAR}")
+            for name in targets:
+                _typed("targets", name, "a text")
+            names = sorted(targets) if isinstance(targets, Set) else targets
+            object.__setattr__(self, "targets", ",".join(names))
+        if type(layers) is int:
+            object.__setattr__(self, "layers_to_transform", (layers,))
+        elif isinstance(layers, list):
+            object.__setattr__(self, "layers_to_transform", tuple(layers))
+        if isinstance(saved, list):
+            object.__setattr__(self, "modules_to_save", tuple(saved))
+
     def _refuse_types(self) -> None:
         """A file of settings may hold anything; what is of another type would fail much later."""
         texts = ("grouping", "coupling", "transform", "selection", "frame", "targets")
@@ -94,7 +116,7 @@ class TCurConfig:
         for name, parts, kind in (
             ("rank_pattern", self.rank_pattern, "a text"),
             ("rank_pattern", self.rank_pattern.values(), _WHOLE),
-            ("layers_to_transform", self.layers_to_transform, _WHOLE),
+            ("layers_to_transform", self.layers, _WHOLE),
             ("modules_to_save", self.modules_to_save, "a text"),
         ):
             for part in parts:
@@ -127,6 +149,18 @@ class TCurConfig:
                 where="frame",
                 hint=f"say coupling none and selection {GRADIENT} or {UPDATE} with it",
             )
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """The names in `targets`; none where it is ``all-linear``."""
+        text = self.targets if isinstance(self.targets, str) else ",".join(self.targets)
+        return () if text == ALL_LINEAR else split_names(text)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """`layers_to_transform`."""
+        layers = self.layers_to_transform
+        return (layers,) if isinstance(layers, int) else tuple(layers)
 
     @property
     def domain(self) -> str:
@@ -204,6 +238,11 @@ def preset(name: str, **changes: Any) -> TCurConfig:
     """
     _known("preset", name, PRESETS)
     return replace(TCurConfig(**PRESETS[name]), **changes)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The parts of a comma-separated text."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _typed(field_name: str, value: Any, kind: str) -> None:

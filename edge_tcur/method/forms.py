@@ -98,6 +98,46 @@ class _GatherUpdate(torch.autograd.Function):
         return on_z, on_matrix, None, None, None, None
 
 
+class _GatherChannels(torch.autograd.Function):
+    """`_GatherUpdate` of features that stand before the places of a picture, z [..., n1, places].
+
+    All products are made in that layout: moving the features to the end and back takes as long as they do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        matrix_t: Tensor,
+        mix_t: Tensor,
+        rows: Tensor,
+        columns_t: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        features = z.index_select(-2, rows).to(matrix_t.dtype)
+        if bias is not None:
+            features = features - bias[:, None]
+        gathered = mix_t.T @ features
+        ctx.save_for_backward(gathered, matrix_t, mix_t, rows, columns_t)
+        return z + (columns_t.T @ (matrix_t.T @ gathered)).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gradient: Tensor = gradients[0]
+        gathered, matrix_t, mix_t, rows, columns_t = ctx.saved_tensors
+        back = columns_t @ gradient.to(matrix_t.dtype)  # [..., r, places]
+        on_matrix = None
+        if ctx.needs_input_grad[1]:
+            on_matrix = (gathered @ back.mT).reshape(-1, *matrix_t.shape).sum(0)
+        on_z = None
+        if ctx.needs_input_grad[0]:
+            on_features = mix_t @ (matrix_t @ back)
+            on_z = gradient.clone(memory_format=torch.contiguous_format)
+            on_z.index_add_(gradient.dim() - 2, rows, on_features.to(on_z.dtype))
+        return on_z, on_matrix, None, None, None, None
+
+
 class _FactoredLinear(torch.autograd.Function):
     """``x W^T + ((x @ rows_t) @ matrix_t) @ columns_t``; keeps only the m products of each token.
 
@@ -186,13 +226,14 @@ def gather(module: nn.Module, view: View, x: Tensor, part: Slice) -> Tensor:
     """See the module's text; the output features may be any axis."""
     assert part.rows is not None
     assert part.mix_t is not None
-    output = cast("Tensor", module(x)).movedim(view.axis, -1)
-    result = cast(
-        "Tensor",
-        _GatherUpdate.apply(  # type: ignore[no-untyped-call]
-            output, part.matrix(), part.mix_t, part.rows, part.columns_t, part.bias
-        ),
-    )
+    output = cast("Tensor", module(x))
+    parts = (part.matrix(), part.mix_t, part.rows, part.columns_t, part.bias)
+    if view.axis != -1 and output.is_contiguous():
+        places = output.flatten(view.axis + 1)
+        result = cast("Tensor", _GatherChannels.apply(places, *parts))  # type: ignore[no-untyped-call]
+        return result.view(output.shape)
+    moved = output.movedim(view.axis, -1)
+    result = cast("Tensor", _GatherUpdate.apply(moved, *parts))  # type: ignore[no-untyped-call]
     return result.movedim(-1, view.axis)
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
 from torch import nn
 
-from edge_tcur.method.config import ALL_LINEAR, GROUPINGS, TCurConfig
+from edge_tcur.method.config import GROUPINGS, TCurConfig, split_names
 from edge_tcur.method.quantized import Int8Linear
-from edge_tcur.method.views import View, find_view, is_finite, weight_of
+from edge_tcur.method.views import View, find_view, foreign_kind, is_finite, weight_of
 from edge_tcur_runtime.errors import BadInputError, ConfigError
 from edge_tcur_runtime.formats.factors import GroupSpec
 
@@ -78,7 +78,8 @@ def find_targets(model: nn.Module, config: TCurConfig, *, keep: Collection[str] 
         keep: module names, with everything below them, that stay as they are.
 
     Raises:
-        BadInputError: nothing can be adapted, or a weight is not finite or has mixed dtype in its group.
+        BadInputError: nothing can be adapted, or a weight is not finite, is no plain tensor (that of a
+            quantising library) or has mixed dtype in its group.
         ConfigError: a pattern matches nothing, weights of different shapes in one group, a tied weight
             named twice, a layer number that the model lacks, a rank larger than a weight, or a rank
             pattern that matches nothing.
@@ -150,8 +151,20 @@ def _is_saved(module: str, patterns: Collection[str]) -> bool:
     return any(_matches(".".join(parts[:end]), patterns) for end in range(1, len(parts) + 1))
 
 
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return _first_match(name, patterns) is not None
+
+
+def _first_match(name: str, patterns: Iterable[str]) -> str | None:
+    """The pattern that names `name`: the whole of it, else the first that means it (see `TCurConfig`)."""
+    patterns = tuple(patterns)
+    if name in patterns:
+        return name
+    for pattern in patterns:
+        plain = not set(pattern) & set("*?[")
+        if name.endswith(f".{pattern}") if plain else fnmatch.fnmatchcase(name, pattern):
+            return pattern
+    return None
 
 
 def _candidates(model: nn.Module, keep: Collection[str], skipped: dict[str, str]) -> dict[str, _Candidate]:
@@ -173,17 +186,14 @@ def _candidates(model: nn.Module, keep: Collection[str], skipped: dict[str, str]
     return result
 
 
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _choose(
     found: Mapping[str, _Candidate], config: TCurConfig, skipped: dict[str, str]
 ) -> dict[str, _Candidate]:
-    everything, patterns = config.targets == ALL_LINEAR, _split(config.targets)
+    patterns = config.target_names
+    everything = not patterns
     numbered = any(_NUMBER.search(name) for name, item in found.items() if item.view.is_linear)
     layers = {number for name in found if (number := layer_number(name)) is not None}
-    if missing := set(config.layers_to_transform) - layers:
+    if missing := set(config.layers) - layers:
         raise ConfigError(
             f"the base has no layer {min(missing)}; its layers are {_range(layers)}",
             where="layers_to_transform",
@@ -213,7 +223,7 @@ def _refusal(
     item: _Candidate,
     everything: bool,
     numbered: bool,
-    patterns: list[str],
+    patterns: tuple[str, ...],
     config: TCurConfig,
 ) -> str | None:
     """Why this weight is left alone, or None; what must not be asked for begins with an exclamation mark."""
@@ -224,7 +234,7 @@ def _refusal(
         return "not inside a numbered layer"
     if not everything and not _matches(name, patterns):
         return "matched by no target pattern"
-    if config.layers_to_transform and number not in config.layers_to_transform:
+    if config.layers and number not in config.layers:
         return "not among the layers to transform"
     if item.tied_to is not None:
         return (
@@ -235,9 +245,9 @@ def _refusal(
     return None
 
 
-def _refuse_idle_patterns(patterns: list[str], found: Mapping[str, _Candidate]) -> None:
+def _refuse_idle_patterns(patterns: tuple[str, ...], found: Mapping[str, _Candidate]) -> None:
     for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in found):
+        if not any(_matches(name, (pattern,)) for name in found):
             raise ConfigError(
                 f"the target pattern {pattern!r} matches no module that can be adapted",
                 where="targets",
@@ -247,7 +257,7 @@ def _refuse_idle_patterns(patterns: list[str], found: Mapping[str, _Candidate]) 
 
 def _refuse_idle_ranks(config: TCurConfig, chosen: Collection[str]) -> None:
     for pattern in config.rank_pattern:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in chosen):
+        if not any(_matches(name, (pattern,)) for name in chosen):
             raise ConfigError(
                 f"the pattern {pattern!r} matches no adapted module",
                 where="rank_pattern",
@@ -281,9 +291,8 @@ def _key(name: str, shape: tuple[int, int], grouping: str) -> str:
         return name
     if grouping == "projection":
         return _NUMBER.sub(r"\1*", name)
-    for pattern in _split(grouping):
-        if fnmatch.fnmatchcase(name, pattern):
-            return pattern
+    if (pattern := _first_match(name, split_names(grouping))) is not None:
+        return pattern
     raise ConfigError(
         f"no grouping pattern matches the adapted module {name}",
         where="grouping",
@@ -319,12 +328,8 @@ def _group(chosen: Mapping[str, _Candidate], config: TCurConfig) -> tuple[Group,
 
 
 def _rank(modules: list[str], config: TCurConfig) -> int:
-    ranks = {
-        next(
-            (rank for pattern, rank in config.rank_pattern.items() if _matches(name, (pattern,))), config.rank
-        )
-        for name in modules
-    }
+    found = [_first_match(name, config.rank_pattern) for name in modules]
+    ranks = {config.rank if pattern is None else config.rank_pattern[pattern] for pattern in found}
     if len(ranks) > 1:
         raise ConfigError(
             f"the weights of one group get the ranks {sorted(ranks)}: {', '.join(modules[:3])}...",
@@ -370,6 +375,14 @@ def _check(group: Group, chosen: Mapping[str, _Candidate]) -> None:
             hint=f"use at most {min(group.n1, group.n2)}, or leave that weight out with --targets",
         )
     modules = [chosen[name].module for name in group.modules]
+    for name, module in zip(group.modules, modules, strict=True):
+        if (kind := foreign_kind(weight_of(module))) is not None:
+            raise BadInputError(
+                f"the weight is a {kind}, not a plain tensor",
+                where=name,
+                hint="adapt the model before it is quantised, or quantise it with "
+                "edge_tcur.method.quantized.quantize_linears",
+            )
     dtypes: dict[str, str] = {}
     for name, module in zip(group.modules, modules, strict=True):
         dtypes.setdefault(str(weight_of(module).dtype).removeprefix("torch."), name)

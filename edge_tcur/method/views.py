@@ -142,3 +142,8 @@ def is_finite(module: nn.Module) -> bool:
     """Whether every entry of the weight is a finite number."""
     weight = module.scale if isinstance(module, Int8Linear) else weight_of(module)
     return bool(torch.isfinite(weight).all())
+
+
+def foreign_kind(value: Tensor) -> str | None:
+    """The class of a tensor that is none of torch's plain ones (a quantising library's), or None."""
+    return None if type(value) in (Tensor, nn.Parameter) else type(value).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from edge_tcur.errors import BaseModelError
 from edge_tcur.method.targets import saved_parameters
+from edge_tcur.method.views import foreign_kind
 from edge_tcur.tasks import Task
-from edge_tcur_runtime.errors import EdgeError
+from edge_tcur_runtime.errors import BadInputError, EdgeError
 from edge_tcur_runtime.formats.bundle import InputSpec
 from edge_tcur_runtime.formats.digest import digest_state
 from edge_tcur_runtime.preprocess import build_preprocessor, image_size
@@ -58,11 +59,11 @@ class Base:
         """The parameters of the new head by name."""
         return {name: value for name, value in self.model.named_parameters() if _below(name, self.head)}
 
-    def extra_parameters(self, modules_to_save: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    def extra_parameters(self, modules_to_save: Collection[str]) -> dict[str, nn.Parameter]:
         """What an adapter carries besides its cores: the new head, and modules trained in full.
 
         Args:
-            modules_to_save: name patterns (`TCurConfig.modules_to_save`).
+            modules_to_save: names (`TCurConfig.modules_to_save`).
         """
         return saved_parameters(self.model, modules_to_save) | self.head_parameters()
 
@@ -79,9 +80,21 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 
 
 def base_digest(model: nn.Module, head: tuple[str, ...] = ()) -> str:
-    """``sha256:<hex>`` over the model's parameters and persistent buffers, modules in `head` left out."""
-    state = {name: _to_numpy(value) for name, value in model.state_dict().items() if not _below(name, head)}
-    return digest_state(state)
+    """``sha256:<hex>`` over the model's parameters and persistent buffers, modules in `head` left out.
+
+    Raises:
+        BadInputError: one of them is no plain tensor; its bytes have no order that a digest could go by.
+    """
+    state = {name: value for name, value in model.state_dict().items() if not _below(name, head)}
+    for name, value in state.items():
+        if (kind := foreign_kind(value)) is not None:
+            raise BadInputError(
+                f"it is a {kind}, not a plain tensor",
+                where=name,
+                hint="take the model before it was quantised; edge_tcur.method.quantized.quantize_linears "
+                "makes an int8 base that can be adapted",
+            )
+    return digest_state({name: _to_numpy(value) for name, value in state.items()})
 
 
 def load_base(reference: str, task: Task, labels: tuple[str, ...], options: dict[str, Any]) -> Base:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from edge_tcur.errors import BaseModelError
 from edge_tcur.models.base import Base, LogitsOnly, check_outputs, image_inputs
 from edge_tcur.models.quiet import import_quietly
+from edge_tcur.models.stored import StoredWeights, stored_weights
 from edge_tcur.tasks import Task
 from edge_tcur_runtime.data.targets import LABEL, LABELS, MASKS, NOTHING, VALUES
 from edge_tcur_runtime.errors import ConfigError, NetworkError
@@ -99,6 +100,21 @@ def load_huggingface(reference: str, task: Task, labels: tuple[str, ...], option
     head = ("head",) if order is None else ()
     note = _left_out_head(config, task.kind, len(labels)) if order is None else ""
     return Base(model, reference, inputs, preprocessing, head, tokenizer, order or labels, note)
+
+
+def read_stored(reference: str) -> tuple[StoredWeights, dict[str, Any]]:
+    """The weights and the ``config.json`` of a base as its files hold them; it was loaded before."""
+
+    def find(name: str) -> Path | None:
+        from transformers.utils import cached_file
+
+        path = cached_file(_locate(reference), name, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else Path(path)
+
+    path = find("config.json")
+    config: dict[str, Any] = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    said = config.get("dtype") or config.get("torch_dtype")
+    return stored_weights(find, getattr(torch, str(said), None) if said else None), config
 
 
 def _left_out_head(config: Any, kind: str, classes: int) -> str:

@@ -21,11 +21,12 @@ from edge_tcur.method.adapted import DEFAULT
 from edge_tcur.method.group import member_of
 from edge_tcur.method.targets import find_targets
 from edge_tcur.models import Base, load_base
-from edge_tcur.models.huggingface import quiet_transformers
+from edge_tcur.models.huggingface import quiet_transformers, read_stored
+from edge_tcur.models.stored import same_bits
 from edge_tcur.tasks import find_task
 from edge_tcur.training.evaluate import apply_adapter, load_run_base
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
-from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IntegrityError
+from edge_tcur_runtime.errors import BadInputError, BaseMismatchError, ConfigError, IntegrityError
 from edge_tcur_runtime.formats.adapter import Adapter, write_adapter
 from edge_tcur_runtime.formats.digest import digest_bytes
 
@@ -163,9 +164,13 @@ class Merged:
 def merge_run(run: Run, out: Path, *, force: bool = False) -> Merged:
     """Writes the base with the run's adapter merged into its weights, in the base's own dtype.
 
-    A Hugging Face base comes out in its own layout (a new head beside it, ``head.safetensors``), any
-    other as ``model.safetensors`` of its state. ``unmerge.safetensors`` holds the differences of the
-    bits, from which `unmerge` makes the base again, exactly.
+    A Hugging Face base comes out in its own layout (a new head beside it, ``head.safetensors``, in float32),
+    any other as ``model.safetensors`` of its state. Each weight gets the dtype that the base's files have it
+    in: the sum is made in float32 and rounded once. ``unmerge.safetensors`` holds the differences of the bits
+    to those files, from which `unmerge` makes the base again, exactly.
+
+    Raises:
+        BadInputError: a sum is no finite number in the dtype of its weight.
     """
     base, adapter = load_run_base(run), run.adapter()
     with new_directory(out, force=force) as work, TemporaryDirectory(dir=work.parent) as plain:
@@ -180,9 +185,43 @@ def merge_run(run: Run, out: Path, *, force: bool = False) -> Merged:
         _save_model(base, work)
         if head := {name: value.detach().contiguous() for name, value in base.head_parameters().items()}:
             save_file(head, work / HEAD)
-        count = _save_undo(load_file(Path(plain) / WEIGHTS), load_file(work / WEIGHTS), work)
+        originals, merged = load_file(Path(plain) / WEIGHTS), load_file(work / WEIGHTS)
+        if callable(getattr(_inner(base.model), "save_pretrained", None)):
+            _store_as_the_base(base.reference, originals, merged, work)
+        count = _save_undo(originals, merged, work)
         files = tuple(sorted(path.name for path in work.iterdir()))
     return Merged(out, count, files)
+
+
+def _store_as_the_base(
+    reference: str, originals: dict[str, Tensor], merged: dict[str, Tensor], work: Path
+) -> None:
+    """Brings both to what a base's files hold, in place; writes `merged`, and its dtype in the config."""
+    stored, config = read_stored(reference)
+    for name, plain in originals.items():
+        original, value = stored.original(name, plain), merged[name]
+        originals[name] = original
+        merged[name] = original if same_bits(value, plain) else value.to(original.dtype)
+        if value.isfinite().all() and not merged[name].isfinite().all():
+            raise BadInputError(
+                f"the sum of weight and update is no finite number in {original.dtype}",
+                where=name,
+                hint="keep the adapter apart, or bring the base to float32 before it is trained on",
+            )
+    save_file(merged, work / WEIGHTS, metadata={"format": "pt"})
+    path = work / "config.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    _copy_dtype(written, config, str(stored.default).removeprefix("torch."))
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _copy_dtype(written: dict[str, Any], config: dict[str, Any], default: str) -> None:
+    """What a config says of its dtype, and those of its parts, as in the base's own."""
+    if "dtype" in written:
+        written["dtype"] = config.get("dtype") or config.get("torch_dtype") or default
+    for key, part in written.items():
+        if isinstance(part, dict) and isinstance(own := config.get(key), dict):
+            _copy_dtype(part, own, default)
 
 
 def _save_undo(originals: dict[str, Tensor], merged: dict[str, Tensor], work: Path) -> int:
@@ -190,7 +229,7 @@ def _save_undo(originals: dict[str, Tensor], merged: dict[str, Tensor], work: Pa
     undo = {
         name: _xor(merged[name], value)
         for name, value in originals.items()
-        if not torch.equal(merged[name], value)
+        if not same_bits(merged[name], value)
     }
     save_file(undo, work / UNDO)
     digests = {name: _digest(originals[name]) for name in undo}

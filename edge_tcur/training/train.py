@@ -16,14 +16,14 @@ from edge_tcur.data import PreparedData, prepare
 from edge_tcur.method.adapted import Injection, inject
 from edge_tcur.method.allocation import share_out
 from edge_tcur.method.selection import GRADIENT, UPDATE
-from edge_tcur.method.targets import find_targets, group_specs
+from edge_tcur.method.targets import Targets, find_targets, group_specs
 from edge_tcur.models import Base, base_digest, load_base
 from edge_tcur.settings import TrainConfig
 from edge_tcur.tasks import Task, find_task
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import History, LoopSettings, fit
-from edge_tcur.training.rehearsal import rehearse
+from edge_tcur.training.rehearsal import rehearsal_rate, rehearse
 from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory, write_run
 from edge_tcur_runtime.data import Dataset, Layout, check_trainable, label_names, read_dataset, split
 from edge_tcur_runtime.data.targets import LABEL
@@ -188,7 +188,10 @@ def _train_into(
     set_threads(config.threads)
     material = _load(config, work)
     base = material.base
-    directions = _prepare(config, material, on_rehearsal)
+    targets = find_targets(base.model, config.method(), keep=base.head)
+    if config.selection == UPDATE and not config.rehearsal_rate:
+        config = replace(config, rehearsal_rate=rehearsal_rate(targets))
+    directions = _prepare(config, material, targets, on_rehearsal)
     if config.rank_budget and directions is not None:
         config = config.with_ranks(share_out(base.model, directions, config.rank_budget, config.frame))
     injection = inject(base.model, config.method(), keep=base.head, directions=directions)
@@ -205,11 +208,13 @@ def _train_into(
 
 
 def _prepare(
-    config: TrainConfig, material: _Material, on_rehearsal: Callable[[int, float], None] | None
+    config: TrainConfig,
+    material: _Material,
+    targets: Targets,
+    on_rehearsal: Callable[[int, float], None] | None,
 ) -> dict[str, torch.Tensor] | None:
     """Warms up a new head; what the selection looks at besides the weights, or None."""
     base, data, task = material.base, material.data, material.task
-    targets = find_targets(base.model, config.method(), keep=base.head)
     settings = LoopSettings(config.head_epochs, config.batch_size, seed=config.seed)
     with _divergence(config, base):
         warm_head(base, data, task, settings, config.head_learning_rate)

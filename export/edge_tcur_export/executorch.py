@@ -23,16 +23,7 @@ from edge_tcur.errors import ExportError
 from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur_export.decompositions import FLAT, flatten_volumes
-from edge_tcur_export.lowering import (
-    batch_products,
-    drop_idle,
-    import_executorch,
-    left_over,
-    lower,
-    reshape_weights,
-    vulkan,
-    xnnpack,
-)
+from edge_tcur_export.lowering import PORTABLE, VULKAN, XNNPACK, Lowering, import_executorch, left_over
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
     OUTPUTS,
@@ -46,13 +37,10 @@ from edge_tcur_export.trace import (
 )
 from edge_tcur_runtime.formats.bundle import BASE_PTD, ProgramSpec
 
-BACKENDS = ("portable", "xnnpack")
-VULKAN = "vulkan"  # inference alone, and only where it is asked for: no package of Python's can run it
+BACKENDS = (PORTABLE, XNNPACK)
+# Vulkan: inference alone, and only where it is asked for, since no package of Python's can run it.
 ALL_BACKENDS = (*BACKENDS, VULKAN)
-# What ExecuTorch's runtime calls the delegates of a backend.
-BACKEND_NAMES = {"xnnpack": "XnnpackBackend", "vulkan": "VulkanBackend"}
 INFER, TRAIN = "infer", "train"
-PREFIX = "trained."  # of a parameter of the training program, before the name of the core or extra
 _BASE = BASE_PTD.removesuffix(".ptd")
 _ALIGNMENT = 128  # bytes, of each tensor in a .ptd file
 _SMALLEST = 32  # bytes; a smaller tensor is found in any program by chance
@@ -177,12 +165,14 @@ class ProgramWriter:
         outputs = {INFER: ("logits",), TRAIN: OUTPUTS}
         makers = {INFER: self._trace_infer, TRAIN: self._trace_train}
         for kind, make in makers.items():
+            lowering: Lowering | None = None
             for backend in backends:
                 if backend == VULKAN and kind != INFER:
                     continue
                 on_program(f"writing ExecuTorch's programs ({kind}, {backend})")
                 name = f"{kind}-{backend}"
-                file, memory = self._write(make(), name, backend)
+                lowering = lowering or Lowering(make())
+                file, memory = self._write(lowering, name, backend)
                 self.report.programs[name] = ProgramSpec(
                     file, inputs[kind], outputs[kind], dict(self._limits), memory
                 )
@@ -216,13 +206,13 @@ class ProgramWriter:
         forward = trace_program(program, (example.inputs, example.targets, frozen), shapes)
         return trace_backward(forward, FLAT)
 
-    def _write(self, traced: ExportedProgram, name: str, backend: str) -> tuple[str, int]:
+    def _write(self, lowering: Lowering, name: str, backend: str) -> tuple[str, int]:
         """Writes one program; its file's name and the bytes that it reserves."""
         exir = import_executorch()
         with quiet_torch():
             try:
-                edge = lower(_prepare(traced, backend), _PARTITIONERS[backend]())
-                if backend != "portable":
+                edge = lowering.lower(backend)
+                if backend != PORTABLE:
                     self.report.left_over[name] = left_over(edge.exported_program())
                 frozen = self._frozen(edge.exported_program())
                 config = exir.ExecutorchBackendConfig(external_constants=lambda node: frozen.get(node.name))
@@ -267,14 +257,6 @@ def _reason(error: Exception) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return f"{lines[-1]:.300}"
-
-
-def _prepare(program: ExportedProgram, backend: str) -> ExportedProgram:
-    reshape_weights(drop_idle(program))
-    return batch_products(program) if backend == "xnnpack" else program
-
-
-_PARTITIONERS: dict[str, Callable[[], list[Any]]] = {"portable": list, "xnnpack": xnnpack, VULKAN: vulkan}
 
 
 def tensor_file(tensors: Mapping[str, np.ndarray]) -> bytes:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.experimental import _copy_graph_module_and_signature
 from torch.export.graph_signature import InputKind
 
 from edge_tcur.models.quiet import import_quietly
 from edge_tcur_export.quiet import quiet_torch
 
+PORTABLE, XNNPACK, VULKAN = "portable", "xnnpack", "vulkan"
+_Pass = Callable[[fx.GraphModule], fx.GraphModule]
 _IDLE = (torch.ops.aten.alias.default, torch.ops.aten.detach.default)
 _ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
 # Copies in ExecuTorch's edge dialect: without effect where shape and dtype stay.
@@ -103,19 +107,18 @@ def _copy_for(graph: fx.Graph, weight: fx.Node, views: Sequence[fx.Node]) -> Non
         view.replace_input_with(weight, copy)
 
 
-def batch_products(program: ExportedProgram) -> ExportedProgram:
-    """Writes large matrix products as batches of one.
+def batch_products(module: fx.GraphModule) -> fx.GraphModule:
+    """Writes large matrix products as batches of one, in the edge dialect.
 
     XNNPACK takes an ``mm`` only where the second matrix is a constant that it packs into the program, a
     second copy of the weight for the forward pass and a third for the backward one. A ``bmm`` takes both
     from outside, so that weights stay in the one base file.
     """
-    graph = program.graph_module.graph
-    for node in list(graph.nodes):
-        if node.op == "call_function" and node.target == torch.ops.aten.mm.default and _is_large(node):
-            _batch(graph, node)
-    program.graph_module.recompile()
-    return program
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and _short_name(node) == "mm" and _is_large(node):
+            _batch(module.graph, node)
+    module.recompile()
+    return module
 
 
 def _is_large(node: fx.Node) -> bool:
@@ -124,15 +127,18 @@ def _is_large(node: fx.Node) -> bool:
 
 
 def _batch(graph: fx.Graph, node: fx.Node) -> None:
+    from executorch.exir.dialects._ops import ops
+
     def add(target: Callable[..., Any], *arguments: Any) -> fx.Node:
         added = graph.call_function(target, arguments)
         values = [item.meta["val"] if isinstance(item, fx.Node) else item for item in arguments]
         added.meta = {**node.meta, "val": target(*values)}
         return added
 
+    aten = ops.edge.aten
     with graph.inserting_before(node):
-        left, right = (add(torch.ops.aten.unsqueeze.default, argument, 0) for argument in node.args)
-        product = add(torch.ops.aten.squeeze.dim, add(torch.ops.aten.bmm.default, left, right), 0)
+        left, right = (add(aten.unsqueeze_copy.default, argument, 0) for argument in node.args)
+        product = add(aten.squeeze_copy.dims, add(aten.bmm.default, left, right), [0])
     node.replace_all_uses_with(product)
     graph.erase_node(node)
 
@@ -177,6 +183,8 @@ def xnnpack() -> list[Any]:
         from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 
+    # It warns of a conversion without its partitioner, which takes apart what it keeps whole: `_keeps_any`.
+    logging.getLogger(XnnpackPartitioner.__module__).setLevel(logging.ERROR)
     configs = [config for config in ALL_PARTITIONER_CONFIGS if config.__name__ not in _SWALLOWING]
     return [XnnpackPartitioner(configs=configs)]
 
@@ -205,21 +213,83 @@ def left_over(program: ExportedProgram) -> dict[str, int]:
     return dict(names.most_common())
 
 
-def lower(program: ExportedProgram, partitioners: Sequence[Any]) -> Any:
-    """The edge program of a traced one (executorch.exir.EdgeProgramManager)."""
-    exir = import_executorch()
+class Lowering:
+    """One traced program on its way to several backends.
+
+    Most of a lowering is the conversion into ExecuTorch's edge dialect, which depends on a backend only where
+    that one keeps an operator of the program whole (XNNPACK a pooling, Vulkan many): otherwise it is done
+    once for all of them.
+
+    Args:
+        program: traced; used up.
+    """
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self._traced = program
+
+    @cached_property
+    def _program(self) -> ExportedProgram:
+        return reshape_weights(drop_idle(self._traced))
+
+    @cached_property
+    def _plain(self) -> ExportedProgram:
+        """In the edge dialect, no operator kept whole."""
+        exir = import_executorch()
+        edge = exir.to_edge(_copied(self._program), compile_config=_settings())
+        result: ExportedProgram = edge.transform(_as_passes([drop_copies])).exported_program()
+        return result
+
+    def lower(self, backend: str) -> Any:
+        """The edge program for a backend, its parts handed to that (executorch.exir.EdgeProgramManager)."""
+        exir = import_executorch()
+        partitioners, passes = _PARTITIONERS[backend](), _PASSES.get(backend, ())
+        if _keeps_any(self._program, partitioners):
+            return exir.to_edge_transform_and_lower(
+                _copied(self._program),
+                transform_passes=_as_passes([drop_copies, *passes]),
+                partitioner=partitioners,
+                compile_config=_settings(),
+            )
+        edge = exir.EdgeProgramManager(_copied(self._plain), compile_config=_settings())
+        edge = edge.transform(_as_passes(passes))
+        for partitioner in partitioners:
+            edge = edge.to_backend(partitioner)
+        return edge
+
+
+def _settings() -> Any:
+    # The joint program has operators of the backward pass that are not in the core set.
+    return import_executorch().EdgeCompileConfig(_check_ir_validity=False)
+
+
+_PARTITIONERS: dict[str, Callable[[], list[Any]]] = {PORTABLE: list, XNNPACK: xnnpack, VULKAN: vulkan}
+_PASSES: dict[str, Sequence[_Pass]] = {XNNPACK: (batch_products,)}
+
+
+def _copied(program: ExportedProgram) -> ExportedProgram:
+    """A program with a graph of its own over the same tensors: a lowering changes the graph in place."""
+    module, signature = _copy_graph_module_and_signature(program)
+    result: ExportedProgram = program._update(module, signature)
+    return result
+
+
+def _keeps_any(program: ExportedProgram, partitioners: Sequence[Any]) -> bool:
+    """Whether a backend keeps an operator of the program that would else be taken apart."""
+    kept = {target for partitioner in partitioners for target in partitioner.ops_to_not_decompose(program)[0]}
+    return any(node.target in kept for node in program.graph_module.graph.nodes)
+
+
+def _as_passes(passes: Sequence[_Pass]) -> list[Any]:
     from executorch.exir.pass_base import ExportPass, PassResult
 
-    class DropCopies(ExportPass):  # type: ignore[misc]
-        """See `drop_copies`."""
+    class Run(ExportPass):  # type: ignore[misc]
+        """One of the passes of this module, as ExecuTorch calls them."""
+
+        def __init__(self, run: _Pass) -> None:
+            super().__init__()
+            self._run = run
 
         def call(self, graph_module: fx.GraphModule) -> Any:
-            return PassResult(drop_copies(graph_module), True)
+            return PassResult(self._run(graph_module), True)
 
-    return exir.to_edge_transform_and_lower(
-        program,
-        transform_passes=[DropCopies()],
-        partitioner=list(partitioners),
-        # The joint program has operators of the backward pass that are not in the core set.
-        compile_config=exir.EdgeCompileConfig(_check_ir_validity=False),
-    )
+    return [Run(run) for run in passes]

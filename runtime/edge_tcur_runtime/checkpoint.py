@@ -43,12 +43,14 @@ from edge_tcur_runtime.settings import PersonalizeSettings
 
 FORMAT_VERSION = 1
 FILES = ("checkpoint-0", "checkpoint-1")
+FINISHED = "finished"  # the record of a run that has ended (`edge_tcur_runtime.finished`)
 MAX_FILE_BYTES = 512 * 2**20  # four float64 copies of the largest adapter, and what is around them
 _MAGIC = "edge-tcur-checkpoint"
 _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
 _ARRAYS = ("values", "first", "second", "best")
 _NUMBERS = ("losses", "scores", "held_out_losses", "before", "after", "reference_before")
+ENGINE = "engine"  # of an identity: engine and provider
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
 
@@ -67,6 +69,7 @@ class Progress:
         noise_key: of the run's randomness (`edge_tcur_runtime.privacy`), a secret; empty without privacy.
         micro_batch: samples per pass; limits: of each length in tokens, where they differ.
         engine: that ran, empty where it is not said; graph: role of the bundle's graph that it ran.
+        predicted: bytes at the peak that the run was accepted under a budget with; 0 where none was planned.
     """
 
     steps: int
@@ -85,19 +88,21 @@ class Progress:
     graph: str = "step"
     limits: Mapping[int, int] = field(default_factory=dict)
     engine: str = ""
+    predicted: int = 0
 
 
 def identify(
-    bundle: Bundle, start: Adapter, dataset: Dataset, settings: PersonalizeSettings, engine: str
+    bundle: Bundle, start: Adapter, dataset: Dataset, settings: PersonalizeSettings
 ) -> dict[str, str]:
-    """What a checkpoint must agree with to go on: digests of bundle, start and data, and the settings."""
+    """What a checkpoint must agree with to go on: digests of bundle, start and data, and the settings. A run
+    adds what it runs on (`ENGINE`)."""
     chosen = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     return {
         "base": bundle.manifest.base_digest,
         "bundle": digest_bytes(serialize_manifest(bundle.manifest)),
         "start": digest_bytes(serialize_adapter(start)),
         "data": _digest_data(dataset),
-        "settings": json.dumps({**chosen, "engine": engine}, sort_keys=True),
+        "settings": json.dumps(chosen, sort_keys=True),
     }
 
 
@@ -127,6 +132,7 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "graph": progress.graph,
         "engine": progress.engine,
         "limits": {str(length): samples for length, samples in progress.limits.items()},
+        **({"predicted": progress.predicted} if progress.predicted else {}),
         # As text, so that every bit comes back and a loss that is no number is no bad JSON.
         **{key: [value.hex() for value in getattr(progress, key) or ()] for key in _NUMBERS},
     }
@@ -182,6 +188,7 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         graph=fields.text("graph"),
         limits=_limits(fields),
         engine=fields.optional_text("engine") or "",
+        predicted=0 if fields.is_null("predicted") else fields.integer("predicted"),
         **arrays,
     )
 
@@ -297,6 +304,32 @@ class Checkpoints:
             FormatVersionError: written by a newer version.
             BadInputError: it cannot be read.
         """
+        newest = self._newest()
+        if newest is None:
+            return None
+        differing = [key for key, value in self.identity.items() if newest[1].get(key) != value]
+        if differing:
+            raise IncompatibleError(
+                f"the checkpoint is of another run: {', '.join(differing)} differ",
+                where=str(self.directory),
+                hint="finish that run with its own data and settings, or start over with --resume no",
+            )
+        return newest[0]
+
+    def engine(self) -> str | None:
+        """What the checkpointed run of `identity`, which does not say it, ran on; None where there is no
+        checkpoint of that run.
+
+        Raises:
+            FormatVersionError, BadInputError: see `load`.
+        """
+        newest = self._newest()
+        if newest is None or any(newest[1].get(key) != value for key, value in self.identity.items()):
+            return None
+        return newest[1].get(ENGINE)
+
+    def _newest(self) -> tuple[Progress, dict[str, str]] | None:
+        """The newest whole checkpoint with the identity of its run."""
         newest: tuple[Progress, dict[str, str]] | None = None
         for slot, name in enumerate(FILES):
             path = self.directory / name
@@ -309,16 +342,7 @@ class Checkpoints:
                 continue
             if generation > self._generation:
                 self._generation, self._slot, newest = generation, slot, (progress, identity)
-        if newest is None:
-            return None
-        differing = [key for key, value in self.identity.items() if newest[1].get(key) != value]
-        if differing:
-            raise IncompatibleError(
-                f"the checkpoint is of another run: {', '.join(differing)} differ",
-                where=str(self.directory),
-                hint="finish that run with its own data and settings, or start over with --resume no",
-            )
-        return newest[0]
+        return newest
 
     def save(self, progress: Progress) -> None:
         """Writes a checkpoint over the older of the two.
@@ -331,13 +355,14 @@ class Checkpoints:
         self._generation, self._slot = self._generation + 1, 1 - self._slot
 
     def clear(self) -> None:
-        """Removes the checkpoints: the run has ended, or another one takes their place.
+        """Removes the checkpoints: the run has ended, or another one takes their place. The record goes last:
+        as long as anything is there, it says that the run has ended.
 
         Raises:
             DiskError: they cannot be removed.
         """
         try:
-            for name in FILES:
+            for name in (*FILES, FINISHED):
                 for path in (self.directory / name, *self.directory.glob(f".{name}.*.tmp")):
                     path.unlink(missing_ok=True)
         except OSError as error:

@@ -15,13 +15,13 @@ from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
 from edge_tcur_runtime.checkpoint import Progress
 from edge_tcur_runtime.engines import ENGINES, choose_engine
-from edge_tcur_runtime.engines.engine import EXECUTORCH
+from edge_tcur_runtime.engines.engine import EXECUTORCH, require_program
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.selfcheck import Choice
 from edge_tcur_runtime.engines.session import import_onnxruntime
-from edge_tcur_runtime.errors import IncompatibleError, MissingEngineError
+from edge_tcur_runtime.errors import BudgetError, IncompatibleError, MissingEngineError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.guard import Guard
@@ -31,9 +31,11 @@ from edge_tcur_runtime.planner import (
     FACTORS,
     Footprint,
     Load,
+    Passes,
     Plan,
     footprint_of,
     make_plan,
+    named,
     resident_rows,
     room,
     session_bytes,
@@ -47,6 +49,9 @@ from edge_tcur_runtime.units import format_size
 Make = Callable[[str, str], Trainer]  # engine, role of the graph -> a trainer over it
 
 _WORTH_SAYING = 2**20  # bytes that another precision saves
+# What ExecuTorch and torch take: 187 MiB to import, and 25 beside the program that stay after a first pass
+# (torch 2.13 for CPUs; tests/benchmarks/budget.py --bundle). No build of torch stays below the other figure.
+_TORCH_BYTES, _TORCH_LEAST, _PASS_BYTES = 187 * 2**20, 128 * 2**20, 25 * 2**20
 _MOST_TRIED = 6  # engines and micro-batches that are measured in search of the fastest
 
 
@@ -175,27 +180,45 @@ def fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tu
     """A trainer whose passes fit the budget, with the plan that led to it; None where none was made.
 
     Args:
-        progress: what the run goes on from: its engine, graph and micro-batches are kept.
+        progress: what the run goes on from: its engine, graph and micro-batches are kept, and so is what it
+            was accepted under; where the budget no longer holds them, smaller passes are planned for.
 
     Raises:
         BudgetError: nothing fits; the smallest budget that would do is named.
     """
+    trainer, plan = _fit(site, make, budget, progress)
+    chosen = None if plan is None else plan.chosen
+    if chosen is not None:
+        trainer.predicted = chosen.peak
+    if progress is not None and progress.predicted and (chosen is None or chosen.passes == _passes(progress)):
+        trainer.predicted = progress.predicted
+    return trainer, plan
+
+
+def _passes(progress: Progress) -> Passes:
+    return Passes(progress.micro_batch, dict(progress.limits))
+
+
+def _fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> tuple[Trainer, Plan | None]:
     tables = site.bundle.manifest.memory
     if budget.limit is None:
         return _unlimited(site, make, progress), None
     give_back_at_once()
     if tables is None or not site.runs():
-        return _calibrated(site, make, progress), None
+        return _calibrated(site, make, budget, progress), None
     import_onnxruntime()
     footprints = predict(site, tables, read_memory().resident)
+    kept = None
     if progress is not None:
+        kept = _passes(progress)
         running = (progress.engine or site.default, progress.graph)
         footprints = [found for found in footprints if (found.engine, found.graph) == running]
         if not footprints:
             return _unlimited(site, make, progress), None
-    trainer, plan = _search(site, make, budget, footprints)
+    trainer, plan = _search(site, make, budget, footprints, kept)
     chosen = plan.require(advice(site, plan, tables))
-    trainer.passes, trainer.guard = chosen.passes, Guard(room(budget.limit), chosen.footprint)
+    trainer.passes = chosen.passes
+    trainer.guard = Guard(max(room(budget.limit), chosen.peak), chosen.footprint)
     return trainer, plan
 
 
@@ -205,9 +228,12 @@ def _unlimited(site: Site, make: Make, progress: Progress | None) -> Trainer:
     return make(progress.engine or site.default, progress.graph)
 
 
-def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint]) -> tuple[Trainer, Plan]:
-    """Opens what the plan takes, measures it and plans again, until that is what it takes."""
-    load, tables = site.load, site.bundle.manifest.memory
+def _search(
+    site: Site, make: Make, budget: Budget, footprints: list[Footprint], kept: Passes | None = None
+) -> tuple[Trainer, Plan]:
+    """Opens what the plan takes, measures it and plans again, until that is what it takes. The passes that
+    are to be kept are, unless the budget no longer holds them."""
+    load, tables = replace(site.load, passes=kept), site.bundle.manifest.memory
     assert tables is not None
     trainer: Trainer | None = None
     opened: tuple[str, str] | None = None
@@ -215,6 +241,9 @@ def _search(site: Site, make: Make, budget: Budget, footprints: list[Footprint])
     while True:
         floor = read_memory().peak or budget.check("while it was planned").peak
         plan = make_plan(footprints, load, budget.limit, floor)
+        if plan.chosen is None and load.passes is not None:
+            load = site.load
+            plan = make_plan(footprints, load, budget.limit, floor)
         chosen = plan.require(advice(site, plan, tables))
         micro = chosen.passes.micro_batch
         settled = (*chosen.runs, micro) in tried or len(tried) >= _MOST_TRIED
@@ -258,9 +287,11 @@ def advice(site: Site, plan: Plan, tables: MemoryTables) -> list[str]:
     return found
 
 
-def _calibrated(site: Site, make: Make, progress: Progress | None) -> Trainer:
-    """For bundles without tables: a trainer with the micro-batch that fits by two steps, on the plain graph
-    where that fits too."""
+def _calibrated(site: Site, make: Make, budget: Budget, progress: Progress | None) -> Trainer:
+    """For bundles without tables, and programs of ExecuTorch: a trainer with the micro-batch that fits by two
+    steps, on the plain graph where that fits too."""
+    if site.default == EXECUTORCH:
+        _refuse_torch(site.bundle, budget)
     if progress is not None:
         return _unlimited(site, make, progress)
     graph = graph_to_try(site.default, site.bundle, site.settings)
@@ -270,7 +301,35 @@ def _calibrated(site: Site, make: Make, progress: Progress | None) -> Trainer:
         del trainer  # two sessions would hold the base twice
         trainer = make(site.default, "step")
         trainer.calibrate()
+    trainer.predicted = max(trainer.predicted, read_memory().resident + site.load.between)
+    _require_room(trainer.predicted, budget)
     return trainer
+
+
+def _require_room(predicted: int, budget: Budget) -> None:
+    """Refuses what would leave nothing of the budget free: a run takes a little more than its first steps."""
+    assert budget.limit is not None
+    if predicted > room(budget.limit):
+        raise BudgetError(
+            f"the budget of {format_size(budget.limit)} cannot be met: by its first steps training takes "
+            f"about {format_size(predicted)} here",
+            hint=f"give at least --budget {named(predicted)}MiB",
+        )
+
+
+def _refuse_torch(bundle: Bundle, budget: Budget) -> None:
+    """Before torch is imported, which alone is more than many a budget, and before the program is loaded."""
+    from edge_tcur_runtime.engines.executorch import import_training
+
+    program = require_program(bundle)
+    loaded, before = program.memory + bundle.manifest.files[BASE_PTD].size, read_memory().resident
+    likely = named(before + _TORCH_BYTES + _PASS_BYTES + loaded) * 2**20
+    least = before + _TORCH_LEAST + program.memory
+    budget.require(least, "ExecuTorch with torch, which its Python interface is of,", likely - least)
+    import_training()
+    needed = read_memory().resident + loaded + _PASS_BYTES // 2
+    spare = named(needed + _PASS_BYTES // 2) * 2**20 - needed
+    budget.require(needed, "the training program of ExecuTorch with torch", spare)
 
 
 def _plain_fits(trainer: Trainer, bundle: Bundle, settings: PersonalizeSettings) -> bool:

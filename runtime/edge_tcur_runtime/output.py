@@ -38,7 +38,7 @@ class Sink:
     def result(self, payload: Mapping[str, object], human: str) -> None:
         """The command's one result: `payload` as JSON, or `human` as text."""
         if self.mode is Mode.JSON:
-            click.echo(json.dumps(_plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
+            click.echo(json.dumps(plain({"schema_version": SCHEMA_VERSION, **payload}), allow_nan=False))
         elif self.mode is Mode.HUMAN:
             click.echo(human)
 
@@ -93,12 +93,12 @@ class Sink:
             yield advance
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """`value` as JSON has it: a number that is none, or infinite, becomes null."""
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -6,8 +6,9 @@ Nothing leaves the device.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,19 +18,19 @@ import numpy as np
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.batch import Batch
 from edge_tcur_runtime.budget import Budget, read_memory
-from edge_tcur_runtime.checkpoint import Progress, identify
+from edge_tcur_runtime.checkpoint import ENGINE, Checkpoints, Progress, identify
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_parts
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
 from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
-from edge_tcur_runtime.engines.providers import CPU
-from edge_tcur_runtime.engines.selfcheck import Choice, choose_for_training
-from edge_tcur_runtime.errors import IntegrityError, UsageError
-from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.engines.providers import AUTO, CPU
+from edge_tcur_runtime.engines.selfcheck import Choice, choose_again, choose_for_training
+from edge_tcur_runtime.errors import EdgeError, IntegrityError, UsageError
+from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
-from edge_tcur_runtime.formats.digest import digest_file
+from edge_tcur_runtime.formats.digest import digest_bytes, digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
@@ -45,6 +46,7 @@ from edge_tcur_runtime.trainer import Trainer, begin, train
 
 __all__ = ["PersonalizeResult", "blank_adapter", "bundle_adapter", "personalize"]
 
+_ON = " on "  # between engine and provider
 _PROVENANCE = {"tool": f"edge-tcur-runtime {__version__}", **PERSONAL}
 _LIBRARIES_BYTES = 32 * 2**20  # what loading an engine adds apart from the base: sessions and graphs
 # What the same command needs, started again, differs: over 20 processes by 0.15 % (71.4 to 71.5 MiB) before
@@ -75,7 +77,8 @@ class PersonalizeResult:
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
         peak_rss_bytes: highest resident memory of this process (VmHWM).
-        predicted_peak_bytes: what the plan said; None where nothing was planned.
+        predicted_peak_bytes: by the plan that the run was accepted under, in its first process where it went
+            on; None where nothing was planned.
         base_digest_before, base_digest_after: digest of ``base.bin``.
         privacy: what was spent (`edge_tcur_runtime.privacy.PrivacyPlan`); None without privacy.
         resumed_from: updates that an earlier process had done; notes: what happened to checkpoints.
@@ -211,13 +214,14 @@ def personalize(
     _refuse_early(bundle, dataset, budget)
     before = digest_file(bundle.path(BASE_FILE))
     origin = starting_from(start)
-    site, reason = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
+    begin_from, keep = start or blank_adapter(bundle), keep or KeepSettings()
+    identity = identify(bundle, begin_from, dataset, settings)
+    site, reason = _prepare(bundle, dataset, settings, begin_from, _went_on(keep, identity, settings))
     name, chosen = site.default, site.chosen
-    identity = identify(bundle, site.start, dataset, settings, _runner(name, chosen))
-    keeper = open_keeper(keep or KeepSettings(), identity)
+    keeper = open_keeper(keep, {**identity, ENGINE: _runner(name, chosen)})
     with keeper.listening():
         progress = keeper.resume()
-        trainer, plan, outcome = _run(site, budget, keeper, progress, on_step)
+        trainer, outcome = _run(site, budget, keeper, progress, on_step)
     memory = budget.check("at the end")
     return PersonalizeResult(
         adapter=trainer.coordinates.adapter(outcome.values, _provenance(site) | origin),
@@ -235,7 +239,7 @@ def personalize(
         base_digest_after=_digest_again(bundle, before),
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
-        predicted_peak_bytes=None if plan is None or plan.chosen is None else plan.chosen.peak,
+        predicted_peak_bytes=trainer.predicted or None,
         notes=(*chosen.notes, *keeper.notes, *trainer.notes, *_notes(site, outcome)),
         privacy=site.spent(),
         provider=chosen.placement.provider.name,
@@ -249,17 +253,17 @@ def _run(
     keeper: Keeper,
     progress: Progress | None,
     on_step: Callable[[int, int, float], None] | None,
-) -> tuple[Trainer, Plan | None, Outcome]:
+) -> tuple[Trainer, Outcome]:
     """The updates from `progress` on, and the judgement on them."""
     (kept, held_out), settings = site.data, site.settings
-    trainer, plan = fit(site, partial(_open_trainer, site, settings, budget, keeper), budget, progress)
+    trainer, _ = fit(site, partial(_open_trainer, site, settings, budget, keeper), budget, progress)
     if site.privacy is not None and settings.privacy is not None:
         key = "" if progress is None else progress.noise_key
         trainer.protect(site.privacy, key or new_key(settings.privacy))
     outcome = begin(trainer, held_out, site.reference) if progress is None else trainer.restore(progress)
     train(trainer, outcome, kept, held_out, settings, on_step)
     trainer.judge(outcome, site.reference)
-    return trainer, plan, outcome
+    return trainer, outcome
 
 
 def plan_personalize(
@@ -291,10 +295,18 @@ def plan_personalize(
 
 
 def _prepare(
-    bundle: Bundle, dataset: Dataset, settings: PersonalizeSettings, start: Adapter
+    bundle: Bundle,
+    dataset: Dataset,
+    settings: PersonalizeSettings,
+    start: Adapter,
+    went_on: str | None = None,
 ) -> tuple[Site, str]:
-    """What the run is planned for, and why its engine is the default."""
-    build_feeds(bundle.manifest, start)
+    """What the run is planned for, and why its engine is the default.
+
+    Args:
+        went_on: the provider of the checkpoint that the run goes on from; None leaves the choice open.
+    """
+    check_fit(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (
@@ -302,8 +314,13 @@ def _prepare(
         for part in split(dataset, settings.held_out_part, settings.seed)
     )
     reference, privacy = read_reference(bundle), plan_privacy(settings, len(kept.targets))
-    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start, settings.provider)
-    chosen = choose_for_training(name, graph_to_try(name, bundle, settings), bundle, settings)
+    provider = went_on or settings.provider
+    name, reason = choose_engine(engine_for(settings), bundle, find_onnxruntime(), start, provider)
+    graph = graph_to_try(name, bundle, settings)
+    if went_on is None:
+        chosen = choose_for_training(name, graph, bundle, settings)
+    else:
+        chosen = choose_again(name, graph, bundle, replace(settings, provider=went_on))
     return Site(bundle, start, settings, (kept, held_out), name, chosen, reference, privacy), reason
 
 
@@ -343,8 +360,21 @@ def _notes(site: Site, outcome: Outcome) -> list[str]:
 
 def _runner(engine: str, chosen: Choice) -> str:
     """What must be the same for a run to end with the same bits: a checkpoint belongs to it."""
-    provider = chosen.placement.provider.name
-    return engine if provider == CPU else f"{engine} on {provider}"
+    placement = chosen.placement
+    if placement.provider.name == CPU:
+        return engine
+    pinned = f" without {digest_bytes(repr(placement.pinned).encode())}" if placement.pinned else ""
+    return f"{engine}{_ON}{placement.provider.name}{pinned}"
+
+
+def _went_on(keep: KeepSettings, identity: Mapping[str, str], settings: PersonalizeSettings) -> str | None:
+    """The provider of this run's checkpoint, where ``auto`` might now take another one; else None."""
+    if keep.directory is None or keep.resume == "no" or settings.provider != AUTO:
+        return None
+    with contextlib.suppress(EdgeError):  # the keeper tells
+        runner = Checkpoints(keep.directory, identity).engine()
+        return None if runner is None else runner.partition(_ON)[2].partition(" ")[0] or CPU
+    return None
 
 
 def _open_trainer(

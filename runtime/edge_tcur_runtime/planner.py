@@ -154,6 +154,7 @@ class Load:
         scored: tokens of samples that are only scored once or twice: they count for memory, not for time.
         most: samples of a pass at most; None for no other bound than the batch.
         between: bytes that the work between two passes takes.
+        passes: of a run that goes on, which are kept; None chooses them.
     """
 
     lengths: np.ndarray
@@ -162,6 +163,7 @@ class Load:
     scored: tuple[int, ...] = ()
     most: int | None = None
     between: int = 0
+    passes: Passes | None = None
 
     @property
     def longest(self) -> int:
@@ -234,7 +236,7 @@ class Plan:
     def named(self) -> int:
         """The budget in MiB that is named where nothing fits: the smallest, and a little for what differs
         from one process to the next."""
-        return math.ceil(_RESERVE * self.smallest.peak / 2**20)
+        return named(self.smallest.peak)
 
     def require(self, advice: Sequence[str] = ()) -> Candidate:
         """The candidate that is taken.
@@ -256,6 +258,11 @@ class Plan:
         )
 
 
+def named(peak: int) -> int:
+    """The budget in MiB to name for a peak in bytes."""
+    return math.ceil(_RESERVE * peak / 2**20)
+
+
 def room(limit: int) -> int:
     """Bytes of a budget that are planned with."""
     return limit - limit // _SPARE
@@ -273,7 +280,9 @@ def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, fl
         candidate for footprint in footprints for candidate in _candidates(footprint, load, floor)
     ]  # of equals the first is taken: the order of the footprints counts, and the larger micro-batch
     ranked = sorted(found, key=lambda candidate: candidate.seconds)
-    place = next((place for place, c in enumerate(ranked) if limit is None or c.peak <= room(limit)), None)
+    # Passes that are kept were planned with room; what two processes differ by may take of what was left.
+    most = None if limit is None else limit if load.passes is not None else room(limit)
+    place = next((place for place, c in enumerate(ranked) if most is None or c.peak <= most), None)
     chosen = None if place is None else ranked[place]
     told = tuple(replace(c, verdict=_verdict(c, chosen, limit)) for c in ranked)
     return Plan(told, None if place is None else told[place], limit)
@@ -291,16 +300,21 @@ def _candidates(footprint: Footprint, load: Load, floor: int) -> list[Candidate]
     """Micro-batches from the whole batch down to one sample, lengths together or apart."""
     found, micro = [], load.largest
     mixed = len(load.distinct) > 1 and micro > 1
+    if load.passes is not None:
+        return [_candidate(footprint, load, load.passes, floor)]
     while True:
         options = [Passes(micro)]
         if mixed:
             options.append(sorted_passes(footprint, load, micro))
-        for passes in options:
-            peak = max(floor, footprint.held + _growth(footprint, load, passes))
-            found.append(Candidate(footprint, passes, peak, _seconds(footprint, load, passes)))
+        found += [_candidate(footprint, load, passes, floor) for passes in options]
         if micro == 1:
             return found
         micro = -(-micro // 2)
+
+
+def _candidate(footprint: Footprint, load: Load, passes: Passes, floor: int) -> Candidate:
+    peak = max(floor, footprint.held + _growth(footprint, load, passes))
+    return Candidate(footprint, passes, peak, _seconds(footprint, load, passes))
 
 
 def sorted_passes(footprint: Footprint, load: Load, micro: int) -> Passes:

@@ -73,6 +73,7 @@ class Trainer:
         self._move(coordinates.initial())
         self.passes = Passes(settings.batch_size)
         self.guard: Guard | None = None
+        self.predicted = 0  # bytes at the peak, by the plan that the run was accepted under; 0 without one
         self._growth, self._peak_two = 0, 0
         self._mapped: int | None = None  # bytes of rows that the first pass made resident
         self.step_seconds: list[float] = []
@@ -165,7 +166,8 @@ class Trainer:
         return order[place : place + self._settings.batch_size]
 
     def calibrate(self) -> None:
-        """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits.
+        """Runs steps of one and two samples, the longest ones, and chooses the micro-batch that fits;
+        `predicted` is what it will take by them.
 
         With privacy every pass has one sample, so that one is all that is run.
 
@@ -179,15 +181,16 @@ class Trainer:
             before, one = read_memory(), self._measure(longest[:1])
             # An upper bound: the parts of the base that were read for the first time are in it.
             self._growth, self._peak_two = one.peak - before.resident, one.peak
-            self.micro_batch = 1
+            self.micro_batch, self.predicted = 1, one.peak
             return
         one, two = (self._measure(longest[:count]) for count in (1, 2))
         # Loading may have left a peak above what a step needs; what is resident then shows the growth.
         growth = max(two.peak - one.peak, two.resident - one.resident)
         self._growth, self._peak_two = growth, two.peak
         self.micro_batch = choose_micro_batch(
-            self._settings.batch_size, self._budget.limit, two.peak - growth, two.peak
+            self._settings.batch_size, room(self._budget.limit), two.peak - growth, two.peak
         )
+        self.predicted = two.peak + growth * max(0, self.micro_batch - 2)
 
     def leaves_room(self, blocks: int) -> bool:
         """Whether the plain step surely fits, after `calibrate` with the graph that recomputes `blocks`."""
@@ -324,6 +327,7 @@ class Trainer:
             limits=self.passes.limits,
             engine=self._engine.name,
             graph=self.graph,
+            predicted=self.predicted,
         )
         self._keeper.reached(progress)
 

@@ -1,5 +1,6 @@
 """Predicted against measured peaks, and whether every accepted run keeps its budget:
-``python tests/benchmarks/budget.py [--models bert vit conv minilm] [--precisions fp32 int8] [--keep DIR]``.
+``python tests/benchmarks/budget.py [--models bert vit conv minilm] [--precisions fp32 int8] [--keep DIR]``,
+or over a bundle that is there: ``--bundle DIR --data FILE --runs executorch:auto``.
 
 Each row is `edge_tcur_runtime.personalize` in a fresh process on one thread, two epochs, the base without
 torch. For each model, precision, engine and graph the first budget is 1 MiB, which must be refused; then the
@@ -67,7 +68,8 @@ def make():
 """
 CHILD = """
 import json, sys, time
-sys.modules["torch"] = None
+if sys.argv[4] != "executorch":
+    sys.modules["torch"] = None
 from pathlib import Path
 from edge_tcur_runtime import fitting
 from edge_tcur_runtime.budget import read_memory
@@ -228,16 +230,19 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "int8"])
     parser.add_argument("--runs", nargs="+", default=RUNS, help="engine:recompute")
     parser.add_argument("--keep", type=Path, help="where models and bundles stay")
+    parser.add_argument("--bundle", type=Path, help="measure this one")
+    parser.add_argument("--data", type=Path, help="with --bundle")
     parser.add_argument("--heap", action="store_const", const="heap", default="")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ratios, refused, crossed = [], 0, 0
     with TemporaryDirectory() as work:
-        for name in options.models:
-            precisions = (
-                ["fp32"] if name == "conv" else options.precisions
-            )  # only linear layers are quantised
-            data, bundles = make_bundles(name, precisions, (options.keep or Path(work)) / name)
+        for name in [options.bundle.name] if options.bundle else options.models:
+            if options.bundle:
+                data, bundles = options.data, {"": options.bundle}
+            else:
+                precisions = ["fp32"] if name == "conv" else options.precisions  # linear layers are quantised
+                data, bundles = make_bundles(name, precisions, (options.keep or Path(work)) / name)
             for precision, bundle in bundles.items():
                 for engine, recompute, budget, found in rows_of(bundle, data, options.heap, options.runs):
                     head = f"{name:10}{precision:5} {engine:13}{recompute:5}{budget / MIB:7.0f}"

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_tcur_export.parity import Stepper
-from edge_tcur_export.program_parity import ProgramStepper
-from edge_tcur_runtime.engines import open_engine
+from edge_tcur_runtime.engines import TrainingEngine, open_engine
+from edge_tcur_runtime.engines.executorch import ExecutorchEngine
 from edge_tcur_runtime.formats.adapter import read_adapter
 from edge_tcur_runtime.formats.bundle import Bundle, open_bundle
 
@@ -31,10 +30,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     bundle = open_bundle(options.bundle)
-    steppers: dict[str, Stepper] = {"ort-step": open_engine("ort-step", bundle, threads=1)}
+    steppers: dict[str, TrainingEngine] = {"ort-step": open_engine("ort-step", bundle, threads=1)}
     for name, program in bundle.manifest.programs.items():
         if name.startswith("train"):
-            steppers[name] = ProgramStepper(bundle, program)
+            steppers[name] = ExecutorchEngine(bundle, threads=1, program=program)
     inputs, targets = _batch(bundle, options.samples, options.length)
     feeds = read_adapter(bundle.path(bundle.manifest.adapter or "")).feeds()
     seconds: dict[str, list[float]] = {name: [] for name in steppers}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,3 +68,60 @@ def test_a_layer_asks_for_the_form_of_its_sizes(kit, monkeypatch):
     coupled = ("factored", "merged", "spectral", "materialised")
     assert asked[0] == (coupled, Sizes(tokens=35, n1=12, n2=6, inner=6, rank=2))
     assert len(asked) == len([m for m in model.modules() if isinstance(m, AdaptedLayer)]) == 9
+
+
+@pytest.fixture(scope="module")
+def tool():
+    """`tests/benchmarks/forms.py`."""
+    path = Path(__file__).parents[1] / "benchmarks" / "forms.py"
+    spec = importlib.util.spec_from_file_location("forms_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["forms_benchmark"] = module  # its dataclasses look there for their annotations
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["forms_benchmark"]
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size", "n1", "n2", "rank", "coupled", "kind"),
+    [
+        (256, 1, 384, 384, 8, False, "linear"),
+        (512, 3, 192, 384, 8, True, "linear"),
+        (256, 1, 384, 384, 8, False, "int8"),
+        (1024, 1, 768, 192, 8, False, "convolution"),
+    ],
+)
+def test_the_chosen_form_is_near_the_fastest(tool, one_thread, tokens, size, n1, n2, rank, coupled, kind):
+    """A few cells of the benchmark, whose whole grid `python tests/benchmarks/forms.py` measures."""
+    over, line = tool.judge(tool.Cell(tokens, size, n1, n2, rank, coupled, kind), rounds=9)
+    assert over <= tool.LIMIT, line
+
+
+def test_a_form_that_is_slow_each_time_fails_the_benchmark(tool, monkeypatch, capsys):
+    tries = []
+
+    def measure(cell, rounds):
+        tries.append(cell)
+        slow = cell.kind == "int8" or (cell.kind == "convolution" and len(tries) % tool.ATTEMPTS)
+        return "gather", {
+            "gather": [1.3 if slow else 1.1, 9.0, 1.1 if not slow else 1.3],
+            "merged": [1.0, 9.0, 1.0],
+        }
+
+    monkeypatch.setattr(tool, "measure", measure)
+    cells = {kind: tool.Cell(4, 1, 2, 3, 1, kind=kind) for kind in ("linear", "int8", "convolution")}
+    for kind, status in (("linear", 0), ("int8", 1), ("convolution", 0)):
+        tries.clear()
+        monkeypatch.setattr(tool, "CELLS", [cells[kind]])
+        monkeypatch.setattr(sys, "argv", ["forms.py"])
+        assert tool.main() == status
+        assert len(tries) == (1 if kind == "linear" else tool.ATTEMPTS)
+    assert "1 above 20%" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.quantized import Int8Linear, quantize_linears
 from edge_tcur.method.targets import Group, find_targets, group_specs, layer_number, saved_parameters
+from edge_tcur.models.base import base_digest
 from edge_tcur_runtime.errors import BadInputError, ConfigError
 
 
@@ -328,3 +329,43 @@ def test_a_module_that_is_tied_to_another_is_not_trained_in_full(patterns):
     with pytest.raises(ConfigError, match=r"weight is tied to (output|embedding)\.weight") as caught:
         saved_parameters(model, patterns)
     assert caught.value.where == "modules_to_save"
+
+
+def test_a_plain_name_is_the_last_part_of_a_name_and_a_pattern_the_whole(kit):
+    def adapted(**options):
+        targets = find_targets(kit.Net(), TCurConfig(rank=2, **options))
+        return {name for group in targets.groups for name in group.modules}
+
+    ups = {f"blocks.{number}.up" for number in range(3)}
+    assert adapted(targets="up") == adapted(targets=["up"]) == adapted(targets="*.up") == ups
+    assert adapted(targets="1.up,head") == {"blocks.1.up", "head"}
+    refused(kit.Net(), ConfigError, "the target pattern 'p' matches no module", "targets", targets=["p"])
+    refused(kit.Net(), ConfigError, r"'u\?' matches no module", "targets", targets=["u?"])
+    targets = find_targets(kit.Net(), TCurConfig(rank=2, targets="down", modules_to_save=("up",)))
+    assert {name for name, reason in targets.skipped.items() if "modules_to_save" in reason} == ups
+
+
+def test_a_whole_name_comes_before_one_that_only_ends_like_it():
+    """Ranks that were shared out name every module in full; another tower may end with the same name."""
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(4, 4)}), "b": nn.Linear(4, 4)})
+    options = {"grouping": "weight", "rank_pattern": {"b": 1, "a.b": 3}}
+    targets = find_targets(model, TCurConfig(rank=2, targets="b", **options))
+    assert {group.modules: group.rank for group in targets.groups} == {("a.b",): 3, ("b",): 1}
+
+
+def test_a_weight_of_a_kind_that_cannot_be_read_is_refused_by_name(kit):
+    """As a weight that torchao quantised: a tensor of its own class in an ordinary linear layer."""
+
+    class Packed(torch.Tensor):
+        def numpy(self, *arguments, **options):
+            raise RuntimeError("cannot be read")
+
+    model = kit.Net()
+    layer = model.blocks[1].up
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Packed), requires_grad=False)
+    hint = refused(model, BadInputError, "the weight is a Packed, not a plain tensor", "blocks.1.up")
+    assert "quantize_linears" in hint
+    targets = find_targets(model, TCurConfig(rank=2, targets="down"))
+    assert [group.modules for group in targets.groups] == [tuple(f"blocks.{i}.down" for i in range(3))]
+    with pytest.raises(BadInputError, match=r"blocks\.1\.up\.weight.*is a Packed"):
+        base_digest(model)

@@ -236,7 +236,19 @@ def reflected_case():
     )
 
 
-CASES = [linear_case, no_bias_case, conv1d_case, pointwise_case, convolution_case, reflected_case]
+def one_picture_case():
+    return nn.Conv2d(3, 6, (1, 2)), torch.randn(3, 3, 3, dtype=torch.float64)
+
+
+def channels_last_case():
+    x = torch.randn(2, 3, 3, 2, dtype=torch.float64).to(memory_format=torch.channels_last)
+    return nn.Conv2d(3, 6, 1).to(memory_format=torch.channels_last), x
+
+
+CASES = [
+    linear_case, no_bias_case, conv1d_case, pointwise_case, convolution_case, reflected_case,
+    one_picture_case, channels_last_case,
+]  # fmt: skip
 
 
 def adapted(kit, module, **options):

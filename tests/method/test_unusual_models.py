@@ -274,7 +274,7 @@ def test_a_sum_that_is_not_finite_is_not_merged(kit, value):
         ("rows", [[1, 1]] * 3, "strictly increasing"),
         ("cols", [[3, 1]] * 3, "strictly increasing"),
         ("rows", [[-1, 1]] * 3, "strictly increasing"),
-        ("cols", [[1, 99]] * 3, "do not fit"),
+        ("cols", [[1, 99]] * 3, "cols of block 0 hold the index 99"),
         ("core", [[[float("nan")] * 2] * 2] * 3, "NaN"),
         ("core", [[[0.0] * 5] * 5] * 3, "rows have shape"),
     ],

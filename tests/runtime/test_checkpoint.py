@@ -64,17 +64,18 @@ def same(first, second):
         )
         assert one == two
     assert (first.steps, first.micro_batch) == (second.steps, second.micro_batch)
+    assert first.predicted == second.predicted
 
 
 @given(
     ARRAYS, ARRAYS, st.lists(FLOATS, max_size=5), st.none() | st.tuples(FLOATS, FLOATS),
-    st.integers(1, 2**40),
+    st.integers(1, 2**40), st.sampled_from([0, 2**28]),
 )  # fmt: skip
 @settings(max_examples=100)
-def test_what_is_written_reads_back_bit_for_bit(values, moments, losses, pair, generation):
+def test_what_is_written_reads_back_bit_for_bit(values, moments, losses, pair, generation, predicted):
     progress = progress_of(
         3, values=values, first=moments, best=values, losses=tuple(losses), held_out_losses=tuple(losses),
-        before=pair, after=pair,
+        before=pair, after=pair, predicted=predicted,
     )  # fmt: skip
     raw = serialize_checkpoint(progress, IDENTITY, generation)
     found, identity, number = parse_checkpoint(raw, "here")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,7 @@ def test_nothing_is_opened_where_nothing_fits(bundle, user, monkeypatch):
 
 def faked(monkeypatch, each):
     """Memory that grows by `each` bytes for a sample of the pass that runs; returns the passes."""
-    state = {"peak": 100 * MIB, "passes": []}
+    state = {"peak": 100 * MIB, "passes": [], "each": each}
     real = open_engine
 
     def opened(*arguments, **options):
@@ -98,7 +99,7 @@ def faked(monkeypatch, each):
 
         def counted(inputs, targets, feeds):
             state["passes"].append(len(targets))
-            state["peak"] = max(state["peak"], 100 * MIB + each * len(targets))
+            state["peak"] = max(state["peak"], 100 * MIB + state["each"] * len(targets))
             return step(inputs, targets, feeds)
 
         engine.step = counted
@@ -252,6 +253,77 @@ def test_a_run_goes_on_with_its_engine_graph_and_passes(bundle, user, tmp_path, 
     assert result.losses == whole.losses
     for group, part in whole.adapter.factors.items():
         np.testing.assert_array_equal(result.adapter.factors[group].core, part.core)
+
+
+def memory_of_eight_mib_a_sample(bundle, monkeypatch):
+    """As `faked`; nothing but samples takes memory, and the table is a little too low."""
+    monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
+    tables = replace(TABLES, graphs={"step": replace(table(each=6 * MIB), base=0)})
+    state = faked(monkeypatch, 8 * MIB)
+    return replace(bundle, manifest=replace(bundle.manifest, memory=tables)), state
+
+
+def enough(done):
+    return "enough" if len(done) == 3 else None
+
+
+def of(samples):
+    """A budget for passes of so many."""
+    return int((100 + 12 * samples) * MIB * 32 / 31)
+
+
+@pytest.mark.parametrize(("now", "passes"), [(4, 4), (16, 4), (1, 1)])
+def test_a_run_that_goes_on_tells_what_it_was_accepted_under(
+    bundle, user, tmp_path, monkeypatch, now, passes
+):
+    """And keeps its passes, without trying larger ones; under a budget that no longer holds them it is
+    accepted anew."""
+    bundle, state = memory_of_eight_mib_a_sample(bundle, monkeypatch)
+    whole = personalize(bundle, user, quick(budget=of(4)))
+    assert whole.micro_batch == 4
+    done = []
+    gate = partial(enough, done)
+    monkeypatch.setattr("edge_tcur_runtime.keeper.GATE_SECONDS", 0.0)
+    state["peak"] = 100 * MIB
+    keep = KeepSettings(tmp_path, 1e9, gates=(gate,))
+    with pytest.raises(PausedError):
+        personalize(bundle, user, quick(budget=of(4)), keep=keep, on_step=lambda *_: done.append(1))
+    (path,) = tmp_path.iterdir()
+    kept = parse_checkpoint(path.read_bytes(), "c")[0]
+    assert kept.predicted == whole.predicted_peak_bytes
+    state.update(peak=100 * MIB, passes=[], each=15 * MIB // 2)  # a little less than in the first process
+    result = personalize(bundle, user, quick(budget=of(now)), keep=KeepSettings(tmp_path))
+    assert result.resumed_from == 3
+    assert max(state["passes"]) == result.micro_batch == passes
+    assert state["peak"] <= result.budget_bytes
+    if passes == 4:
+        assert result.predicted_peak_bytes == whole.predicted_peak_bytes
+        assert result.losses == whole.losses
+        assert result.notes == whole.notes
+    else:
+        assert result.predicted_peak_bytes < whole.predicted_peak_bytes
+
+
+def test_a_process_that_needs_a_little_more_keeps_the_passes_of_its_checkpoint(
+    bundle, user, tmp_path, monkeypatch
+):
+    """A part of the budget is left free for what two processes differ by; smaller passes would end with other
+    bits."""
+    bundle, state = memory_of_eight_mib_a_sample(bundle, monkeypatch)
+    settings = quick(budget=of(4))
+    whole = personalize(bundle, user, settings)
+    done = []
+    gate = partial(enough, done)
+    monkeypatch.setattr("edge_tcur_runtime.keeper.GATE_SECONDS", 0.0)
+    state["peak"] = 100 * MIB
+    keep = KeepSettings(tmp_path, 1e9, gates=(gate,))
+    with pytest.raises(PausedError):
+        personalize(bundle, user, settings, keep=keep, on_step=lambda *_: done.append(1))
+    state["peak"] = 150 * MIB  # loading left this; 148 may be planned with, 152.8 used
+    assert room(settings.budget) < state["peak"] < settings.budget
+    result = personalize(bundle, user, settings, keep=KeepSettings(tmp_path))
+    assert result.micro_batch == 4
+    assert result.losses == whole.losses
 
 
 # --- the dry run -----------------------------------------------------------------------------------------

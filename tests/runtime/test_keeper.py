@@ -16,8 +16,12 @@ import pytest
 
 from edge_tcur_runtime import budget as budget_module
 from edge_tcur_runtime import keeper as keeper_module
+from edge_tcur_runtime import personalize as module
 from edge_tcur_runtime.budget import Memory
 from edge_tcur_runtime.checkpoint import FILES, Checkpoints, parse_checkpoint
+from edge_tcur_runtime.engines import selfcheck
+from edge_tcur_runtime.engines.providers import ON_CPU, PROVIDERS, Placement
+from edge_tcur_runtime.engines.selfcheck import Choice
 from edge_tcur_runtime.errors import BadInputError, BudgetError, DiskError, IncompatibleError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
@@ -35,6 +39,7 @@ needs_training = pytest.mark.skipif(
     reason="the installed ONNX Runtime has no training interface (onnxruntime-training-cpu has)",
 )
 SETTINGS = PersonalizeSettings(epochs=3, threads=1, engine="ort-step", batch_size=32, holdout=0.25)
+WEBGPU = PROVIDERS["webgpu"]
 NEVER = 1e9  # seconds between checkpoints: only what ends the run saves
 
 
@@ -191,6 +196,74 @@ def test_a_disk_that_is_full_ends_the_run_with_its_own_error(tmp_path, user, mon
     monkeypatch.setattr(Checkpoints, "save", full)
     with pytest.raises(DiskError):
         personalize(open_bundle(V1), user, SETTINGS, keep=KeepSettings(tmp_path, seconds=0.0))
+
+
+# --- the provider ----------------------------------------------------------------------------------------
+
+
+def on_webgpu(monkeypatch):
+    """``auto`` takes WebGPU, whose sessions run on the CPU here."""
+    monkeypatch.setattr(module, "choose_for_training", lambda *_: Choice(Placement(WEBGPU), "faster"))
+    real = module.open_engine
+
+    def on_the_cpu(*names, placement, **options):
+        assert placement.provider in (WEBGPU, PROVIDERS["cpu"])
+        return real(*names, **options)
+
+    monkeypatch.setattr(module, "open_engine", on_the_cpu)
+
+
+def test_auto_keeps_the_provider_of_the_checkpoint(tmp_path, user, monkeypatch):
+    """What is faster by a little may be slower at the next start."""
+    bundle, whole = open_bundle(V1), personalize(open_bundle(V1), user, SETTINGS)
+    paused(bundle, user, SETTINGS, tmp_path / "cpu", 2)
+    with monkeypatch.context() as patch:
+        on_webgpu(patch)
+        paused(bundle, user, SETTINGS, tmp_path / "webgpu", 2)
+        result = personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path / "cpu"))
+        assert (result.provider, result.resumed_from) == ("cpu", 2)
+        assert result.provider_reason == "the checkpoint's run went on it"
+        assert outcome(result) == outcome(whole)
+        patch.setattr(selfcheck, "choose_for_training", lambda *_: Choice(Placement(WEBGPU), "trusted"))
+        patch.setattr(module, "choose_for_training", lambda *_: Choice(ON_CPU, "not webgpu: not faster"))
+        patch.setattr(module, "choose_engine", lambda name, *_: (name, "asked for"))
+        result = personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path / "webgpu"))
+        assert (result.provider, result.resumed_from) == ("webgpu", 2)
+        assert result.provider_reason == "the checkpoint's run went on it; trusted"
+        assert outcome(result) == outcome(whole)
+
+
+@pytest.mark.parametrize("problem", ["gone", "not trusted"])
+def test_a_provider_of_the_checkpoint_that_cannot_be_used_any_more(tmp_path, user, monkeypatch, problem):
+    """The progress stays, also where a checkpoint of another run would be given up."""
+    bundle = open_bundle(V1)
+    with monkeypatch.context() as patch:
+        on_webgpu(patch)
+        paused(bundle, user, SETTINGS, tmp_path, 2)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        why = "has no provider 'webgpu'"
+        if problem == "not trusted":
+            why = "not webgpu: the gradients differ"
+            patch.setattr(selfcheck, "choose_for_training", lambda *_: Choice(ON_CPU, why))
+        for resume in ("auto", "yes"):
+            with pytest.raises(IncompatibleError, match="run went on webgpu, which cannot be") as caught:
+                personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path, resume=resume))
+            assert why in caught.value.message
+            assert "--resume no" in caught.value.hint
+            assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    result = personalize(bundle, user, SETTINGS, keep=KeepSettings(tmp_path, resume="no"))
+    assert (result.provider, result.resumed_from) == ("cpu", 0)
+
+
+def test_a_provider_that_is_asked_for_belongs_to_another_run(tmp_path, user, monkeypatch):
+    bundle = open_bundle(V1)
+    with monkeypatch.context() as patch:
+        on_webgpu(patch)
+        paused(bundle, user, SETTINGS, tmp_path, 2)
+    keep = KeepSettings(tmp_path, resume="yes")
+    with pytest.raises(IncompatibleError, match="of another run: settings, engine differ"):
+        personalize(bundle, user, replace(SETTINGS, provider="cpu"), keep=keep)
 
 
 # --- the command, killed for real ------------------------------------------------------------------------

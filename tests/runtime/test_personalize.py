@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edge_tcur_runtime import budget as budget_module
+from edge_tcur_runtime import fitting as fitting_module
 from edge_tcur_runtime import personalize as module
 from edge_tcur_runtime import trainer as trainer_module
 from edge_tcur_runtime.budget import Budget, Memory
@@ -35,7 +36,7 @@ from edge_tcur_runtime.errors import (
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
-from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec
+from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec, SketchFactors
 from edge_tcur_runtime.frame import Frame, build_frame
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter, personalize
@@ -191,7 +192,7 @@ def test_an_adapter_of_another_rank_is_trained_by_the_engine_that_can(bundle, us
 def test_a_sketch_of_another_rank_is_trained_too(sketched, user):
     own = bundle_adapter(sketched)
     factors = {
-        group: replace(part, core=part.core[:, :1, :1], left=part.left[:, :, :1], right=part.right[:, :1])
+        group: SketchFactors.pack(part.core[:, :1, :1], part.left[:, :, :1], part.right[:, :1])
         for group, part in own.factors.items()
     }
     start = replace(own, factors=factors)
@@ -577,7 +578,7 @@ def crossing(monkeypatch, passes, limit):
         return engine
 
     def memory():
-        peak = limit + 1 if state["passes"] >= passes else limit - 4 * MIB
+        peak = limit + 1 if state["passes"] >= passes else limit - 20 * MIB
         return Memory(peak, limit // 2, 0, 0)
 
     monkeypatch.setattr(module, "open_engine", opened)
@@ -648,10 +649,11 @@ def readings(monkeypatch, *pairs):
     [
         ((100, 90), (105, 95), 400, 16),
         ((100, 90), (105, 95), 150, 8),
-        ((100, 90), (105, 95), 106, 2),
+        ((100, 90), (105, 95), 109, 2),  # a 32nd is left free
+        ((100, 90), (105, 95), 106, 1),
         ((100, 40), (100, 45), 150, 8),  # a peak of loading hides what a step adds
-        ((100, 40), (100, 45), 101, 2),
-        ((100, 90), (100, 90), 101, 16),
+        ((100, 40), (100, 45), 104, 2),
+        ((100, 90), (100, 90), 104, 16),
     ],
 )
 def test_the_micro_batch_fits_the_budget(bundle, user, monkeypatch, one, two, limit, expected):
@@ -659,6 +661,21 @@ def test_the_micro_batch_fits_the_budget(bundle, user, monkeypatch, one, two, li
     readings(monkeypatch, one, two)
     trainer.calibrate()
     assert trainer.micro_batch == expected
+
+
+def test_a_budget_that_the_first_steps_nearly_fill_is_refused_before_training(bundle, user, monkeypatch):
+    """A run takes a little more than they do: what is accepted ends under its budget."""
+    limit = 400 * MIB
+    state = crossing(monkeypatch, 100, limit)
+    for part in (module, fitting_module, trainer_module, budget_module):
+        monkeypatch.setattr(part, "read_memory", lambda: Memory(limit - 4 * MIB, limit // 2, 0, 0))
+    with pytest.raises(
+        BudgetError, match="cannot be met: by its first steps training takes about 396"
+    ) as caught:
+        personalize(bundle, user, quick(budget=limit))
+    assert caught.value.hint == "give at least --budget 412MiB"
+    assert state["passes"] == 2
+    assert personalize(bundle, user, quick(budget=412 * MIB, epochs=1)).predicted_peak_bytes == 396 * MIB
 
 
 def test_without_a_budget_nothing_is_measured_and_the_whole_batch_is_taken(bundle, user, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import numpy as np
 import pytest
@@ -330,7 +331,10 @@ def test_settings_that_are_not_the_adapters_are_refused_and_the_active_one_stays
         ("selection", ["norm"]),
         ("modules_to_save", "head"),
         ("modules_to_save", [1]),
-        ("layers_to_transform", 1),
+        ("layers_to_transform", "1"),
+        ("layers_to_transform", 1.0),
+        ("targets", [1]),
+        ("targets", []),
         ("layers_to_transform", [0.5]),
         ("rank_pattern", [["*", 2]]),
         ("rank_pattern", {"*": 1.5}),
@@ -343,6 +347,36 @@ def test_a_setting_of_another_type_is_named(bert, tmp_path, name, value):
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert name in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_a_user_of_peft_needs_no_manual(bert, batch, capsys, tmp_path, kind):
+    """peft's own wrapper, called the same way, adapts the same modules and prints the same."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {"target_modules": ["query", "attention.output.dense"], "modules_to_save": ["classifier"]}
+    other = get_peft_model(copy.deepcopy(bert), LoraConfig(r=4, layers_to_transform=1, **names))
+    config = TCurConfig(
+        rank=4, selection="norm", targets=kind(names["target_modules"]), layers_to_transform=1,
+        modules_to_save=names["modules_to_save"],
+    )  # fmt: skip
+    model = get_tcur_model(bert, config)
+    adapted = {name for group in model.injection.targets.groups for name in group.modules}
+    theirs = {name for name, _ in other.named_modules() if name.endswith(".lora_A")}
+    assert len(theirs) == 2
+    assert adapted == {n.removesuffix(".lora_A").removeprefix("base_model.model.") for n in theirs}
+    model.print_trainable_parameters()
+    own = capsys.readouterr().out
+    other.print_trainable_parameters()
+    theirs = capsys.readouterr().out
+    assert re.sub(r"[\d,.]+", "N", own) == re.sub(r"[\d,.]+", "N", theirs)
+    trained = 2 * 4 * 4 + 3 * 32 + 3
+    assert own.startswith(f"trainable params: {trained:,} || ")
+    assert model.get_nb_trainable_parameters()[0] == trained
+    assert model.get_base_model() is bert
+    model.save_pretrained(tmp_path)
+    assert read_config(tmp_path / "tcur_config.json") == config == model.tcur_config["default"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -13,7 +13,7 @@ import torch
 
 from edge_tcur.data import in_batches, prepare
 from edge_tcur.errors import BaseModelError, RunDirectoryError
-from edge_tcur.method.targets import find_targets
+from edge_tcur.method.targets import Group, Targets, find_targets
 from edge_tcur.models import base_digest, load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, evaluate_run, open_run, train
@@ -21,6 +21,7 @@ from edge_tcur.training.evaluate import apply_adapter
 from edge_tcur.training.gradients import task_gradients
 from edge_tcur.training.head import warm_head
 from edge_tcur.training.loop import LoopSettings, fit
+from edge_tcur.training.rehearsal import rehearsal_rate
 from edge_tcur.training.run import new_directory
 from edge_tcur.training.train import read_data
 from edge_tcur_runtime.errors import (
@@ -189,6 +190,24 @@ def test_a_rehearsal_comes_first(bert_dir, texts_csv, tmp_path):
     adapter = result.run.adapter()
     assert all(np.abs(factors.core).max() > 1e-4 for factors in adapter.factors.values())
     assert adapter.header.provenance["selection"] == "update"
+
+
+def test_the_rate_of_a_rehearsal_goes_by_the_width_and_is_saved(bert_dir, texts_csv, tmp_path):
+    def of(*widths):
+        groups = tuple(Group(str(n), ("a", "b"), 8, width) for n, width in enumerate(widths))
+        return rehearsal_rate(Targets(groups, {}))
+
+    assert of(384, 384, 1536) == pytest.approx(1e-3)  # MiniLM
+    assert of(64) == pytest.approx(3.83e-3, rel=1e-2)
+    assert of(4096) == pytest.approx(1.7e-4, rel=2e-2)
+    chosen, given = (
+        train(text_config(bert_dir, texts_csv, selection="update", epochs=1, **options), tmp_path / name)
+        for name, options in (("auto", {}), ("given", {"rehearsal_rate": 0.25}))
+    )
+    base = load_base(str(bert_dir), find_task(TEXT), chosen.run.labels, {"max_length": 0})
+    targets = find_targets(base.model, chosen.run.config.method(), keep=base.head)
+    assert open_run(tmp_path / "auto").config.rehearsal_rate == rehearsal_rate(targets)
+    assert given.run.config.rehearsal_rate == 0.25
 
 
 def test_a_rehearsal_that_diverges_is_named(bert_dir, texts_csv, tmp_path, monkeypatch):

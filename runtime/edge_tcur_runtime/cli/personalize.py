@@ -11,6 +11,7 @@ import click
 from edge_tcur_runtime.cli.framework import (
     EXISTING_DIRECTORY,
     SIZE,
+    add_options,
     data_options,
     output_options,
     store_option,
@@ -31,6 +32,9 @@ from edge_tcur_runtime.settings import (
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
+    from edge_tcur_runtime.data import Dataset
+    from edge_tcur_runtime.formats.adapter import Adapter
+    from edge_tcur_runtime.formats.bundle import Bundle
     from edge_tcur_runtime.personalize import PersonalizeResult
 
 EPILOG = """\b
@@ -89,45 +93,37 @@ _RATES = (
 _KEEP = KeepSettings()
 
 
-def _keeping_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that become `KeepSettings`; collected under ``training`` too."""
-    options = (
-        click.option("--checkpoint-seconds", default=_KEEP.seconds, type=float, show_default=True,
-                     help="Seconds between checkpoints; a run that was killed goes on from the last one."),
-        click.option("--resume", default=_KEEP.resume, type=click.Choice(RESUME), show_default=True,
-                     help="Go on from a checkpoint of this very run: if there is one, always, or never."),
-        click.option("--mains-only", is_flag=True, help="Pause while the device runs on its battery."),
-        click.option("--max-temperature", type=float, metavar="CELSIUS", help="Pause above it."),
-        click.option("--between", metavar="HH:MM-HH:MM", help="Pause outside these hours (local time)."),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that become `PersonalizeSettings`; collected under ``training``."""
-    for name, default, kind, text in reversed(_OPTIONS):
-        command = click.option(name, default=default, type=kind, show_default=True, help=text)(command)
-    for name, text in reversed(_RATES):
-        command = click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")(command)
-    command = click.option("--holdout", type=float, help="Part of the data kept apart to judge the new "
-                           f"adapter.  [default: {HOLDOUT:g}; 0 with --private]")(command)  # fmt: skip
-    for name, kind, text in reversed(_PRIVACY):
-        command = click.option(name, type=kind, help=text)(command)
-    command = click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD).")(
-        command
-    )
-    optimizers = click.Choice(tuple(OPTIMIZERS))
-    return click.option("--optimizer", default="adamw", type=optimizers, show_default=True,
-                        help="What moves the factors.")(command)  # fmt: skip
-
-
 def _by_optimizer(name: str) -> str:
     """The default of an option of the optimisers, as the help tells it."""
     key = name.removeprefix("--").replace("-", "_")
     found = {optimizer: getattr(kind(), key, None) for optimizer, kind in OPTIMIZERS.items()}
     return ", ".join(f"{optimizer} {value:g}" for optimizer, value in found.items() if value is not None)
+
+
+# These become `PersonalizeSettings`; collected under ``training``.
+_training_options = add_options(
+    click.option("--optimizer", default="adamw", type=click.Choice(tuple(OPTIMIZERS)), show_default=True,
+                 help="What moves the factors."),
+    click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD)."),
+    *(click.option(name, type=kind, help=text) for name, kind, text in _PRIVACY),
+    click.option("--holdout", type=float, help="Part of the data kept apart to judge the new adapter.  "
+                 f"[default: {HOLDOUT:g}; 0 with --private]"),
+    *(click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")
+      for name, text in _RATES),
+    *(click.option(name, default=default, type=kind, show_default=True, help=text)
+      for name, default, kind, text in _OPTIONS),
+)  # fmt: skip
+
+# These become `KeepSettings`; collected under ``training`` too.
+_keeping_options = add_options(
+    click.option("--checkpoint-seconds", default=_KEEP.seconds, type=float, show_default=True,
+                 help="Seconds between checkpoints; a run that was killed goes on from the last one."),
+    click.option("--resume", default=_KEEP.resume, type=click.Choice(RESUME), show_default=True,
+                 help="Go on from a checkpoint of this very run: if there is one, always, or never."),
+    click.option("--mains-only", is_flag=True, help="Pause while the device runs on its battery."),
+    click.option("--max-temperature", type=float, metavar="CELSIUS", help="Pause above it."),
+    click.option("--between", metavar="HH:MM-HH:MM", help="Pause outside these hours (local time)."),
+)  # fmt: skip
 
 
 @click.command(epilog=EPILOG)
@@ -164,7 +160,8 @@ def personalize(
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
     """
-    from edge_tcur_runtime.keeper import clear_checkpoints
+    from edge_tcur_runtime.cli.ending import Ending
+    from edge_tcur_runtime.origin import content_digest
     from edge_tcur_runtime.store import check_name
 
     check_name(name)
@@ -174,10 +171,15 @@ def personalize(
     if dry_run:
         show_plan(bundle, data, columns, (start, store), settings, sink)
         return
-    result = _run(bundle, data, columns, (start, store), settings, keep, sink)
-    digest = _install(result, store, name, keep_active) if result.better else None
-    clear_checkpoints(keep)
-    sink.result(_payload(result, digest), _report(result, digest, name))
+    given = _read(bundle, data, columns, (start, store))
+    ending = Ending(keep, store, name, sink, keep_active=keep_active)
+    if ending.came_before(*given, settings):
+        return
+    result = _run(*given, settings, keep, sink)
+    digest = content_digest(result.adapter) if result.better else None
+    ending.put_away(
+        result.adapter if result.better else None, _payload(result, digest), _report(result, digest, name)
+    )
 
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
@@ -215,40 +217,34 @@ def _keep(training: dict[str, Any], directory: Path) -> KeepSettings:
     return KeepSettings(directory, training.pop("checkpoint_seconds"), training.pop("resume"), gates)
 
 
-def _run(
-    root: Path,
-    data: Path,
-    columns: dict[str, str],
-    start: tuple[str, Path],
-    settings: PersonalizeSettings,
-    keep: KeepSettings,
-    sink: Sink,
-) -> PersonalizeResult:
+def _read(
+    root: Path, data: Path, columns: dict[str, str], start: tuple[str, Path]
+) -> tuple[Bundle, Adapter | None, Dataset]:
     """`start`: the reference of the adapter to start from, and the store that it may lie in."""
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.formats.bundle import open_bundle
-    from edge_tcur_runtime.personalize import personalize as run
 
     bundle = open_bundle(root)
     dataset = load_for(bundle, data, columns, require_labels=True)
-    begin = load_reference(start[0], bundle, start[1])
+    return bundle, load_reference(start[0], bundle, start[1]), dataset
+
+
+def _run(
+    bundle: Bundle,
+    begin: Adapter | None,
+    dataset: Dataset,
+    settings: PersonalizeSettings,
+    keep: KeepSettings,
+    sink: Sink,
+) -> PersonalizeResult:
+    from edge_tcur_runtime.personalize import personalize as run
+
     with sink.steps("personalizing") as advance:
         result = run(bundle, dataset, settings, start=begin, keep=keep, on_step=advance)
     for note in result.notes:
         sink.note(note)
     return result
-
-
-def _install(result: PersonalizeResult, store: Path, name: str, keep_active: bool) -> str:
-    from edge_tcur_runtime.formats.adapter import serialize_adapter
-    from edge_tcur_runtime.store import Store
-
-    opened = Store.open(store)
-    digest = opened.install(serialize_adapter(result.adapter), name=name)
-    if not keep_active:
-        opened.activate(digest)
-    return digest
 
 
 def _payload(result: PersonalizeResult, digest: str | None) -> dict[str, object]:

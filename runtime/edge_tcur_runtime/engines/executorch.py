@@ -23,7 +23,7 @@ import numpy as np
 from edge_tcur_runtime.engines.engine import StepResult, require_executorch, require_program, trained_names
 from edge_tcur_runtime.engines.session import require_names, usable_cores
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
-from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle
+from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle, ProgramSpec
 from edge_tcur_runtime.tasks import find_device_task, mean_by_weight
 
 TARGETS = "labels"
@@ -34,24 +34,27 @@ _COMPILER = "executorch.exir"
 
 
 class ExecutorchEngine:
-    """Runs ``train-xnnpack.pte``, or ``train.pte`` where that is not there, over ``base.ptd``."""
+    """Runs ``train-xnnpack.pte``, or ``train.pte`` where that is not there, over ``base.ptd``.
+
+    Args:
+        threads: CPU threads; 0 takes all that this process may use.
+        program: the training program to run in the place of that one.
+    """
 
     name = "executorch"
 
-    def __init__(self, bundle: Bundle, *, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int = 0, program: ProgramSpec | None = None) -> None:
         if threads < 0:
             raise ConfigError(f"{threads}; expected 0 or more", where="threads")
-        program = require_program(bundle)
+        program = program or require_program(bundle)
         self._path = bundle.path(program.file)
-        self._torch, library = import_training()
-        from executorch.extension.pybindings import portable_lib
-
+        self._torch, library, portable_lib = import_training()
         cores = usable_cores()
         with _closed_stderr():
             portable_lib._unsafe_reset_threadpool(min(threads or cores, cores))
         try:
+            module = load_program(bundle, program)
             with _quietly():
-                module = portable_lib._load_for_executorch(str(self._path), str(bundle.path(BASE_PTD)))
                 self._module = library.TrainingModule(module)
             found = module.run_method(f"__et_training_fqn_{_METHOD}", ())
         except Exception as error:  # RuntimeError with an error number; its text went to stderr
@@ -147,8 +150,22 @@ class ExecutorchEngine:
                     )
 
 
-def import_training() -> tuple[Any, Any]:
-    """torch, and `executorch.extension.training` without ExecuTorch's compiler.
+def load_program(bundle: Bundle, program: ProgramSpec) -> Any:
+    """A program of a bundle over the base file (ExecuTorch's ExecuTorchModule).
+
+    Its memory is reserved for the largest batch; the caller has verified the digests.
+
+    Raises:
+        RuntimeError: ExecuTorch cannot load it.
+    """
+    _, _, portable_lib = import_training()
+    with _quietly():
+        return portable_lib._load_for_executorch(str(bundle.path(program.file)), str(bundle.path(BASE_PTD)))
+
+
+def import_training() -> tuple[Any, Any, Any]:
+    """torch, `executorch.extension.training` and `executorch.extension.pybindings.portable_lib`, without
+    ExecuTorch's compiler.
 
     A module of three lines in `executorch.exir` is imported by all of ExecuTorch's Python, and with it the
     package: the compiler and torchao, 7 s and 130 MiB. A bare package in its place, during the import alone,
@@ -162,13 +179,14 @@ def import_training() -> tuple[Any, Any]:
         with _quietly(), _without_compiler():
             import torch
             from executorch.extension import training
+            from executorch.extension.pybindings import portable_lib
     except ImportError as error:
         raise MissingEngineError(
             f"ExecuTorch cannot be imported: {_first_line(error)}",
             hint="install it again with the torch that it was built for; 'edge-tcur-device doctor' shows "
             "what is there",
         ) from error
-    return torch, training
+    return torch, training, portable_lib
 
 
 @contextmanager

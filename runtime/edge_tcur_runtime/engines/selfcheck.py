@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from edge_tcur_runtime.engines.providers import (
     require_provider,
 )
 from edge_tcur_runtime.engines.session import import_onnxruntime
-from edge_tcur_runtime.errors import DiskError, IncompatibleError
+from edge_tcur_runtime.errors import DiskError, IncompatibleError, MissingEngineError, UsageError
 from edge_tcur_runtime.formats.bundle import Bundle, open_bundle
 from edge_tcur_runtime.settings import PersonalizeSettings
 
@@ -119,6 +119,28 @@ def choose_for_training(engine: str, graph: str, bundle: Bundle, settings: Perso
             f"the bundle has no step graph to check {name} with", hint="export it again with --target step"
         )
     return choose_provider(name, bundle, roles, threads=settings.threads)
+
+
+def choose_again(engine: str, graph: str, bundle: Bundle, settings: PersonalizeSettings) -> Choice:
+    """As `choose_for_training`, for a run that goes on: on the provider that the settings name, and no other,
+    with which it would end with other bits.
+
+    Raises:
+        IncompatibleError: that provider is not there any more, or is not trusted now.
+    """
+    name, why = settings.provider, ""
+    try:
+        chosen = choose_for_training(engine, graph, bundle, settings)
+    except (MissingEngineError, UsageError) as error:
+        chosen, why = Choice(ON_CPU, ""), error.message
+    if chosen.placement.provider.name != name:
+        raise IncompatibleError(
+            f"the checkpoint's run went on {name}, which cannot be used now: {why or chosen.reason}",
+            hint="go on where it can, or start over with --resume no",
+        )
+    return replace(
+        chosen, reason="the checkpoint's run went on it" + ("" if name == CPU else f"; {chosen.reason}")
+    )
 
 
 def asked(verdict: Verdict) -> Choice:

@@ -1,0 +1,84 @@
+"""The end of `personalize`: the adapter put away, the result printed, the checkpoints removed, in an order
+that a kill at any place leaves in a state from which the same command ends as it would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edge_tcur_runtime.data import Dataset
+from edge_tcur_runtime.errors import BadInputError, DiskError
+from edge_tcur_runtime.finished import (
+    NOTE,
+    Finished,
+    identity_of,
+    recall_finished,
+    record_finished,
+)
+from edge_tcur_runtime.formats.adapter import Adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.keeper import clear_checkpoints
+from edge_tcur_runtime.output import Sink
+from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
+from edge_tcur_runtime.store import Store
+
+
+@dataclass
+class Ending:
+    """Ends one run.
+
+    Attributes:
+        keep: where its checkpoints are; store, name: where its adapter goes, and as what.
+        sink: prints the result.
+        keep_active: install the adapter, but leave the active one in use.
+    """
+
+    keep: KeepSettings
+    store: Path
+    name: str
+    sink: Sink
+    keep_active: bool = False
+    _identity: Mapping[str, str] = field(default_factory=dict)
+
+    def came_before(
+        self, bundle: Bundle, start: Adapter | None, dataset: Dataset, settings: PersonalizeSettings
+    ) -> bool:
+        """Whether an earlier process ended this very run; its result is printed then."""
+        self._identity = identity_of(bundle, start, dataset, settings)
+        found = recall_finished(self.keep, self._identity, self.store, in_use=not self.keep_active)
+        if found is None:
+            return False
+        self.sink.note(NOTE)
+        notes = found.result.get("notes")
+        known = list(notes) if isinstance(notes, list) else []
+        self.sink.result({**found.result, "notes": [*known, NOTE]}, found.report)
+        return True
+
+    def put_away(self, adapter: Adapter | None, result: Mapping[str, object], report: str) -> None:
+        """Installs the adapter, prints the result and removes the checkpoints; `came_before` was called.
+
+        Printed first: a process that is killed before it has printed leaves checkpoints, and with them its
+        result to the next start.
+
+        Args:
+            adapter: None where nothing is installed.
+            result: as JSON; report: for people.
+
+        Raises:
+            DiskError, BadInputError: see `Store`; the checkpoints stay.
+        """
+        if adapter is not None:
+            raw = serialize_adapter(adapter)
+            record_finished(self.keep, Finished(digest_bytes(raw), self._identity, result, report))
+            opened = Store.open(self.store)
+            digest = opened.install(raw, name=self.name)
+            if not self.keep_active:
+                opened.activate(digest)
+        self.sink.result(result, report)
+        try:
+            clear_checkpoints(self.keep)
+        except (DiskError, BadInputError) as error:
+            self.sink.note(f"the checkpoints could not be removed: {error}; the next start tries again")
