@@ -45,7 +45,7 @@ class BaseFile:
         self._always = frozenset(always)
         self._path = directory / BASE_FILE
         self._directory = directory
-        self._known: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+        self._known: dict[bytes, int] = {}  # digest of the content -> where it lies
         self.size = 0
         self.offsets: dict[str, int] = {}
         self._write = write
@@ -69,7 +69,7 @@ class BaseFile:
                 if tensor.nbytes <= INLINE_BYTES and name not in quantised | self._always:
                     continue
                 raw = tensor.tobytes()
-                key = (tensor.dtype.name, tuple(tensor.shape.numpy()), hashlib.sha256(raw).digest())
+                key = hashlib.sha256(raw).digest()
                 if key not in self._known:
                     alignment = _PAGE_BYTES if len(raw) >= _LARGE_BYTES else _SMALL_ALIGNMENT
                     padding = -self.size % alignment
@@ -77,17 +77,23 @@ class BaseFile:
                         file.write(b"\0" * padding + raw)
                     self._known[key] = self.size + padding
                     self.size += padding + len(raw)
-                self.offsets[name] = self._known[key]
-                value.const_value = ir.ExternalTensor(
-                    BASE_FILE,
-                    self._known[key],
-                    len(raw),
-                    tensor.dtype,
-                    shape=ir.Shape(tensor.shape.numpy()),
-                    name=name,
-                    base_dir=self._directory,
-                )
+                self._refer(name, value, self._known[key])
         return self.size - before
+
+    def _refer(self, name: str, value: ir.Value, offset: int) -> None:
+        """Lets an initializer be read from the file."""
+        tensor = value.const_value
+        assert tensor is not None
+        self.offsets[name] = offset
+        value.const_value = ir.ExternalTensor(
+            BASE_FILE,
+            offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
+            base_dir=self._directory,
+        )
 
 
 def read_tensor(path: Path, offset: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -20,6 +20,7 @@ from edge_tcur.training.run import ADAPTER_FILE, Run, new_directory
 from edge_tcur.training.train import set_threads, value_of
 from edge_tcur_devices import load_profile
 from edge_tcur_export import graph as graphs
+from edge_tcur_export import vocabulary
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
@@ -261,6 +262,7 @@ class BundleWriter:
         graphs.keep_outputs(model, ("logits",))
         take_rows_of_products(model)
         split_stacks(model)
+        vocabulary.split_head(model, vocabulary.PIECE_BYTES)
         # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.
         defaults = {name: np.zeros(shape, np.float32) for name, shape in self._extras.items()} | self._saved
         for group in self._groups:

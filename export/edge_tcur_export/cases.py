@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from edge_tcur_export.trace import Example, FactorModel
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.preprocess import build_preprocessor, image_size
 
+_CANARY_BYTES = 16 * 2**20  # of outputs over a vocabulary, which a device holds whole as it runs the canary
+_CANARY_ENTRIES = 2**16  # of each sample's outputs, that are kept
 _CANARY_TEXTS = ("The quick brown fox jumps over the lazy dog.", "What can you do for me today?")
 
 
@@ -90,17 +92,37 @@ def adapted(base: Base, run: Run, adapter: Adapter) -> Iterator[None]:
 def make_canary(base: Base, run: Run, adapter: Adapter, directory: Path) -> dict[str, np.ndarray]:
     """Fixed inputs (``input.*``) and torch's outputs of base and adapter on them (``output.*``).
 
+    Of a language model with a large vocabulary, texts of as few tokens as give `_CANARY_BYTES` of outputs,
+    and of these evenly spread places alone (``output.places``, ``output.sizes``: see `Canary`).
+
     Args:
         directory: holds the tokenizer.
     """
     inputs = build_preprocessor(base.preprocessing, directory)(_canary_samples(base))
-    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+    outputs = _answers(base, inputs)
+    if outputs.nbytes > _CANARY_BYTES and outputs.ndim == 3:
+        tokens = max(2, _CANARY_BYTES * outputs.shape[1] // outputs.nbytes)
+        inputs = {name: value[:, :tokens].copy() for name, value in inputs.items()}
+        outputs = _answers(base, inputs)
+    with adapted(base, run, adapter):
+        adapter_outputs = _answers(base, inputs)
+    found, content = {"base": outputs, "adapter": adapter_outputs}, dict[str, np.ndarray]()
+    whole = outputs[0].size
+    if whole > _CANARY_ENTRIES:
+        places = np.linspace(0, whole - 1, _CANARY_ENTRIES).astype(np.int64)
+        # safetensors writes an array as it lies in memory, whatever its strides.
+        found = {n: np.ascontiguousarray(v.reshape(len(v), -1)[:, places]) for n, v in found.items()}
+        content = {"output.places": places, "output.sizes": np.array(outputs.shape, np.int64)}
+    content |= {f"input.{name}": value for name, value in inputs.items()}
+    return content | {f"output.{name}": value for name, value in found.items()}
+
+
+def _answers(base: Base, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
     with torch.no_grad():
-        base_outputs = base.model(**tensors).numpy()
-        with adapted(base, run, adapter):
-            adapter_outputs = base.model(**tensors).numpy()
-    content = {f"input.{name}": value for name, value in inputs.items()}
-    return content | {"output.base": base_outputs, "output.adapter": adapter_outputs}
+        answers: np.ndarray = base.model(
+            **{n: torch.from_numpy(value) for n, value in inputs.items()}
+        ).numpy()
+    return answers
 
 
 def _canary_samples(base: Base) -> list[str] | np.ndarray:

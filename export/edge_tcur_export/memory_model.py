@@ -152,15 +152,32 @@ def _weights(model: onnx.ModelProto) -> list[tuple[onnx.TensorProto, list[onnx.N
 def split_base(model: onnx.ModelProto) -> tuple[int, tuple[RowTable, ...]]:
     """Bytes of the weights that every run reads, and the tables of which a model's input picks rows."""
     inputs = {value.name for value in model.graph.input}
-    total, tables = 0, []
+    whole, tables = [], []
     for tensor, nodes in _weights(model):
         size, pickers = tensor_bytes(tensor), {node.input[1] for node in nodes if len(node.input) > 1}
         picked = bool(nodes) and all(_takes_rows(node, tensor.name) for node in nodes)
         if picked and len(pickers) == 1 and pickers <= inputs and size >= _WORTH_COUNTING:
             tables.append(RowTable(size, size // max(tensor.dims[0], 1), pickers.pop()))
         else:
-            total += size
-    return total, tuple(tables)
+            whole.append(tensor)
+    return _distinct_bytes(whole), tuple(tables)
+
+
+def _distinct_bytes(tensors: Sequence[onnx.TensorProto]) -> int:
+    """Bytes of tensors, of which several may lie in the same part of `base.bin` (`quantized_graph.py`)."""
+    total, spans = 0, []
+    for tensor in tensors:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if "length" in place:
+            first = int(place.get("offset", 0))
+            spans.append((first, first + int(place["length"])))
+        else:
+            total += tensor_bytes(tensor)
+    end = 0
+    for first, last in sorted(spans):
+        total += max(0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def _takes_rows(node: onnx.NodeProto, name: str) -> bool:

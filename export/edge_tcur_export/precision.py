@@ -1,9 +1,9 @@
 """The precision of a bundle's base: its large weights quantised in place, before anything is traced, so that
 torch computes every case and the canary with what the device computes with.
 
-Linear weights (GPT-2's Conv1D too) become int8 or int4, embedding tables int8 in both: their rows are
-gathered, which ONNX Runtime cannot do of int4. Norms, biases, convolutions, small tensors and what is
-trained stay float32.
+Linear weights (GPT-2's Conv1D too) become int8 or int4, embedding tables int8 in both. A head that is tied to
+a table is that table, and takes the precision of linear weights. Norms, biases, convolutions, small tensors
+and what is trained stay float32.
 """
 
 from __future__ import annotations
@@ -98,14 +98,21 @@ def quantize_base(base: Base, precision: str, trained: Collection[str]) -> Quant
         return QuantizedBase()
     quantize_linear = quantize_int8 if precision == INT8 else quantize_int4
     weights, errors, done = {}, {}, set()
-    for name, module in (*_linears(base.model, trained), *_tables(base.model, trained)):
+    names = {id(value): name for name, value in base.model.named_parameters(remove_duplicate=False)}
+    heads = {id(module.weight) for _, module in _linears(base.model, trained)}
+    # Tables first: a head that is tied to one reads what its rows dequantise to.
+    for _, module in (*_tables(base.model, trained), *_linears(base.model, trained)):
         weight = cast("Tensor", module.weight)
-        if weight.data_ptr() in done:  # a table that is tied to a linear layer reads what that dequantises to
+        if id(weight) in done:
             continue
-        done.add(weight.data_ptr())
+        done.add(id(weight))
+        name = names[id(weight)]  # of a tied one the last, as in the graphs
         if isinstance(module, nn.Embedding):
             stored = weight.detach()
-            quantised = quantize_int8(stored.numpy(), 0, name)
+            if precision == INT4 and id(weight) in heads and weight.shape[1] % BLOCK == 0:
+                quantised = quantize_int4(stored.numpy(), 1, name)
+            else:
+                quantised = quantize_int8(stored.numpy(), 0, name)
         else:
             stored = LINEAR.matrix(module).detach().T if type(module) is nn.Linear else weight.detach()
             quantised = quantize_linear(stored.contiguous().numpy(), _AXES[precision], name)

@@ -17,7 +17,7 @@ from edge_tcur.training.train import read_data
 from edge_tcur_export.cases import adapted, make_canary
 from edge_tcur_export.parity import distance
 from edge_tcur_export.precision import QuantizedBase, quantize_base
-from edge_tcur_export.quantized_graph import VALUES
+from edge_tcur_export.quantized_graph import SCALES
 from edge_tcur_export.trace import stored_weight
 from edge_tcur_runtime.data import split
 from edge_tcur_runtime.errors import BadInputError
@@ -112,7 +112,7 @@ class Quantization:
 
 
 def _stored(parameter: str, offsets: Mapping[str, int]) -> bool:
-    return any(name + VALUES in offsets for name in stored_weight(parameter))
+    return any(name + SCALES in offsets for name in stored_weight(parameter))
 
 
 def _score(base: Base, run: Run, adapter: Adapter, data: PreparedData | None) -> float | None:

@@ -4,25 +4,28 @@ It runs on the finished graphs, ONNX Runtime Training's too: its builder folds a
 a float32 copy of the weight, and is given the float32 weight instead.
 
 Each reader gets a DequantizeLinear of its own: one for forward and backward would keep every float32
-weight alive from the one to the other.
+weight alive from the one to the other. Of int8, and of tables, what is gathered or cut is taken as
+it is stored.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
 from edge_tcur.errors import ExportError
+from edge_tcur_export import packed
 from edge_tcur_export.quantize import BLOCK, Quantized
 from edge_tcur_export.recompute import Gate
 from edge_tcur_runtime.formats.weights import INT4, INT8
 
 INT4_OPSET = 21  # the first one with int4 and blocks
 VALUES, SCALES = ".values", ".scales"  # behind the name of a weight: its two tensors
+PACKED = ".packed"  # the values of int4 once more, two a byte, as uint8: the same bytes of a file
 _Key = tuple[tuple[int, ...], bytes]
 
 
@@ -83,62 +86,97 @@ def quantize_weights(model: ir.Model, table: WeightTable) -> frozenset[str]:
 
 def dequantize_late(model: ir.Model) -> ir.Model:
     """Gives each reader of a dequantised weight a DequantizeLinear of its own that waits for the reader's
-    first operand.
+    first operand; where that is the weight, as of a Gather, for the first operand of who reads the result.
 
     For a graph that is run in the order of the file. A DequantizeLinear needs nothing but the file, so in
     that order ONNX Runtime runs it before every node that its optimiser has fused (those come last), and all
     float32 weights are alive at once. The gate is that of `edge_tcur_export.recompute`, on the scales.
     """
+    places = {node: place for place, node in enumerate(model.graph)}
+    gates: dict[ir.Value, Gate] = {}
     for node in [node for node in model.graph if node.op_type == "DequantizeLinear"]:
         values, scales = node.inputs
         assert scales is not None
         for number, (reader, place) in enumerate(list(node.outputs[0].uses())):
-            operand = reader.inputs[0]
-            assert operand is not None
-            gate = Gate(model.graph, operand, f"{node.name}.{number}")
+            operand, scale, made = _awaited(reader, places), scales, list[ir.Node]()
+            if operand is not None:
+                if operand not in gates:
+                    gates[operand] = Gate(model.graph, operand, "weights")
+                scale = gates[operand](scales)
+                made = [new for new in gates[operand].nodes if new.graph is None]
             own = ir.node(
                 "DequantizeLinear",
-                [values, gate(scales)],
+                [values, scale],
                 {name: attribute.value for name, attribute in node.attributes.items()},
                 name=f"{node.name}.{number}",
             )
             own.outputs[0].name = f"{node.outputs[0].name}.{number}"
             own.outputs[0].type, own.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
-            model.graph.insert_before(reader, [*gate.nodes, own])
+            model.graph.insert_before(reader, [*made, own])
             reader.replace_input_with(place, own.outputs[0])
         model.graph.remove(node, safe=True)
+    model.graph.sort()
     return model
 
 
+def _awaited(reader: ir.Node, places: Mapping[ir.Node, int]) -> ir.Value | None:
+    """What a reader of a dequantised weight waits for anyway; of the first reader of what is gathered,
+    nothing depends on that yet."""
+    if reader.op_type == "Gather":
+        after = sorted(reader.outputs[0].consumers(), key=lambda node: places.get(node, 0))
+        return next(
+            (v for node in after[:1] for v in node.inputs if v is not None and v is not reader.outputs[0]),
+            None,
+        )
+    first = reader.inputs[0]
+    made = None if first is None else first.producer()
+    return None if made is not None and made.op_type == "DequantizeLinear" else first
+
+
 class _Stored:
-    """The two initializers of a quantised weight, and what its readers are given."""
+    """The initializers of a quantised weight, and what its readers are given.
+
+    Attributes:
+        names: of the initializers that the readers needed.
+        nodes: that dequantise the whole weight.
+    """
 
     def __init__(self, graph: ir.Graph, name: str, weight: Quantized) -> None:
         self._graph, self._name, self._weight = graph, name, weight
         self._inserted = 0  # nodes beside the readers
         self.nodes: list[ir.Node] = []
-        scales, values = weight.scales, weight.values
-        if self._is_table:
-            scales = scales[:, None]  # gathered with its rows
-        if weight.precision == INT4:
-            values = values.astype(ml_dtypes.int4)
-        self._values = self._add(name + VALUES, values)
-        self._scales = self._add(name + SCALES, scales)
-        self.names = (name + VALUES, name + SCALES)
+        self.names: list[str] = []
+        # Those of a table of int8 are gathered with its rows.
+        column = weight.precision == INT8 and self._is_table
+        self._scales = self._add(SCALES, weight.scales[:, None] if column else weight.scales)
 
-    def _add(self, name: str, array: np.ndarray) -> ir.Value:
+    def _add(self, suffix: str, array: np.ndarray) -> ir.Value:
+        name = self._name + suffix
+        if name in self._graph.initializers:
+            return self._graph.initializers[name]
         tensor = ir.Tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
         value.const_value = tensor
         self._graph.initializers[name] = value
+        self.names.append(name)
         return value
+
+    def _values(self) -> ir.Value:
+        """The stored values, int8 or int4."""
+        values = self._weight.values
+        return self._add(VALUES, values.astype(ml_dtypes.int4) if self._weight.precision == INT4 else values)
 
     def serve(self, node: ir.Node, place: int) -> None:
         """Gives one reader what it reads."""
         if node.op_type == "Gather" and place == 0:
             self._serve_gather(node)
+        elif self._is_table and node.op_type == "Slice" and place == 0:
+            self._serve_slice(node)
+        elif self._is_table and self._weight.precision == INT8:
+            node.replace_input_with(place, self._floats(node, self._values(), self._scales))
         elif self._is_table:
-            raise self._unknown(node)
+            rows, columns = self._weight.values.shape
+            node.replace_input_with(place, self._unmoved(node, self._dequantize(), rows, columns))
         elif node.op_type == "Transpose" and list(node.attributes.get_ints("perm", (1, 0))) == [1, 0]:
             self._serve_transpose(node)
         elif node.op_type == "MatMul" and place == 1:
@@ -150,7 +188,8 @@ class _Stored:
 
     @property
     def _is_table(self) -> bool:
-        return self._weight.precision == INT8 and self._weight.axis == 0
+        """Whether it is stored as an embedding has it: a scale, or several, for each row."""
+        return self._weight.axis == (0 if self._weight.precision == INT8 else 1)
 
     def _unknown(self, node: ir.Node) -> ExportError:
         return ExportError(
@@ -167,7 +206,7 @@ class _Stored:
             attributes["block_size"] = BLOCK
         node = ir.node(
             "DequantizeLinear",
-            [self._values, self._scales],
+            [self._values(), self._scales],
             attributes,
             name=f"{self._name}.dequantize.{len(self.nodes)}",
         )
@@ -176,20 +215,63 @@ class _Stored:
         return node.outputs[0]
 
     def _serve_gather(self, node: ir.Node) -> None:
-        """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes
-        int4 but ONNX Runtime's does not: the weight is dequantised, and freed after it. (One
-        DequantizeLinear for two readers would be split by ONNX Runtime, and not be first any more.)"""
-        if self._weight.precision == INT4:
-            node.replace_input_with(0, self._dequantize())
-            return
+        """Rows or columns: of int8, gathered as they are stored, with their scales. ONNX's Gather takes int4
+        but ONNX Runtime's does not: rows of a table are gathered as bytes, any other weight is dequantised,
+        and freed after it. (One DequantizeLinear for two readers would be split by ONNX Runtime, and not be
+        first any more.)"""
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0) % 2
-        values = self._insert(node, "Gather", [self._values, indices], {"axis": axis})
+        assert indices is not None
+        if self._weight.precision == INT4:
+            self._serve_int4(node, indices, axis)
+            return
+        values = self._insert(node, "Gather", [self._values(), indices], {"axis": axis})
         scales = self._scales
         if axis == self._weight.axis:
             scales = self._insert(node, "Gather", [scales, indices], {"axis": 0})
-        # A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`.
+        self._replace(node, self._floats(node, values, scales))
+
+    def _serve_int4(self, node: ir.Node, indices: ir.Value, axis: int) -> None:
+        known = indices.shape if indices.shape is not None else (node.outputs[0].shape or ())[1:]
+        if not self._is_table or axis or not known or self._weight.values.shape[1] % BLOCK:
+            node.replace_input_with(0, self._dequantize())
+            return
+        write = self._write(node)
+        found = write("Gather", [self._packed(), indices], {"axis": 0})
+        scales = write("Gather", [self._scales, indices], {"axis": 0})
+        sizes = (len(known), self._weight.values.shape[1])
+        self._replace(node, packed.numbers(self._graph, write, found, scales, sizes))
+
+    def _packed(self) -> ir.Value:
+        return self._add(PACKED, packed.pack(self._weight.values))
+
+    def _write(self, node: ir.Node) -> packed.Write:
+        return lambda *made: self._insert(node, *made)
+
+    def _serve_slice(self, node: ir.Node) -> None:
+        """A piece of a table (`edge_tcur_export.vocabulary`), cut as it is stored. A tensor over that part of
+        the file would need no copy, but its pages would be resident twice where rows are gathered too."""
+        scales = self._insert(node, "Slice", [self._scales, *node.inputs[1:]], {})
+        stored = self._values() if self._weight.precision == INT8 else self._packed()
+        cut = self._insert(node, "Slice", [stored, *node.inputs[1:]], {})
+        if self._weight.precision == INT8:
+            self._replace(node, self._floats(node, cut, scales))
+            return
+        columns = self._weight.values.shape[1]
+        self._replace(node, packed.numbers(self._graph, self._write(node), cut, scales, (1, columns)))
+
+    def _unmoved(self, node: ir.Node, floats: ir.Value, rows: int, columns: int) -> ir.Value:
+        """The same, behind a Reshape that changes nothing: of a DequantizeLinear with two readers ONNX
+        Runtime would make two, with a MatMul behind it a MatMulNBits, and it would move it through a
+        Transpose."""
+        name = f"quantized.sizes_{rows}_{columns}"
+        sizes = packed.constant(self._graph, name, np.array([rows, columns]))
+        return self._insert(node, "Reshape", [floats, sizes], {})
+
+    def _floats(self, node: ir.Node, values: ir.Value, scales: ir.Value) -> ir.Value:
+        """A Cast and a Mul: a Transpose follows in the backward pass, see `_serve_transpose`; and of a
+        DequantizeLinear with two readers ONNX Runtime makes two."""
         floats = self._insert(node, "Cast", [values], {"to": int(ir.DataType.FLOAT)})
-        self._replace(node, self._insert(node, "Mul", [floats, scales], {}))
+        return self._insert(node, "Mul", [floats, scales], {})
 
     def _serve_transpose(self, node: ir.Node) -> None:
         """The backward pass multiplies by the transpose. ONNX Runtime moves a DequantizeLinear through a

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import onnx_ir as ir
+
 from edge_tcur.errors import ExportError
 from edge_tcur.method.targets import Group
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import Task
+from edge_tcur.tasks.task import CausalLm
+from edge_tcur_export import vocabulary
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
@@ -20,6 +24,7 @@ from edge_tcur_export.parity import Case
 from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
 from edge_tcur_export.saved import save_graph
+from edge_tcur_export.scalars import read_scalars
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_export.trace import (
     EXAMPLE_LENGTH,
@@ -81,7 +86,7 @@ class StepGraphs:
         """
         model = to_graph(trace_step(forward, example))
         self.sources["step"] = Source.of(model, forward.signature.inputs)
-        write_log_softmax(model)
+        self._write_loss(model)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
         roles = {"step": STEP}
@@ -92,6 +97,13 @@ class StepGraphs:
             roles["step_recompute"] = RECOMPUTE
             self.sources["step_recompute"] = self.sources["step"]
         return roles
+
+    def _write_loss(self, model: ir.Model) -> None:
+        """The loss as providers have operators for it, of a large vocabulary in pieces; scalars unspread."""
+        read_scalars(model)
+        if isinstance(self._task, CausalLm):
+            vocabulary.write_token_loss(model, TARGETS, vocabulary.PIECE_BYTES)
+        write_log_softmax(model)
 
     def write_last(
         self, model: FactorModel, example: Example, tests: list[Example], base_file: BaseFile
@@ -118,7 +130,7 @@ class StepGraphs:
             self.cases = [make_case(model, test, partial=True) for test in tests]
         graph = to_graph(trace_step(forward, partial))
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
-        write_log_softmax(graph)
+        self._write_loss(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)

@@ -6,7 +6,8 @@ applied: ONNX Runtime gives the base's answers without a word where the factors 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,10 @@ from edge_tcur_runtime.formats.bundle import Manifest
 from edge_tcur_runtime.formats.digest import digest_state
 
 TOLERANCE = 1e-2  # of the largest answer: processors differ by 1e-5, GPUs and half precision by more
+NOT_FINITE = "NaN or infinity"  # what `departs` says of it
 MAX_BYTES = 64 * 2**20
 _INPUT, _BASE, _ADAPTER = "input.", "output.base", "output.adapter"
+_PLACES, _SIZES = "output.places", "output.sizes"
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,23 @@ class Canary:
         inputs: the model's inputs by name.
         base, adapter: torch's outputs f32 of the base, and of the adapter that came with the bundle; None
             where the file has none.
+        places: int64 [m], where `base` and `adapter`, f32 [samples, m], hold a part of the outputs: places in
+            each sample's outputs, flat; None where they hold all.
+        sizes: of the whole outputs, samples first; empty where `places` is None.
     """
 
     inputs: dict[str, np.ndarray]
     base: np.ndarray | None
     adapter: np.ndarray | None
+    places: np.ndarray | None = None
+    sizes: tuple[int, ...] = ()
+
+    def part(self, outputs: np.ndarray) -> np.ndarray:
+        """The part of a model's outputs that `base` and `adapter` hold; of another size, all of them."""
+        if self.places is None or outputs.shape != self.sizes:
+            return outputs
+        found: np.ndarray = outputs.reshape(len(outputs), -1)[:, self.places]
+        return found
 
     @property
     def digest(self) -> str:
@@ -48,7 +63,7 @@ def read_canary(root: Path, manifest: Manifest) -> Canary | None:
 
     Raises:
         BadInputError: it cannot be read.
-        FileFormatError: not a safetensors file, or without inputs.
+        FileFormatError: not a safetensors file, without inputs, or with places that contradict its outputs.
     """
     if manifest.canary is None:
         return None
@@ -60,7 +75,29 @@ def read_canary(root: Path, manifest: Manifest) -> Canary | None:
     inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
     if not inputs:
         raise FileFormatError("the canary has no inputs", where=str(path))
-    return Canary(inputs, tensors.get(_BASE), tensors.get(_ADAPTER))
+    canary = Canary(inputs, tensors.get(_BASE), tensors.get(_ADAPTER))
+    if _PLACES not in tensors and _SIZES not in tensors:
+        return canary
+    return _in_part(canary, tensors.get(_PLACES), tensors.get(_SIZES), str(path))
+
+
+def _in_part(canary: Canary, places: np.ndarray | None, sizes: np.ndarray | None, where: str) -> Canary:
+    """The canary with the places that its outputs are from."""
+    for name, value in ((_PLACES, places), (_SIZES, sizes)):
+        if value is None or value.dtype != np.int64 or value.ndim != 1 or not value.size or value.min() < 0:
+            raise FileFormatError(f"{name!r} must be int64 [n], 0 or more", where=where)
+    assert places is not None
+    assert sizes is not None
+    whole = tuple(int(size) for size in sizes)
+    if places.max() >= math.prod(whole[1:]):
+        raise FileFormatError(f"{_PLACES!r} lies outside of outputs of the shape {list(whole)}", where=where)
+    for name, outputs in ((_BASE, canary.base), (_ADAPTER, canary.adapter)):
+        if outputs is not None and outputs.shape != (whole[0], len(places)):
+            raise FileFormatError(
+                f"{name!r} has the shape {list(outputs.shape)}; expected {[whole[0], len(places)]}",
+                where=where,
+            )
+    return replace(canary, places=places, sizes=whole)
 
 
 def departs(found: np.ndarray, expected: np.ndarray) -> str | None:
@@ -68,7 +105,7 @@ def departs(found: np.ndarray, expected: np.ndarray) -> str | None:
     if found.shape != expected.shape:
         return f"outputs of the shape {list(found.shape)}; expected {list(expected.shape)}"
     if not np.isfinite(found).all():
-        return "NaN or infinity"
+        return NOT_FINITE
     scale = max(float(np.abs(expected).max(initial=0)), 1e-3)
     difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0)) / scale
     return None if difference <= TOLERANCE else f"outputs that are off by {difference:.1%} of the largest"

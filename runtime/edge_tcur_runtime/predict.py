@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_tcur_runtime.canary import departs, read_canary
+from edge_tcur_runtime.canary import NOT_FINITE, departs, read_canary
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.readable import require_readable
@@ -162,10 +162,14 @@ class Model:
     def _check(
         self, feeds: _Feeds, expected: np.ndarray | None, what: str, kind: type[EdgeError]
     ) -> np.ndarray:
-        """Answers to the canary, refused where they are not finite or not the expected ones."""
+        """Answers to the canary, in the part that it holds; refused where they are not finite or not the
+        expected ones."""
         assert self._canary is not None
-        found = self._run(self._canary.inputs, feeds)
+        outputs = self._run(self._canary.inputs, feeds)
+        found = self._canary.part(outputs)
         problem = departs(found, found if expected is None else expected)
+        if problem is None and not np.isfinite(outputs).all():
+            problem = NOT_FINITE
         if problem is not None:
             raise kind(
                 f"{what} gives {problem} on the bundle's canary",

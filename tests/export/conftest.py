@@ -196,7 +196,10 @@ def check_parity(exported):
     """Every graph agrees with torch."""
     parity = exported.report.parity
     assert set(parity) == {"infer", *STEPS & set(exported.bundle.manifest.graphs)}
-    assert all(set(parity[role]) == set(TOLERANCES) for role in parity if role in STEPS)
+    for role in STEPS & set(parity):
+        gives = {value.name for value in exported.graph(role).graph.output}
+        # Of a large vocabulary a step gives no outputs (`vocabulary.py`).
+        assert set(parity[role]) == set(TOLERANCES) - ({"outputs"} if "logits" not in gives else set())
     for quantities in parity.values():
         assert all(0 <= error <= TOLERANCES[quantity] for quantity, error in quantities.items())
 

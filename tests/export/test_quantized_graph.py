@@ -6,15 +6,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from edge_tcur.errors import ExportError
 from edge_tcur_export.ort_training import _generate
+from edge_tcur_export.packed import pack, unpack
 from edge_tcur_export.quantize import quantize_int4, quantize_int8
 from edge_tcur_export.quantized_graph import WeightTable, dequantize_late, quantize_weights
 from edge_tcur_runtime.formats.bundle import ADAMW
@@ -156,6 +160,29 @@ def test_rows_of_a_table_are_gathered_as_int8():
     np.testing.assert_array_equal(run(model, {"ids": ids})[0], quantized.dequantize()[ids])
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.sampled_from([1, 40]), columns=st.sampled_from([32, 96]), batch=st.booleans(),
+    kind=st.sampled_from(["int32", "int64"]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_rows_of_an_int4_table_are_gathered_as_bytes(rows, columns, batch, kind, seed):
+    generator = np.random.default_rng(seed)
+    weight = quantize_int4(generator.normal(size=(rows, columns)).astype(np.float32), 1)
+    indices = generator.integers(0, rows, (2, 3) if batch else 5).astype(kind)
+    sizes = "a, b" if batch else "a"
+    text = f"g ({kind}[{sizes}] ids) => (float[{sizes}, c] y) {{ y = Gather <axis = 0> (weight, ids) }}"
+    model = parse(text, weight.dequantize())
+    assert quantize_weights(model, WeightTable([weight])) == {"weight.packed", "weight.scales"}
+    assert "DequantizeLinear" not in {node.op_type for node in model.graph}
+    np.testing.assert_array_equal(run(model, {"ids": indices})[0], weight.dequantize()[indices])
+
+
+def test_packed_bytes_are_those_of_an_onnx_tensor_of_int4():
+    values = np.random.default_rng(0).integers(-7, 8, (3, 6)).astype(np.int8)
+    assert pack(values).tobytes() == ir.Tensor(values.astype(ml_dtypes.int4)).tobytes()
+    np.testing.assert_array_equal(unpack(pack(values)), values)
+
+
 def test_what_the_table_does_not_know_stays():
     quantized = quantized_layer("int8")
     model = parse(LAYER, quantized.dequantize() + 1)
@@ -184,11 +211,15 @@ def test_a_reader_without_a_quantised_form_is_refused(kind, body):
     assert "--precision fp32" in caught.value.hint
 
 
-def test_a_product_with_a_table_is_refused():
-    table = quantize_int8(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32), 0)
-    model = parse("g (float[b, 50] x) => (float[b, 8] y) { y = MatMul(x, weight) }", table.dequantize())
-    with pytest.raises(ExportError, match="read by MatMul"):
-        quantize_weights(model, WeightTable([table]))
+def test_a_product_with_a_table_reads_what_its_rows_dequantise_to():
+    """The head of a language model that is tied to its table of words."""
+    quantized = quantize_int8(np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32), 0)
+    text = """g (float[b, 8] x) => (float[b, 50] y)
+    { turned = Transpose <perm = [1, 0]> (weight) y = MatMul(x, turned) }"""
+    model = parse(text, quantized.dequantize())
+    assert quantize_weights(model, WeightTable([quantized])) == {"weight.values", "weight.scales"}
+    x = np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32)
+    np.testing.assert_allclose(run(model, {"x": x})[0], x @ quantized.dequantize().T, rtol=1e-5, atol=1e-5)
 
 
 DEEP = """
@@ -244,7 +275,9 @@ from edge_tcur_runtime.budget import read_memory
 from edge_tcur_runtime.engines.session import open_session
 from pathlib import Path
 import edge_tcur_runtime.engines.session as session
+from edge_tcur_runtime import heap
 session.import_onnxruntime()
+heap.give_back_at_once()  # as a run with a budget does
 before = read_memory().peak
 opened = open_session(Path(sys.argv[1]) / "deep.onnx", threads=1, in_order=len(sys.argv) > 2)
 opened.run(None, {"x": np.ones((4, 768), np.float32)})
@@ -276,6 +309,16 @@ def test_a_step_holds_a_few_float32_weights_at_a_time(tmp_path):
     assert first > gated + 4 * weight
 
 
+def ancestors(node):
+    """Every value that a node needs."""
+    waiting, ahead = [node], set()
+    while waiting:
+        given = [value for value in waiting.pop().inputs if value is not None]
+        ahead.update(given)
+        waiting += [value.producer() for value in given if value.producer() is not None]
+    return ahead
+
+
 def test_a_late_weight_waits_for_the_operand_of_its_reader():
     quantized = quantized_layer("int8")
     model = parse(LAYER, quantized.dequantize())
@@ -286,13 +329,29 @@ def test_a_late_weight_waits_for_the_operand_of_its_reader():
     assert len(dequantised) == 2
     for node in dequantised:
         (use,) = node.outputs[0].uses()
-        waiting, ahead = [node], set()
-        while waiting:
-            given = [value for value in waiting.pop().inputs if value is not None]
-            ahead.update(given)
-            waiting += [value.producer() for value in given if value.producer() is not None]
-        assert use.node.inputs[0] in ahead
+        assert use.node.inputs[0] in ancestors(node)
     for found, expected in zip(run(model, layer_feeds()), before, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_late_weight_that_is_gathered_from_waits_for_the_reader_of_what_is_gathered():
+    """In the order of the file nothing else would make it wait, and all weights would be float32 at once."""
+    quantized = quantized_layer("int4")
+    text = """g (float[b, 64] x, int32[r] rows) => (float[b, r] y, float[r, 64] z)
+    {
+        right = Gather <axis = 1> (weight, rows)
+        u = Neg(x)
+        y = MatMul(u, right)
+        z = Transpose <perm = [1, 0]> (right)
+    }"""
+    model = parse(text, quantized.dequantize())
+    quantize_weights(model, WeightTable([quantized]))
+    feeds = {name: layer_feeds()[name] for name in ("x", "rows")}
+    before = run(model, feeds)
+    dequantize_late(model)
+    (node,) = [node for node in model.graph if node.op_type == "DequantizeLinear"]
+    assert "u" in {value.name for value in ancestors(node)}
+    for found, expected in zip(run(model, feeds), before, strict=True):
         np.testing.assert_array_equal(found, expected)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -37,7 +37,8 @@ class StepResult:
 
     Attributes:
         loss: mean loss over its samples.
-        outputs: f32 [samples, ...] outputs of the model.
+        outputs: f32 [samples, ...] outputs of the model; none, f32 [0], from a graph that does not give them
+            (of a language model with a large vocabulary, where they would be most of the memory).
         gradients: name of each core and extra -> f32 gradient of the mean loss, in raw coordinates.
         metric: the task's metric over its samples; None where the bundle's graphs do not give it.
     """
@@ -229,9 +230,16 @@ def trained_names(bundle: Bundle) -> list[str]:
     return [f"{group}.core" for group in bundle.manifest.groups] + list(bundle.manifest.extras)
 
 
-def forward_outputs(bundle: Bundle) -> tuple[str, ...]:
-    """Names of what a training graph gives besides gradients."""
-    return ("loss", "logits") + (() if bundle.manifest.metric is None else ("metric",))
+def forward_outputs(bundle: Bundle, names: Collection[str]) -> tuple[str, ...]:
+    """Names of what a training graph must give besides gradients: where it gives the metric itself, it may do
+    without the model's outputs.
+
+    Args:
+        names: of the graph's outputs.
+    """
+    if bundle.manifest.metric is None:
+        return "loss", "logits"
+    return ("loss", "metric", "logits") if "logits" in names else ("loss", "metric")
 
 
 def open_engine(

@@ -19,6 +19,7 @@ from edge_tcur_runtime.formats.bundle import Bundle
 
 TARGETS = "labels"
 _SUFFIX = ".grad"
+_NONE = np.empty(0, np.float32)  # outputs, of a graph that does not give them
 
 
 class OrtStepEngine:
@@ -35,13 +36,16 @@ class OrtStepEngine:
         # quantised weights stand first in the file.
         in_order = graph == "step_recompute"
         files = bundle.manifest.files
+        # Nodes that ONNX Runtime makes as it optimises come last in that order, and before each of them all
+        # of the backward pass that is ready.
+        optimized = not in_order or placement != ON_CPU
         self._session = open_session(
-            path, threads=threads, files=files, in_order=in_order, placement=placement
+            path, threads=threads, files=files, in_order=in_order, placement=placement, optimized=optimized
         )
         self._outputs = [output.name for output in self._session.get_outputs()]
         self._inputs = {value.name for value in self._session.get_inputs()}
         gradients = [name + _SUFFIX for name in trained_names(bundle)]
-        require_names(path, "output", (*forward_outputs(bundle), *gradients), self._outputs)
+        require_names(path, "output", (*forward_outputs(bundle, self._outputs), *gradients), self._outputs)
         fed = [*bundle.manifest.inputs, TARGETS, *bundle.manifest.factor_names()]
         require_names(path, "input", fed, self._inputs)
         require_names(path, "default for", self._inputs, fed)
@@ -55,7 +59,7 @@ class OrtStepEngine:
         result = dict(zip(self._outputs, values, strict=True))
         return StepResult(
             float(result["loss"]),
-            result["logits"],
+            result.get("logits", _NONE),
             {name.removesuffix(_SUFFIX): value for name, value in result.items() if name.endswith(_SUFFIX)},
             float(result["metric"]) if "metric" in result else None,
         )

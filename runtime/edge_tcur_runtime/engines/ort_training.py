@@ -73,7 +73,7 @@ class OrtTrainingEngine:
         self._inputs = self._module.input_names()
         self._parameters = [name for name, _ in self._state.parameters]
         self._outputs = self._module.output_names()
-        require_names(train, "output", forward_outputs(bundle), self._outputs)
+        require_names(train, "output", forward_outputs(bundle, self._outputs), self._outputs)
         require_names(train, "input", (*bundle.manifest.inputs, TARGETS), self._inputs)
         require_names(checkpoint, "parameter", trained_names(bundle), self._parameters)
 

@@ -104,8 +104,9 @@ def open_session(
     Args:
         files: entries of the bundle's manifest, which what is opened must still match; None where the graph
             is of no bundle.
-        in_order: run the nodes in the order of the file. ONNX Runtime's own order walks back from the last
-            output, which puts off all gradients but one and may keep what is to be computed again.
+        in_order: run the nodes in the order of the file, and free each value after its last reader. ONNX
+            Runtime's own order walks back from the last output, which puts off all gradients but one and may
+            keep what is to be computed again.
         placement: the provider that runs it.
         optimized: False runs every node as it is in the file.
 
@@ -117,6 +118,9 @@ def open_session(
     onnxruntime, options = import_onnxruntime(), session_options(threads)
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        # ONNX Runtime's reuse keeps a freed buffer for a later value of its size, to the last such value: of
+        # each size as many stay as were ever alive at once.
+        options.enable_mem_reuse = False
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     providers = session_providers(onnxruntime, options, placement)
