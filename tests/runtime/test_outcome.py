@@ -16,7 +16,7 @@ from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.errors import ConfigError, PausedError
 from edge_tcur_runtime.formats.adapter import serialize_adapter
 from edge_tcur_runtime.installed import find_onnxruntime
-from edge_tcur_runtime.outcome import MIN_HELD_OUT, Outcome, patience_for
+from edge_tcur_runtime.outcome import MIN_HELD_OUT, Outcome, beats, patience_for
 from edge_tcur_runtime.personalize import personalize
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings, SGDSettings
 from edge_tcur_runtime.tasks import find_device_task
@@ -150,3 +150,21 @@ def test_a_run_killed_after_its_last_score_ends_early_again(bundle, user, tmp_pa
     assert not passes
     assert rest.stopped_early
     assert serialize_adapter(rest.adapter) == serialize_adapter(whole.adapter)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_a_loss_that_is_no_number_beats_nothing_and_loses_to_any_number(ties):
+    nothing, good, better = (1.0, float("nan")), (0.5, 1.0), (0.5, 0.9)
+    assert not beats(TASK, nothing, good, ties=ties)
+    assert not beats(TASK, nothing, nothing, ties=ties)
+    assert beats(TASK, good, nothing, ties=ties)
+    assert beats(TASK, better, good, ties=ties)
+    assert beats(TASK, good, good, ties=ties) is ties
+
+
+def test_an_unscored_adapter_in_use_stays_in_use():
+    outcome = Outcome(TASK, {}, before=(0.5, 1.0), after=(0.9, 0.5))
+    assert outcome.better
+    outcome.unmatched = "it has another rank"
+    assert not outcome.better
+    assert outcome.verdict == "it has another rank"
