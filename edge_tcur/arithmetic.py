@@ -98,7 +98,7 @@ def _subset(factors: AnyFactors, rows: np.ndarray, cols: np.ndarray, rank: int) 
         return Factors(
             core, np.take_along_axis(factors.rows, rows, 1), np.take_along_axis(factors.cols, cols, 1)
         )
-    return SketchFactors(
+    return SketchFactors.pack(
         core,
         np.take_along_axis(factors.left, cols[:, None, :], 2),
         np.take_along_axis(factors.right, rows[:, :, None], 1),

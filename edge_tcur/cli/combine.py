@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from edge_tcur_runtime.cli.framework import output_options
+from edge_tcur_runtime.cli.framework import COUNT, output_options
 from edge_tcur_runtime.errors import BadInputError, OutputExistsError, UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.units import format_size
@@ -26,7 +26,7 @@ Examples:
 )
 @click.option(
     "--head-of",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="Take the head of the N-th adapter instead of combining the heads.",
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
 
@@ -36,7 +36,7 @@ PATH = click.Path(path_type=Path)
 @click.option(
     "--text",
     "texts",
-    type=(str, PATH, PATH, click.IntRange(min=1)),
+    type=(str, PATH, PATH, COUNT),
     multiple=True,
     metavar="NAME TRAIN TEST SHOTS",
     help="Text classification from two CSV files, SHOTS training rows a class.",
@@ -50,13 +50,9 @@ PATH = click.Path(path_type=Path)
     help="Method (see --list), or a JSON object of TCurConfig's settings. By default "
     f"{', '.join(DEFAULT_METHODS)}.",
 )
-@click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Seeds of each method."
-)
-@click.option("--epochs", type=click.IntRange(min=1), metavar="N", help="Passes over the training data.")
-@click.option(
-    "--workers", type=click.IntRange(min=1), metavar="N", help="Runs at once; one a core by default."
-)
+@click.option("--seeds", type=COUNT, default=3, show_default=True, help="Seeds of each method.")
+@click.option("--epochs", type=COUNT, metavar="N", help="Passes over the training data.")
+@click.option("--workers", type=COUNT, metavar="N", help="Runs at once; one a core by default.")
 @click.option("--device", default="cpu", show_default=True, metavar="NAME", help="Where to train: cpu, cuda.")
 @click.option(
     "--out", type=DIRECTORY, default=Path("comparison"), show_default=True, help="Folder of records."

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_tcur.cli.plan import make_request, plan_export, plan_options
+from edge_tcur.cli.options import DEFAULT_TARGETS, EXECUTORCH, force_option, plan_options, target_option
+from edge_tcur.cli.plan import make_request, plan_export
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
 from edge_tcur_runtime.output import Sink, table
@@ -30,8 +31,6 @@ Examples:
   edge-tcur export run/ --out bundle/ --reference public.csv --reference-samples 128
   edge-tcur export run/ --out bundle/ --target executorch --backend xnnpack --max-length 64
 """
-TARGETS = ("onnx", "ort-training", "step")
-EXECUTORCH = "executorch"
 BACKENDS = ("portable", "xnnpack")
 PRECISIONS = ("fp32", "int8", "int4")
 VULKAN = "vulkan"
@@ -41,13 +40,7 @@ _SHOWN = 6  # operators in one line
 @click.command("export", epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=DIRECTORY, metavar="BUNDLE", help="Directory to write; needed but for --dry-run.")
-@click.option(
-    "--target",
-    "targets",
-    type=click.Choice((*TARGETS, EXECUTORCH)),
-    multiple=True,
-    help="What to export; say it once for each. By default all that run on ONNX Runtime.",
-)
+@target_option("What to export; say it once for each. By default all that run on ONNX Runtime.")
 @click.option(
     "--backend",
     "backends",
@@ -57,12 +50,12 @@ _SHOWN = 6  # operators in one line
 )
 @click.option(
     "--max-batch",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Samples that ExecuTorch's programs reserve memory for.  [default: the run's batch size]",
 )
 @click.option(
     "--max-length",
-    type=click.IntRange(min=1),
+    type=COUNT,
     help="Tokens that they reserve memory for.  [default: the base's, at most 128]",
 )
 @click.option(
@@ -84,7 +77,7 @@ _SHOWN = 6  # operators in one line
 )
 @click.option(
     "--last-blocks",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="K",
     help="Also a step graph in which the last K blocks alone learn.",
 )
@@ -96,13 +89,12 @@ _SHOWN = 6  # operators in one line
 )
 @click.option(
     "--reference-samples",
-    type=click.IntRange(min=1),
+    type=COUNT,
     metavar="N",
     help="How many; without --reference, of those that the run held out.  [default: 64]",
 )
-@click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
 @click.option("--verify/--no-verify", default=True, help="Compare every graph with torch.", show_default=True)
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@force_option
 @click.option("--dry-run", is_flag=True, help="Write nothing; say what would be written, needed and lacking.")
 @plan_options
 @output_options
@@ -133,7 +125,7 @@ def _settings(options: Mapping[str, Any]) -> ExportSettings:
     """The settings of an export from the command's options."""
     from edge_tcur_export.settings import ExportSettings, ProgramSettings
 
-    targets = tuple(dict.fromkeys(options["targets"])) or TARGETS
+    targets = tuple(dict.fromkeys(options["targets"])) or DEFAULT_TARGETS
     for_programs = {f"--{name.replace('_', '-')}": options[name] for name in ("max_batch", "max_length")}
     idle = {"--backend": options["backends"], **for_programs}
     _refuse_idle(targets, EXECUTORCH, "ExecuTorch's programs", idle)

@@ -46,11 +46,7 @@ def inspect(context: click.Context, path: Path, sink: Sink) -> None:
     elif (path / MANIFEST).is_file():
         payload, human = describe_bundle(path)
     elif path.is_dir():
-        raise BadInputError(
-            f"neither a run ({RUN_FILE}) nor a bundle ({MANIFEST})",
-            where=str(path),
-            hint="give an adapter file, a run directory or a bundle directory",
-        )
+        raise not_ours(path, "an adapter file, ")
     else:
         payload, human = describe_adapter(path)
     sink.result(payload, human)
@@ -128,6 +124,15 @@ def describe_adapter(path: Path) -> Description:
         **{f"from {key}": value for key, value in header.provenance.items()},
     }
     return payload, f"{_facts(facts)}\n\n{group_rows(adapter)}"
+
+
+def not_ours(path: Path, more: str = "") -> BadInputError:
+    """The error for a directory that is neither a run nor a bundle; `more` names what else may be given."""
+    return BadInputError(
+        f"neither a run ({RUN_FILE}) nor a bundle ({MANIFEST})",
+        where=str(path),
+        hint=f"give {more}a run directory or a bundle directory; if it is one, make or copy it again",
+    )
 
 
 def describe_run(root: Path) -> Description:

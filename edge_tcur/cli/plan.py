@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from edge_tcur.cli.inspect import RUN_FILE, not_ours
+from edge_tcur.cli.options import DEFAULT_TARGETS, plan_options, target_option
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import SIZE, output_options
+from edge_tcur_runtime.cli.framework import output_options
 from edge_tcur_runtime.errors import ExitCode
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
@@ -27,36 +29,12 @@ Examples:
   edge-tcur plan run/ --target step --provider webgpu --batch 16
   edge-tcur plan bundle/ --budget 256MiB
 """
-TARGETS = ("onnx", "ort-training", "step", "executorch")
-DEFAULT_TARGETS = TARGETS[:3]
 _SHOWN = 8  # nodes and operators in the text; JSON has all of them
-R = TypeVar("R")
-
-
-def plan_options(command: Callable[..., R]) -> Callable[..., R]:
-    """Adds what a plan is for: provider, batch, length and budget."""
-    for option in (
-        click.option(
-            "--budget", type=SIZE, help="Memory that may be used.  [default: the device's for one app]"
-        ),
-        click.option(
-            "--length", type=click.IntRange(min=1), help="Tokens of a sample.  [default: at most 128]"
-        ),
-        click.option(
-            "--batch", type=click.IntRange(min=1), help="Samples of a step that memory is planned for."
-        ),
-        click.option("--provider", metavar="NAME", help="Execution provider whose kernels are looked up."),
-    ):
-        command = option(command)
-    return command
 
 
 @click.command("plan", epilog=EPILOG)
 @click.argument("path", type=click.Path(path_type=Path), metavar="RUN|BUNDLE")
-@click.option(
-    "--target", "targets", type=click.Choice(TARGETS), multiple=True, help="Of a run, as for export."
-)
-@click.option("--device", metavar="NAME", help="A device profile (see edge-tcur devices), or its file.")
+@target_option("Of a run, as for export.")
 @plan_options
 @output_options
 @click.pass_context
@@ -70,6 +48,8 @@ def plan(context: click.Context, /, path: Path, targets: Sequence[str], sink: Si
     request, device = make_request(targets, options), options["device"]
     if (path / MANIFEST).is_file():
         report(plan_bundle(open_bundle(path), device, request), sink, context)
+    elif not (path / RUN_FILE).is_file():
+        raise not_ours(path)
     else:
         settings = ExportSettings(tuple(dict.fromkeys(targets)) or DEFAULT_TARGETS, device)
         plan_export(open_run(path), settings, request, sink, context)

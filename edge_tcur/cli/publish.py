@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import click
 
 from edge_tcur.cli.publish_options import key_options, open_repository, repo_option
 from edge_tcur_runtime.cli.framework import (
+    COUNT,
     DIRECTORY,
     EXISTING_DIRECTORY,
     EXISTING_FILE,
@@ -28,7 +30,8 @@ RENEW = dict.fromkeys(WARN_DAYS, "run 'edge-tcur publish refresh'") | {
 METADATA_BYTES = 8 * 2**10  # what an update may cost besides its adapter
 
 if TYPE_CHECKING:
-    from edge_tcur_runtime.formats.offer import Offer
+    from edge_tcur.publish.operations import RoleStatus
+    from edge_tcur_runtime.formats.offer import Catalogue, Offer
 
 EPILOG = """\b
 Examples:
@@ -188,7 +191,7 @@ def add(
 
 @publish.command(epilog="\b\nExample:\n  edge-tcur publish withdraw banking 2 --repo repo/")
 @click.argument("name")
-@click.argument("version", type=click.IntRange(min=1))
+@click.argument("version", type=COUNT)
 @repo_option
 @key_options
 @output_options
@@ -202,7 +205,7 @@ def withdraw(name: str, version: int, repo: Path, keys: dict[str, Any], sink: Si
 
 @publish.command(epilog="\b\nExample:\n  edge-tcur publish rollout banking 2 50% --repo repo/")
 @click.argument("name")
-@click.argument("version", type=click.IntRange(min=1))
+@click.argument("version", type=COUNT)
 @click.argument("percent", callback=_percent)
 @click.option("--channel", type=click.Choice(("stable", "beta")), help="Move it to this channel too.")
 @repo_option
@@ -315,23 +318,17 @@ def status(repo: Path, keys: dict[str, Any], sink: Sink) -> None:
         "adapters": [_offer(offer) for offer in catalogue.adapters],
         "bundles": [offer.entry.path for offer in catalogue.bundles],
         "metadata_bytes": cost,
+        "skipped": dict(catalogue.skipped),
         "unreferenced": left,
-        "damaged": (broken := damaged(opened, change)),
+        "damaged": list(broken := damaged(opened, change)),
     }
     rows = [(role, str(s.version), f"{s.days_left:.1f}", f"{s.threshold} of {', '.join(s.keys)}")
             for role, s in roles.items()]  # fmt: skip
     lines = [table(("role", "version", "days left", "keys"), rows), "", _listing(catalogue.adapters)]
     lines.append(f"an update costs a device its adapter and {format_size(cost)} of metadata")
     lines += _leftovers(left, repo)
-    for place in broken:
-        sink.note(
-            f"warning: {place} is missing or damaged; 'edge-tcur publish add' of that file puts it back"
-        )
-    for role, state in roles.items():
-        if state.days_left < WARN_DAYS[role]:
-            sink.note(f"warning: {role} expires in {state.days_left:.1f} days; {RENEW[role]}")
-    if cost > METADATA_BYTES:
-        sink.note(f"warning: more than {format_size(METADATA_BYTES)} of metadata; withdraw old adapters")
+    for warning in _warnings(roles, catalogue, broken, cost):
+        sink.note(f"warning: {warning}")
     sink.result(payload, "\n".join(lines))
 
 
@@ -352,6 +349,29 @@ def clean(days: float, repo: Path, keys: dict[str, Any], sink: Sink) -> None:
     size = sum(removed.values())
     human = f"removed {len(removed)} files ({format_size(size)}) older than {days:g} days"
     sink.result({"removed": list(removed), "bytes": size}, human)
+
+
+def _warnings(
+    roles: Mapping[str, RoleStatus], catalogue: Catalogue, broken: Mapping[str, str], cost: int
+) -> list[str]:
+    """What a publisher should know of the state, each with what to do."""
+    found = [
+        f"{path} {reason}; until edge-tcur is updated no file counts as unreferenced"
+        for path, reason in catalogue.skipped.items()
+    ]
+    found += [f"{place} is missing or damaged; {command} puts it back" for place, command in broken.items()]
+    found += [
+        f"{role} expires in {state.days_left:.1f} days; {RENEW[role]}"
+        for role, state in roles.items()
+        if state.days_left < WARN_DAYS[role]
+    ]
+    if cost > METADATA_BYTES:
+        found.append(
+            f"with {len(catalogue.adapters)} adapters listed an update takes {format_size(cost)} of "
+            f"metadata, more than {format_size(METADATA_BYTES)}; take out those that no device needs "
+            "('edge-tcur publish withdraw NAME VERSION'), or give some lines a repository of their own"
+        )
+    return found
 
 
 def _leftovers(left: dict[str, int], repo: Path) -> list[str]:

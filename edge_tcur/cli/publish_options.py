@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE
+from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_DIRECTORY, EXISTING_FILE, add_options
 from edge_tcur_runtime.errors import MissingEngineError, UsageError
 
 if TYPE_CHECKING:
@@ -24,24 +24,16 @@ PIN = "EDGE_TCUR_PIN"
 _MAX_PASSPHRASE = 4096
 
 
-def repo_option(command: Callable[..., R]) -> Callable[..., R]:
-    """Adds ``--repo DIR``."""
-    return click.option(
-        "--repo", type=DIRECTORY, required=True, metavar="DIR", help="The directory that is served."
-    )(command)
+repo_option = click.option(
+    "--repo", type=DIRECTORY, required=True, metavar="DIR", help="The directory that is served."
+)
 
 
 def key_options(command: Callable[..., R]) -> Callable[..., R]:
     """Adds the place of the keys and of their passphrases; the command receives `keys`, a dict."""
     names = ("keys_folder", "root_keys_at", "passphrase_file", "root_passphrase_file")
 
-    @functools.wraps(command)
-    def with_keys(*arguments: Any, **options: Any) -> R:
-        _require_libraries()
-        keys = {name: options.pop(name) for name in names}
-        return command(*arguments, keys=keys, **options)
-
-    choices = (
+    @add_options(
         click.option("--keys", "keys_folder", type=DIRECTORY, metavar="DIR",
                      help="The directory of keys, never served.  [default: <repo>.keys beside it]"),
         click.option("--root-keys-at", type=EXISTING_DIRECTORY, metavar="DIR",
@@ -51,10 +43,13 @@ def key_options(command: Callable[..., R]) -> Callable[..., R]:
         click.option("--root-passphrase-file", type=EXISTING_FILE, metavar="FILE",
                      help=f"For the root's keys.  [else ${ENVIRONMENT['root']}, else as the others]"),
     )  # fmt: skip
-    result: Callable[..., R] = with_keys
-    for option in reversed(choices):
-        result = option(result)
-    return result
+    @functools.wraps(command)
+    def with_keys(*arguments: Any, **options: Any) -> R:
+        _require_libraries()
+        keys = {name: options.pop(name) for name in names}
+        return command(*arguments, keys=keys, **options)
+
+    return with_keys
 
 
 def open_repository(repo: Path, keys: dict[str, Any], *, new: bool = False) -> Repository:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edge_tcur.cli.options import force_option, run_out_option
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, output_options
 from edge_tcur_runtime.output import Sink, table
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ Examples:
 @click.argument("source", type=RUN, metavar="RUN")
 @click.option("--undo", is_flag=True, help="RUN is a merged base: make the base again, bit by bit.")
 @click.option("--out", type=DIRECTORY, required=True, metavar="DIR", help="Directory to write.")
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@force_option
 @output_options
 def merge(source: Path, undo: bool, out: Path, force: bool, sink: Sink) -> None:
     """Write the base of RUN with its adapter in the weights, as a model like any other.
@@ -55,8 +56,8 @@ def merge(source: Path, undo: bool, out: Path, force: bool, sink: Sink) -> None:
 @click.command("migrate", epilog=_MIGRATE)
 @click.argument("run", type=RUN)
 @click.option("--base", required=True, metavar="TEXT", help="The new version of the run's base.")
-@click.option("--out", type=DIRECTORY, required=True, metavar="RUN", help="Directory of the run to write.")
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@run_out_option
+@force_option
 @output_options
 def migrate(run: Path, base: str, out: Path, force: bool, sink: Sink) -> None:
     """Bring the adapter of RUN to a new version of its base, as a run of its own.
@@ -74,11 +75,9 @@ def migrate(run: Path, base: str, out: Path, force: bool, sink: Sink) -> None:
 
 @click.command("reduce", epilog=_REDUCE)
 @click.argument("run", type=RUN)
-@click.option(
-    "--rank", type=click.IntRange(min=1), required=True, metavar="N", help="Rank of the new adapter."
-)
-@click.option("--out", type=DIRECTORY, required=True, metavar="RUN", help="Directory of the run to write.")
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@click.option("--rank", type=COUNT, required=True, metavar="N", help="Rank of the new adapter.")
+@run_out_option
+@force_option
 @output_options
 def reduce(run: Path, rank: int, out: Path, force: bool, sink: Sink) -> None:
     """Give the adapter of RUN fewer rows and columns, those that hold most of it, as a run of its own."""

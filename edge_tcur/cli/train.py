@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ import click
 from click.core import ParameterSource
 
 from edge_tcur.cli.inspect import describe_groups, group_rows
+from edge_tcur.cli.options import force_option, run_out_option
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur.method.config import PRESETS
 from edge_tcur.method.selection import UPDATE
 from edge_tcur.settings import TrainConfig, config_from_dict, read_config
-from edge_tcur_runtime.cli.framework import DIRECTORY, output_options
+from edge_tcur_runtime.cli.framework import add_options, output_options
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.tasks import find_device_task
@@ -36,21 +37,18 @@ Examples:
 _METAVARS = {str: "TEXT", int: "N", float: "X"}
 
 
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds one option for every field of `TrainConfig`, in the order of the fields."""
-    for item in reversed(fields(TrainConfig)):
-        choices = item.metadata["choices"]
-        kind: Any = click.Choice(choices) if choices else type(item.default)
-        command = click.option(
-            f"--{item.name.replace('_', '-')}",
-            item.name,
-            type=kind,
-            default=item.default,
-            show_default=item.default != "",
-            metavar=None if choices else _METAVARS[type(item.default)],
-            help=item.metadata["help"],
-        )(command)
-    return command
+def _setting(item: Field[Any]) -> Callable[..., Any]:
+    """The option of a field of `TrainConfig`."""
+    choices = item.metadata["choices"]
+    return click.option(
+        f"--{item.name.replace('_', '-')}",
+        item.name,
+        type=click.Choice(choices) if choices else type(item.default),
+        default=item.default,
+        show_default=item.default != "",
+        metavar=None if choices else _METAVARS[type(item.default)],
+        help=item.metadata["help"],
+    )
 
 
 @click.command("train", epilog=EPILOG)
@@ -60,9 +58,9 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Choice(tuple(PRESETS)),
     help="Named choice of grouping, coupling, transform, selection and frame; single settings override it.",
 )
-@setting_options
-@click.option("--out", type=DIRECTORY, required=True, metavar="RUN", help="Directory of the run to write.")
-@click.option("--force", is_flag=True, help="Replace what is at --out.")
+@add_options(*map(_setting, fields(TrainConfig)))
+@run_out_option
+@force_option
 @output_options
 @click.pass_context
 def train(

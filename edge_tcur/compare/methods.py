@@ -102,12 +102,13 @@ def _count(parameters: list[nn.Parameter]) -> int:
 class DenseFactors(SketchFactors):
     """As sketches, between float32 vectors that are used as they are: what LoRA-XS ships or recomputes.
 
-    Not a format of ours: it cannot be stored.
+    Not a format of ours: it cannot be stored. The vectors [n3, n1, r] and [n3, r, n2] stand where sketches
+    have packed ones.
     """
 
     def vectors(self) -> tuple[np.ndarray, np.ndarray]:
         """The frozen vectors."""
-        return self.left, self.right
+        return self.packed_left, self.packed_right
 
 
 def core_between(
@@ -129,7 +130,8 @@ def core_between(
             left, right = (
                 np.stack([part.float().cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True)
             )
-            factors[group.name] = DenseFactors(np.zeros((len(pairs), rank, rank), np.float32), left, right)
+            core = np.zeros((len(pairs), rank, rank), np.float32)
+            factors[group.name] = DenseFactors(core, left, right, group.n1, group.n2)
             frozen += (left.nbytes + right.nbytes) * gradients
         injection = Injection(base.model)
         injection.add("dense", config, keep=base.head, factors=factors)

@@ -440,7 +440,7 @@ def check_fit(factors: Mapping[str, AnyFactors], targets: Targets, config: TCurC
         if isinstance(own, Factors):
             fits = fits and own.rows.max() < group.n1 and own.cols.max() < group.n2
         else:
-            fits = fits and own.left.shape[1] == group.n1 and own.right.shape[2] == group.n2
+            fits = fits and (own.n1, own.n2) == (group.n1, group.n2)
         if not fits:
             raise BaseMismatchError(
                 f"the adapter's factors do not fit {len(group.modules)} weights [{group.n1}, {group.n2}] "

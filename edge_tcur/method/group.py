@@ -79,7 +79,7 @@ def _choose_frozen(
         sketch = sketch_update if config.selection == UPDATE else sketch_gradient
         pairs = [sketch(value, group.rank) for value in own]
         left, right = (np.stack([part.cpu().numpy() for part in parts]) for parts in zip(*pairs, strict=True))
-        return SketchFactors(core, left, right)
+        return SketchFactors.pack(core, left, right)
     picks = []
     for start in range(0, len(members), group.size):
         part = slice(start, start + group.size)

@@ -1,4 +1,4 @@
-"""Files of a repository that nothing signed refers to any more: chunks of a replaced bundle, mostly."""
+"""Files of a repository: those that nothing signed refers to any more, and those that are damaged."""
 
 from __future__ import annotations
 
@@ -19,44 +19,46 @@ _MAX_INDEX = 16 * 2**20
 def unreferenced(repository: Repository, change: Change) -> dict[str, int]:
     """Path in the repository -> bytes, of all under ``targets/`` and ``cards/`` that nothing refers to.
 
+    Empty where a newer publisher's entries are listed: what these refer to is not known.
+
     Raises:
         IntegrityError: a bundle's index is not the signed one: what it refers to is not known.
     """
-    indexes = _indexes(repository, change)
-    used = {str(path.relative_to(repository.folder)) for path in indexes}
-    for path in indexes:
-        hint = "publish the bundle again ('edge-tcur publish bundle')"
-        try:
-            raw = read_bounded(path, _MAX_INDEX)
-        except BadInputError as error:
-            raise BadInputError(error.message, where=str(path), hint=hint) from error
-        if digest_bytes(raw) != PREFIX + path.name.partition(".")[0]:
-            raise IntegrityError("not the index that is signed", where=str(path), hint=hint)
-        for file in parse_index(raw, str(path)).files.values():
-            used |= {chunk_path(digest) for digest in file.chunks}
+    if change.catalogue.skipped:
+        return {}
+    used = {str(path.relative_to(repository.folder)) for path in _indexes(repository, change)}
+    used |= {chunk_path(digest) for digest in _chunks(repository, change)}
     for offer in change.catalogue.adapters:
         used.add(target_place(offer.entry.path, offer.entry.sha256))
         used.add(f"{CARDS}/{offer.facts.name}-{offer.facts.version}.md")
-    used |= {f"{TARGETS}/{path}" for path in change.catalogue.skipped}
     files = [path for top in (TARGETS, CARDS) for path in (repository.folder / top).rglob("*")]
     found = {str(p.relative_to(repository.folder)): p.stat().st_size for p in sorted(files) if p.is_file()}
     return {path: size for path, size in found.items() if path not in used}
 
 
-def damaged(repository: Repository, change: Change) -> list[str]:
-    """Paths of the listed adapters whose files are missing or damaged; devices then keep what they have."""
-    places = {
-        target_place(offer.entry.path, offer.entry.sha256): offer.entry.sha256
-        for offer in change.catalogue.adapters
-    }
-    return [place for place, sha256 in places.items() if not repository.holds(place, sha256)]
+def damaged(repository: Repository, change: Change) -> dict[str, str]:
+    """Path -> what to run, of each file of an adapter or a bundle that is listed and is missing or damaged.
+
+    Devices then keep what they have. Every file is read.
+
+    Raises:
+        IntegrityError: see `unreferenced`.
+    """
+    found = {}
+    for offer in change.catalogue.adapters:
+        place = target_place(offer.entry.path, offer.entry.sha256)
+        if not repository.holds(place, offer.entry.sha256):
+            found[place] = f"'edge-tcur publish add' of that file of {offer.facts.name}"
+    for digest, name in _chunks(repository, change).items():
+        if not repository.holds(chunk_path(digest), digest):
+            found[chunk_path(digest)] = f"'edge-tcur publish bundle' of the bundle with --name {name}"
+    return found
 
 
 def clean(repository: Repository, days: float = GRACE_DAYS) -> dict[str, int]:
     """Removes what is not referenced, and was not touched for `days`; returns it.
 
-    Nothing is removed while a bundle was published less than `days` ago, or where a newer
-    publisher's entries are listed: what these refer to is not known.
+    Nothing is removed while a bundle was published less than `days` ago.
 
     Raises:
         IntegrityError: see `unreferenced`. DiskError: a file cannot be removed.
@@ -65,7 +67,7 @@ def clean(repository: Repository, days: float = GRACE_DAYS) -> dict[str, int]:
     with repository.keys.locked():
         change = repository.load()
         found = unreferenced(repository, change)
-        if change.catalogue.skipped or any(p.stat().st_mtime > end for p in _indexes(repository, change)):
+        if any(path.stat().st_mtime > end for path in _indexes(repository, change)):
             return {}
         old = {path: size for path, size in found.items() if _touched(repository, path) <= end}
         for path in old:
@@ -77,6 +79,25 @@ def _touched(repository: Repository, path: str) -> float:
     return (repository.folder / path).stat().st_mtime
 
 
-def _indexes(repository: Repository, change: Change) -> list[Path]:
-    entries = [offer.entry for offer in change.catalogue.bundles]
-    return [repository.folder / target_place(entry.path, entry.sha256) for entry in entries]
+def _indexes(repository: Repository, change: Change) -> dict[Path, str]:
+    """The index of each bundle -> the bundle's name."""
+    return {
+        repository.folder / target_place(offer.entry.path, offer.entry.sha256): offer.facts.name
+        for offer in change.catalogue.bundles
+    }
+
+
+def _chunks(repository: Repository, change: Change) -> dict[str, str]:
+    """SHA-256 (hex) of each chunk -> name of the bundle that it belongs to."""
+    found = dict[str, str]()
+    for path, name in _indexes(repository, change).items():
+        hint = "publish the bundle again ('edge-tcur publish bundle')"
+        try:
+            raw = read_bounded(path, _MAX_INDEX)
+        except BadInputError as error:
+            raise BadInputError(error.message, where=str(path), hint=hint) from error
+        if digest_bytes(raw) != PREFIX + path.name.partition(".")[0]:
+            raise IntegrityError("not the index that is signed", where=str(path), hint=hint)
+        for file in parse_index(raw, str(path)).files.values():
+            found |= dict.fromkeys(file.chunks, name)
+    return found

@@ -26,7 +26,7 @@ from edge_tcur_export.divergence import Source
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
 from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
 from edge_tcur_export.memory_tables import make_tables
-from edge_tcur_export.operator_checks import write_checks
+from edge_tcur_export.operator_checks import can_write_checks, write_checks
 from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
@@ -57,7 +57,7 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import INDEX_PARTS, SKETCH, factor_parts
 from edge_tcur_runtime.formats.memory import MemoryTables
 from edge_tcur_runtime.formats.weights import FP32, TensorPlace
-from edge_tcur_runtime.installed import find_onnxruntime, version_of
+from edge_tcur_runtime.installed import version_of
 
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
@@ -191,7 +191,7 @@ class BundleWriter:
         roles = self.write_graphs(model, forward, converted, base_file)
         if EXECUTORCH in targets:
             self._write_programs(model, limits)
-        if find_onnxruntime() is not None:
+        if can_write_checks():
             stages.begin("writing the checks of single operators")
             roles["checks"] = write_checks(self._work, roles, self.cases[0].feeds)
         stages.begin("writing the manifest")

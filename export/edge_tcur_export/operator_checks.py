@@ -20,6 +20,7 @@ from onnx import helper, numpy_helper
 
 from edge_tcur_export.exposed import run_with_outputs
 from edge_tcur_runtime.engines.checks import METADATA
+from edge_tcur_runtime.installed import find_onnxruntime
 
 CHECKS = "checks.onnx"
 _ROLES = ("infer", "step", "step_recompute", "step_last")
@@ -78,6 +79,11 @@ class _Graph:
 
     def constant(self, name: str) -> np.ndarray:
         return numpy_helper.to_array(self.constants[name], str(self.path.parent))
+
+
+def can_write_checks() -> bool:
+    """Whether an export writes `CHECKS`: the values of an example come from ONNX Runtime."""
+    return find_onnxruntime() is not None
 
 
 def write_checks(directory: Path, roles: Mapping[str, str], feeds: Mapping[str, np.ndarray]) -> str:

@@ -21,7 +21,7 @@ from edge_tcur_devices import DeviceProfile, load_profile
 from edge_tcur_export.bundle import BundleWriter
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
-from edge_tcur_export.operator_checks import CHECKS
+from edge_tcur_export.operator_checks import CHECKS, can_write_checks
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
 from edge_tcur_export.ort_training import require_training
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
@@ -165,10 +165,11 @@ def plan_run(
         plan = _look_up(plan, found, modules, request, device)
     stages.begin(None)
     lowered = EXECUTORCH in targets
+    later = (*(_PROGRAM_FILES if lowered else ()), *((CHECKS,) if can_write_checks() else ()))
     return replace(
         plan,
         files=dict(sorted(files.items())),
-        open_files=(*(_PROGRAM_FILES if lowered else ()), CHECKS),
+        open_files=later,
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
         notes=(*plan.notes, *(_program_notes(model) if lowered else ())),

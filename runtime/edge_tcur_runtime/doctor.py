@@ -306,7 +306,8 @@ def examine_bundle(path: Path, engines: tuple[EngineReport, ...]) -> BundleRepor
     try:
         manifest = open_bundle(path).manifest
     except EdgeError as error:
-        return BundleReport(str(path), False, str(error), int(error.exit_code))
+        problem = str(error) if error.hint is None else f"{error} ({error.hint})"
+        return BundleReport(str(path), False, problem, int(error.exit_code))
     graphs = set(manifest.graphs)
     usable = [engine.name for engine in engines if engine.available]
     return BundleReport(

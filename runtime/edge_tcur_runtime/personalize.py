@@ -26,7 +26,7 @@ from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
 from edge_tcur_runtime.engines.providers import AUTO, CPU
 from edge_tcur_runtime.engines.selfcheck import Choice, choose_again, choose_for_training
 from edge_tcur_runtime.errors import EdgeError, IncompatibleError, IntegrityError, UsageError
-from edge_tcur_runtime.feeds import build_feeds
+from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.fitting import Site, fit, preview
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
@@ -340,7 +340,7 @@ def _prepare(
     Args:
         went_on: the provider of the checkpoint that the run goes on from; None leaves the choice open.
     """
-    build_feeds(bundle.manifest, start)
+    check_fit(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
     preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
     kept, held_out = (

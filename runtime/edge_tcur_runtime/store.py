@@ -364,6 +364,10 @@ class Store:
         found = [self._describe(digest, state) for digest in self._digests()]
         return sorted(found, key=lambda line: (not line.active, line.name or "~", line.digest))
 
+    def digests(self) -> frozenset[str]:
+        """Digests of every adapter in the store; nothing is read but their names."""
+        return frozenset(self._digests())
+
     def load(self, ref: str = "active") -> Adapter:
         """Reads and verifies an adapter: `ref` as in `activate`, or ``"active"`` or ``"pending"``.
 

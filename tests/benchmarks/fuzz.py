@@ -1,11 +1,11 @@
 """Mutated adapter files against the reader: ``python tests/benchmarks/fuzz.py --count 1000000``.
 
-What is done to the files, and how it is known what must become of each: ``tests/runtime/mutants.py``. Every
-mutant must be refused with an `EdgeError` or accepted as the oracle says, within a second of processor time
-(a hang of two minutes ends the run with a traceback). Of one in 50 the peak of Python's memory
-is taken (`tracemalloc`), at most twice the file and 4 MiB; one in 50 is read from a file; accepted ones are
-fitted to the bundle of version 1. Number n of a seed is always the same mutant: ``--only n`` runs it alone
-and says what was done to it.
+What is done to the files: ``tests/runtime/mutants.py``; how it is known what must become of each:
+``tests/runtime/oracle.py``. Every mutant must be refused with an `EdgeError` or accepted as the oracle says,
+within a second of processor time (a hang of two minutes ends the run with a traceback). Of one in 50 the
+peak of Python's memory is taken (`tracemalloc`), at most twice the file and 4 MiB; one in 50 is read from a
+file; accepted ones are fitted to the bundle of version 1. Number n of a seed is always the same mutant:
+``--only n`` runs it alone and says what was done to it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
+oracle = _load(TESTS / "runtime" / "oracle.py")  # first: the mutants import it
 mutants = _load(TESTS / "runtime" / "mutants.py")
 
 
@@ -100,7 +101,7 @@ def examine(seed: int, number: int, tally: Tally, folder: Path) -> str:
         verdict += _fit(adapter)
     if problem is None and seconds > SECONDS and not measured:
         problem = f"{seconds:.1f} s"
-    problem = problem or mutants.fault(origin, mutant, read)
+    problem = problem or oracle.fault(origin, mutant, read)
     tally.verdicts[verdict] += 1
     tally.slowest = max(tally.slowest, 0.0 if measured else seconds)
     if problem is not None:

@@ -118,7 +118,7 @@ def random_factors(exported, rank, seed):
         if set(manifest.parts) & set(SKETCH_PARTS):
             shapes = ((n3, group.n1, rank), (n3, rank, group.n2))
             left, right = (generator.integers(-1, 2, shape).astype(np.int8) for shape in shapes)
-            result[name] = SketchFactors(core, left, right)
+            result[name] = SketchFactors.pack(core, left, right)
         else:
             rows, cols = (indices(size, group.blocks) for size in (group.n1, group.n2))
             scale = np.float32(1 if group.blocks < n3 else 4)  # uncoupled weights get less of an update

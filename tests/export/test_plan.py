@@ -10,8 +10,10 @@ import onnx.parser
 import pytest
 
 from edge_tcur.training import TrainConfig, train
-from edge_tcur_devices import load_profile
+from edge_tcur_devices import list_profiles, load_profile
+from edge_tcur_export import operator_checks
 from edge_tcur_export import plan as plans
+from edge_tcur_export.bundle import export_run
 from edge_tcur_export.memory_model import MemoryEstimate
 from edge_tcur_export.operator_checks import CHECKS
 from edge_tcur_export.operators import NO_GRADIENT, replacement
@@ -19,6 +21,7 @@ from edge_tcur_export.plan import PlanRequest, measure, plan_bundle, plan_run
 from edge_tcur_export.providers import PROVIDERS, find_provider, find_unsupported
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_runtime.errors import UsageError
+from edge_tcur_runtime.formats.bundle import open_bundle
 
 HEADER = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]>\n'
 MODEL = """
@@ -70,6 +73,17 @@ def test_the_files_are_those_that_an_export_writes(vit):
     assert (again.files, again.groups, again.memory) == (sizes, plan.groups, plan.memory)
     content = json.loads(json.dumps(plan.to_dict()))
     assert content["memory"]["step"]["estimate"]["total"] == plan.memory["step"].estimate.total
+
+
+def test_a_plan_and_an_export_agree_on_the_operators_checks(vit, tmp_path, monkeypatch):
+    """Without ONNX Runtime neither has them."""
+    monkeypatch.setattr(operator_checks, "find_onnxruntime", lambda: None)
+    settings = ExportSettings(("onnx",), verify=False)
+    plan = plan_run(vit.run, settings, PlanRequest())
+    export_run(vit.run, tmp_path / "bundle", settings)
+    written = set(open_bundle(tmp_path / "bundle").manifest.files)
+    assert {*plan.files, *plan.open_files} == written
+    assert CHECKS not in written
 
 
 def test_a_target_that_the_device_has_no_engine_for(vit):
@@ -165,7 +179,7 @@ def test_tables_say_where_they_come_from():
         find_provider("tpu")
     assert "webgpu" in caught.value.hint
     with pytest.raises(UsageError):
-        PlanRequest(provider="tensorrt")
+        PlanRequest(provider="rocm")
 
 
 def test_what_cannot_be_planned_is_refused(vit):
@@ -175,7 +189,12 @@ def test_what_cannot_be_planned_is_refused(vit):
         plan_bundle(vit.bundle, "pixel-800", PlanRequest())
 
 
-def test_the_providers_of_a_device_are_looked_up(vit):
+def test_there_is_a_table_for_each_provider_that_a_profile_lists():
+    assert {name for device in list_profiles() for name in device.providers} <= set(PROVIDERS)
+
+
+def test_the_providers_of_a_device_are_looked_up(vit, monkeypatch):
+    monkeypatch.delitem(PROVIDERS, "tensorrt")
     plan = plan_bundle(vit.bundle, "jetson-orin-nano-8gb", PlanRequest())
     listed = load_profile("jetson-orin-nano-8gb").providers
     assert set(plan.no_kernel) == set(listed) & set(PROVIDERS)

@@ -149,8 +149,8 @@ def test_from_zero_through_a_file_and_back(kit, options):
     loaded = kit.stored(injection, config)
     for name, factors in injection.factors().items():
         assert loaded.factors[name].blocks == injection.groups[name].spec.blocks
-        for part, value in vars(factors).items():
-            saved = getattr(loaded.factors[name], part)
+        for part, value in factors.stored().items():
+            saved = loaded.factors[name].stored()[part]
             assert saved.dtype == value.dtype
             assert saved.tobytes() == value.tobytes()
     other = kit.Net()
@@ -263,7 +263,7 @@ def test_factors_of_another_model_are_refused(kit, change):
     elif change == "kind":
         factors["up"] = kit.adapt(kit.Net(), TCurConfig(rank=2, frame="sketch")).factors()["up"]
     elif change == "sketch sizes":
-        factors["up"] = type(up)(up.core, up.left[:, 1:], up.right)
+        factors["up"] = type(up).pack(up.core, up.left[:, 1:], up.right)
     model = kit.Net()
     with pytest.raises(BaseMismatchError) as caught:
         inject(model, TCurConfig(rank=2, frame=frame), factors=factors)

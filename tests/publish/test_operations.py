@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,7 +13,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_tcur.cli import edge_tcur
+from edge_tcur.publish.keys import KeyStore
 from edge_tcur.publish.operations import superseded
+from edge_tcur.publish.repository import Repository
+from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import DiskError
 from edge_tcur_runtime.formats.offer import AdapterFacts, BaseFacts, Entry, Offer, adapter_path
 
@@ -287,15 +292,11 @@ def test_refresh_signs_the_timestamp_always_and_the_others_when_due(ok, tmp_path
 
 
 def test_two_publishers_at_once(call, repo, tmp_path):
-    from edge_tcur.publish.keys import KeyStore
-
     with KeyStore(tmp_path / "repo.keys", lambda role: b"").locked():
         assert call("publish", "refresh", "--repo", repo)[0] == 3
 
 
 def test_an_interrupted_publication_is_not_there(ok, call, repo, bundle, adapters):
-    from edge_tcur.publish.repository import Repository
-
     first = add(ok, repo, adapters[0])
 
     def full(*_):
@@ -319,9 +320,6 @@ def test_trust_ships_the_root_once(ok, repo, bundle):
 
 def test_what_nothing_refers_to_is_named_and_removed_later(ok, call, repo, bundle, adapters, tmp_path):
     """Chunks and index of a replaced bundle, and what an interrupted publication left."""
-    import os
-    import time
-
     add(ok, repo, adapters[0])
     ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "16KiB")
     assert ok("publish", "status", "--repo", repo)["unreferenced"] == {}
@@ -411,7 +409,9 @@ def test_a_damaged_file_of_an_adapter_is_named_and_put_back(ok, call, repo, bund
     assert call("publish", "add", adapters[0], "--repo", repo)[0] == 3  # whole: published already
 
 
-def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, repo, bundle, tmp_path):
+def test_damaged_chunks_are_named_and_repaired_by_publishing_the_bundle_again(
+    ok, call, repo, bundle, tmp_path, capsys
+):
     ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
     root = repo / "metadata" / "1.root.json"
     chunks = [path for path in (repo / "targets" / "chunks").rglob("*") if path.is_file()]
@@ -419,8 +419,42 @@ def test_a_damaged_chunk_is_repaired_by_publishing_the_bundle_again(ok, call, re
     chunk.write_bytes(bytes(chunk.stat().st_size))
     install = ("update", tmp_path / "fresh", "--install", "--url", repo, "--root", root)
     assert call(*install)[0] == 6
+    lost = min(chunks, key=os.path.getsize)
+    lost.unlink()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(edge_tcur, ["publish", "status", "--repo", str(repo)])
+    told = capsys.readouterr().err
+    for path in (chunk, lost):
+        assert f"{path.relative_to(repo)} is missing or damaged; 'edge-tcur publish bundle'" in told
+    assert "--name bundle" in told
+    places = {str(path.relative_to(repo)) for path in (chunk, lost)}
+    assert set(ok("publish", "status", "--repo", repo)["damaged"]) == places
     ok("publish", "bundle", bundle, "--repo", repo, "--chunk", "64KiB")
+    assert ok("publish", "status", "--repo", repo)["damaged"] == []
     assert ok(*install)["installed_bundle"]
+
+
+@pytest.mark.parametrize("path", ["adapters/banking/1.safetensors", "bundles/bundle/1.json"])
+def test_files_of_a_newer_publishers_entries_are_left_alone(ok, repo, bundle, adapters, tmp_path, path):
+    """What such an entry refers to is not known: its file, its card, the chunks of its index."""
+    add(ok, repo, adapters[0])
+    ok("publish", "bundle", bundle, "--repo", repo)
+    add_unknown_field(repo, tmp_path / "repo.keys", path)
+    long_ago = time.time() - 30 * 86400
+    for file in repo.rglob("*"):
+        os.utime(file, (long_ago, long_ago))
+    status = ok("publish", "status", "--repo", repo)
+    assert status["unreferenced"] == {}
+    assert list(status["skipped"]) == [path]
+    assert ok("publish", "clean", "--repo", repo)["removed"] == []
+
+
+def add_unknown_field(repo, keys, path):
+    """Signs the entry at `path` with a field that only a newer version knows."""
+    store = KeyStore(keys, lambda role: b"correct horse battery")
+    with Repository(repo, store).changing() as change:
+        change.targets.signed.targets[path].unrecognized_fields["custom"]["later"] = 1
 
 
 @pytest.mark.parametrize("name", ["timestamp.json", "1.snapshot.json", "1.targets.json", "1.root.json"])

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from edge_tcur.cli import edge_tcur
+from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
@@ -77,7 +79,15 @@ def test_a_page_instead_of_a_file_says_what_the_server_does_wrong(call, repo, bu
     assert "404" in payload["error"]["hint"]
 
 
-def test_metadata_of_twenty_lines_leaves_room(repo, bundle, adapters, make_variant, monkeypatch):
+def warnings_of_status(repo, capsys):
+    """The lines that ``publish status`` warns with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run(edge_tcur, ["publish", "status", "--repo", str(repo)])
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+
+def test_metadata_of_twenty_lines_leaves_room(repo, bundle, adapters, make_variant, monkeypatch, capsys):
     """What an update costs beside its adapter, for 1, 20 and 50 lines, without and with a new root."""
     from edge_tcur.publish import facts
     from edge_tcur.publish.facts import Description
@@ -97,6 +107,11 @@ def test_metadata_of_twenty_lines_leaves_room(repo, bundle, adapters, make_varia
         path.write_bytes(make_variant(100 + number))
         add_adapter(opened, path, Description(metrics={"accuracy": 0.9312}), bundle)
         sizes[number + 1] = metadata_size(status(opened)[1])
+        if number + 1 in (25, 26):
+            told = warnings_of_status(repo, capsys)
+            assert len(told) == number + 1 - 25, (number + 1, told)
+    assert "with 26 adapters listed" in told[0]
+    assert "more than 8.0 KiB; take out those that no device needs ('edge-tcur publish withdraw" in told[0]
     print("lines | metadata | with a new root")
     for lines in (1, 2, 18, 20, 26, 50):
         print(f"{lines:5} | {sizes[lines]:8} | {sizes[lines] + root:8}")

@@ -213,6 +213,16 @@ def test_a_flipped_bit_in_the_base_has_exit_code_6_everywhere(device, broken, st
     assert "altered" in result["bundle"]["problem"]
 
 
+def test_a_directory_without_a_manifest_has_exit_code_3_and_says_what_to_do(device, tmp_path):
+    hint = (
+        "is it a bundle, the directory that 'edge-tcur export' wrote? If so, export, copy or fetch it again"
+    )
+    error = device("predict", tmp_path, "--data", USER, "--json", code=3).error
+    assert (error["where"], error["hint"]) == (str(tmp_path / MANIFEST), hint)
+    result = device("doctor", "--bundle", tmp_path, "--json", code=3).json
+    assert hint in result["bundle"]["problem"]
+
+
 def test_a_flipped_bit_in_an_adapter_has_exit_code_6(device, tmp_path):
     raw = bytearray(ADAPTER.read_bytes())
     raw[-1] ^= 1

@@ -282,7 +282,9 @@ def test_a_damaged_bundle_is_refused_with_its_exit_code(tmp_path):
     assert (report.ok, report.exit_code) == (False, 6)
     assert "base.bin" in report.problem
     (root / "manifest.json").unlink()
-    assert examine_bundle(root, ALL).exit_code == 3
+    report = examine_bundle(root, ALL)
+    assert report.exit_code == 3
+    assert "export, copy or fetch it again" in report.problem
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def of_rank(adapter, rank):
             factors[group] = Factors(core, rows.astype(np.int32), cols.astype(np.int32))
         else:
             shapes = (len(core), spec.n1, rank), (len(core), rank, spec.n2)
-            factors[group] = SketchFactors(
+            factors[group] = SketchFactors.pack(
                 core, *(generator.integers(-1, 2, shape, np.int8) for shape in shapes)
             )
     return Adapter(adapter.header, factors, adapter.extras)

@@ -56,7 +56,7 @@ def small_sketch(**header):
     generator = np.random.default_rng(0)
     own = small_adapter(coupling="none", transform="identity", frame="sketch", **header)
     left, right = (generator.integers(-1, 2, shape, np.int8) for shape in ((2, 4, 2), (2, 2, 5)))
-    return replace(own, factors={"q": SketchFactors(own.factors["q"].core, left, right)})
+    return replace(own, factors={"q": SketchFactors.pack(own.factors["q"].core, left, right)})
 
 
 SMALL = serialize_adapter(small_adapter())
@@ -130,7 +130,7 @@ def adapters(draw):
         core = generator.normal(size=(n3, rank, rank)).astype(np.float32)
         if frame == "sketch":
             shapes = (n3, n1, rank), (n3, rank, n2)
-            factors[name] = SketchFactors(
+            factors[name] = SketchFactors.pack(
                 core, *(generator.integers(-1, 2, shape, np.int8) for shape in shapes)
             )
         else:
@@ -804,13 +804,12 @@ def with_sketches(**changes):
         (small_adapter(frame="sketch"), "not those of the frame 'sketch'"),
         (with_sketches(frame="raw"), "not those of the frame 'raw'"),
         (with_sketches(coupling="layer"), "'sketch' has coupling 'none', not 'layer'"),
-        (with_sketches(left=np.zeros((2, 4, 3), np.int8)), "the sketches have the shapes"),
-        (with_sketches(left=np.zeros((1, 4, 2), np.int8)), "the sketches have the shapes"),
-        (with_sketches(right=np.zeros((2, 5, 2), np.int8)), "the sketches have the shapes"),
-        (with_sketches(left=np.full((2, 4, 2), 0.5)), "dtypes float64 and int8; expected int8"),
-        (with_sketches(left=np.full((2, 4, 2), 2, np.int8)), "something else than -1, 0 and 1"),
-        (with_sketches(right=np.full((2, 2, 5), -2, np.int8)), "something else than -1, 0 and 1"),
-        (with_sketches(right=np.full((2, 2, 5), -128, np.int8)), "something else than -1, 0 and 1"),
+        (with_sketches(n1=3), r"of weights \[3, 5\], not \[4, 5\]"),
+        (with_sketches(packed_left=np.zeros((2, 3), np.uint8)), r"left has shape .2, 3. .* uint8 \[2, 2\]"),
+        (with_sketches(packed_left=np.zeros((1, 2), np.uint8)), r"left has shape .1, 2. .* uint8 \[2, 2\]"),
+        (with_sketches(packed_right=np.zeros((2, 3), np.int8)), "right has .* dtype int8; expected uint8"),
+        (with_sketches(packed_left=u8([3, 0], [0, 0])), "left holds something else than -1, 0 and 1"),
+        (with_sketches(packed_right=u8([0, 0, 0], [0, 0, 16])), "right holds something else"),
         (small_adapter(alpha=0.0), "'alpha' is 0.0"),
         (small_adapter(alpha=-1.0), "'alpha' is -1.0"),
         (small_adapter(alpha=float("nan")), "NaN is not JSON"),
@@ -833,6 +832,26 @@ def with_sketches(**changes):
 def test_an_adapter_that_could_not_be_read_is_not_written(adapter, message):
     with pytest.raises(BadInputError, match=message):
         serialize_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("sides", "error", "message"),
+    [
+        ({"left": np.zeros((2, 4, 3), np.int8)}, FileFormatError, "the sketches have the shapes"),
+        ({"left": np.zeros((1, 4, 2), np.int8)}, FileFormatError, "the sketches have the shapes"),
+        ({"left": np.zeros((2, 8), np.int8)}, FileFormatError, "the sketches have the shapes"),
+        ({"right": np.zeros((2, 5, 2), np.int8)}, FileFormatError, "the sketches have the shapes"),
+        ({"right": np.zeros((10,), np.int8)}, FileFormatError, "the sketches have the shapes"),
+        ({"left": np.full((2, 4, 2), 0.5)}, FileFormatError, "dtypes float64 and int8; expected int8"),
+        ({"left": np.full((2, 4, 2), 2, np.int8)}, BadInputError, "something else than -1, 0 and 1"),
+        ({"right": np.full((2, 2, 5), -2, np.int8)}, BadInputError, "something else than -1, 0 and 1"),
+        ({"right": np.full((2, 2, 5), -128, np.int8)}, BadInputError, "something else than -1, 0 and 1"),
+    ],
+)
+def test_what_is_no_sketch_is_not_packed(sides, error, message):
+    part = small_sketch().factors["q"]
+    with pytest.raises(error, match=message):
+        SketchFactors.pack(part.core, **{"left": part.left, "right": part.right, **sides})
 
 
 # --- reading files ---------------------------------------------------------------------------------

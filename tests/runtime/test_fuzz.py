@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import secrets
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edge_tcur_runtime.errors import BadInputError
 from edge_tcur_runtime.formats.adapter import (
     Adapter,
     AdapterHeader,
@@ -20,6 +22,7 @@ from edge_tcur_runtime.formats.adapter import (
     serialize_adapter,
     write_adapter,
 )
+from edge_tcur_runtime.formats.factors import GroupSpec, SketchFactors
 
 SECONDS = 5.0
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "fuzz.py"
@@ -32,7 +35,7 @@ def fuzz():
     sys.modules["fuzz_benchmark"] = module  # a dataclass looks its module up
     spec.loader.exec_module(module)
     yield module
-    for name in ("fuzz_benchmark", "mutants"):
+    for name in ("fuzz_benchmark", "mutants", "oracle"):
         sys.modules.pop(name, None)
 
 
@@ -60,26 +63,26 @@ def test_no_mutant_changes_what_the_next_one_is_made_from(fuzz):
 
 
 def test_the_seeds_are_valid_by_both_sets_of_rules(fuzz):
-    for raw in fuzz.mutants.seeds():
+    for raw in fuzz.oracle.seeds():
         assert serialize_adapter(parse_adapter(raw)) == raw
-        assert fuzz.mutants.is_valid(*fuzz.mutants.unpack(raw))
+        assert fuzz.oracle.is_valid(*fuzz.oracle.unpack(raw))
 
 
 def test_the_oracle_notices_a_reader_that_is_too_lax_or_too_strict(fuzz):
-    mutants, raw = fuzz.mutants, fuzz.mutants.seeds()[0]
-    document, tensors = mutants.unpack(raw)
+    oracle, raw = fuzz.oracle, fuzz.oracle.seeds()[0]
+    document, tensors = oracle.unpack(raw)
     read = {"tensors": tensors, "again": raw}
     changed = raw[:-1] + b"x"
-    assert mutants.fault(raw, mutants.Mutant(changed, ""), None) is None
-    assert mutants.fault(raw, mutants.Mutant(changed, ""), read) == "a changed file was accepted"
-    same = mutants.Mutant(raw, "", (document, tensors))
-    assert mutants.fault(raw, same, read) is None
-    assert mutants.fault(raw, same, None) == "a valid file was refused"
+    assert oracle.fault(raw, oracle.Mutant(changed, ""), None) is None
+    assert oracle.fault(raw, oracle.Mutant(changed, ""), read) == "a changed file was accepted"
+    same = oracle.Mutant(raw, "", (document, tensors))
+    assert oracle.fault(raw, same, read) is None
+    assert oracle.fault(raw, same, None) == "a valid file was refused"
     other = {**read, "again": changed}
-    assert mutants.fault(raw, same, other) == "what was read is not what was written"
+    assert oracle.fault(raw, same, other) == "what was read is not what was written"
     for wrong in ({**document, "alpha": 1}, {**document, "rank": 3}, dict(reversed(document.items()))):
-        mutant = mutants.Mutant(raw, "", (wrong, tensors))
-        assert mutants.fault(raw, mutant, read) == "a file that breaks the rules was accepted"
+        mutant = oracle.Mutant(raw, "", (wrong, tensors))
+        assert oracle.fault(raw, mutant, read) == "a file that breaks the rules was accepted"
 
 
 def test_a_large_file_takes_twice_its_size_and_little_more(tmp_path):
@@ -92,6 +95,46 @@ def test_a_large_file_takes_twice_its_size_and_little_more(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak <= 2 * path.stat().st_size + 4 * 2**20
+
+
+def large_sketch(path):
+    """Writes 4 MiB of two bits an entry: 16 million of them."""
+    side, rank = 2**14, 512
+    packed = np.full((1, side * rank // 4), 0b10010110, np.uint8)
+    core = np.zeros((1, rank, rank), np.float32)
+    header = AdapterHeader(
+        "base", {"q": GroupSpec(("q.0",), side, side)}, "t", ("a",), "none", "identity", "sketch"
+    )
+    write_adapter(path, Adapter(header, {"q": SketchFactors(core, packed, packed, side, side)}))
+
+
+@pytest.mark.parametrize("kind", ["good", "pattern", "sizes", "cut"])
+def test_a_large_sketch_takes_twice_its_size_and_little_more(fuzz, tmp_path, kind):
+    """Its vectors stay at two bits an entry until they are used, also where the file is refused."""
+    path = tmp_path / "sketch.safetensors"
+    large_sketch(path)
+    if kind in ("pattern", "sizes"):
+        document, tensors = fuzz.oracle.unpack(path.read_bytes())
+        if kind == "pattern":
+            tensors["q.right"] = tensors["q.right"].copy()
+            tensors["q.right"][0, -1] = 0xFF
+        else:
+            document["groups"]["q"]["n2"] *= 2
+        path.write_bytes(fuzz.oracle.forge(document, tensors))
+        del document, tensors
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    expected = contextlib.nullcontext() if kind == "good" else pytest.raises(BadInputError)
+    tracemalloc.start()
+    with expected:
+        adapter = read_adapter(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 2 * path.stat().st_size + 4 * 2**20
+    if kind == "good":
+        left, right = adapter.factors["q"].left, adapter.factors["q"].right
+        assert (left.shape, right.shape) == ((1, 2**14, 512), (1, 512, 2**14))
+        np.testing.assert_array_equal(left[0, 0, :4], [1, 0, 0, 1])
 
 
 def test_a_small_file_does_not_reserve_the_largest(tmp_path):

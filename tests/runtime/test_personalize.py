@@ -36,7 +36,7 @@ from edge_tcur_runtime.errors import (
 from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, open_bundle
 from edge_tcur_runtime.formats.digest import digest_file
-from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec
+from edge_tcur_runtime.formats.factors import FACTOR_PARTS, Factors, GroupSpec, SketchFactors
 from edge_tcur_runtime.frame import Frame, build_frame
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import blank_adapter, bundle_adapter, personalize
@@ -192,7 +192,7 @@ def test_an_adapter_of_another_rank_is_trained_by_the_engine_that_can(bundle, us
 def test_a_sketch_of_another_rank_is_trained_too(sketched, user):
     own = bundle_adapter(sketched)
     factors = {
-        group: replace(part, core=part.core[:, :1, :1], left=part.left[:, :, :1], right=part.right[:, :1])
+        group: SketchFactors.pack(part.core[:, :1, :1], part.left[:, :, :1], part.right[:, :1])
         for group, part in own.factors.items()
     }
     start = replace(own, factors=factors)

@@ -123,7 +123,7 @@ def test_a_sketch_of_another_rank_runs_on_the_same_graph(sketched):
     """Vectors that a core of zeros joins add nothing."""
     own, (inputs, _, adapted) = bundle_adapter(sketched), read_canary(SKETCH_V1)
     factors = {
-        group: SketchFactors(
+        group: SketchFactors.pack(
             np.pad(part.core, ((0, 0), (0, 3), (0, 3))),
             np.pad(part.left, ((0, 0), (0, 0), (0, 3)), constant_values=1),
             np.pad(part.right, ((0, 0), (0, 3), (0, 0)), constant_values=-1),

@@ -32,7 +32,7 @@ def sketch_factors(seed, *, pick=0):
     generator, chooser = np.random.default_rng(seed), np.random.default_rng(pick)
     left = chooser.integers(-1, 2, size=(N3, N1, RANK)).astype(np.int8)
     right = chooser.integers(-1, 2, size=(N3, RANK, N2)).astype(np.int8)
-    return SketchFactors(generator.normal(size=(N3, RANK, RANK)).astype(np.float32), left, right)
+    return SketchFactors.pack(generator.normal(size=(N3, RANK, RANK)).astype(np.float32), left, right)
 
 
 def dense(factors, transform, stack):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_tcur.cli import convert, edge_tcur, plan
+from edge_tcur.cli import convert, edge_tcur, options
 from edge_tcur.cli import export as command
 from edge_tcur.training import TrainConfig, train
 from edge_tcur_export.convert import KINDS
@@ -101,13 +101,11 @@ def test_options_of_executorch_need_its_target(trained, tmp_path, capsys):
 
 
 def test_the_command_offers_what_there_is():
-    assert set(command.TARGETS) == set(TARGETS)
-    assert {*command.TARGETS, command.EXECUTORCH} == set(ALL_TARGETS)
+    assert set(options.DEFAULT_TARGETS) == set(TARGETS)
+    assert set(options.TARGETS) == set(ALL_TARGETS)
     assert (*command.BACKENDS, command.VULKAN) == ALL_BACKENDS
     assert command.BACKENDS == BACKENDS
     assert command.PRECISIONS == PRECISIONS
-    assert set(plan.TARGETS) == set(ALL_TARGETS)
-    assert set(plan.DEFAULT_TARGETS) == set(TARGETS)
     assert convert.KINDS == KINDS
 
 
@@ -148,7 +146,13 @@ def test_a_plan_of_a_bundle_as_text(capsys):
             "no table of operators for the provider 'tpu'",
         ),
         (("plan", DATA / "bundle-v1", "--device", "pixel-88"), 2, "no device profile named 'pixel-88'"),
-        (("plan", DATA, "--batch", "2"), 3, "not a run directory"),
+        (("plan", DATA, "--batch", "2"), 3, "neither a run (run.json) nor a bundle (manifest.json)"),
+        (("inspect", DATA), 3, "give an adapter file, a run directory or a bundle directory"),
+        (
+            ("convert", DATA / "adapter-v1.safetensors", "--to", "ptd", "--bundle", DATA, "--out", "x.ptd"),
+            3,
+            "is it a bundle, the directory that 'edge-tcur export' wrote? If so, export",
+        ),
         (("export", "run"), 2, "--out is missing"),
         (("export", "run", "--out", "b", "--batch", "4"), 2, "--batch is for a plan"),
     ],

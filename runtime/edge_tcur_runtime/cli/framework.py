@@ -87,9 +87,21 @@ class SizeType(_IntParamType):
 
 
 SIZE = SizeType()
+COUNT = click.IntRange(min=1)
 EXISTING_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 EXISTING_DIRECTORY = click.Path(exists=True, file_okay=False, path_type=Path)
 DIRECTORY = click.Path(file_okay=False, path_type=Path)
+
+
+def add_options(*options: Callable[[Any], Any]) -> Callable[[Decorated[R]], Decorated[R]]:
+    """Adds options (of `click.option`, or of this function) that stand in this order in the help."""
+
+    def decorate(command: Decorated[R]) -> Decorated[R]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def output_options(command: Decorated[R]) -> Decorated[R]:

@@ -11,6 +11,7 @@ import click
 from edge_tcur_runtime.cli.framework import (
     EXISTING_DIRECTORY,
     SIZE,
+    add_options,
     data_options,
     output_options,
     store_option,
@@ -93,45 +94,37 @@ _RATES = (
 _KEEP = KeepSettings()
 
 
-def _keeping_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that become `KeepSettings`; collected under ``training`` too."""
-    options = (
-        click.option("--checkpoint-seconds", default=_KEEP.seconds, type=float, show_default=True,
-                     help="Seconds between checkpoints; a run that was killed goes on from the last one."),
-        click.option("--resume", default=_KEEP.resume, type=click.Choice(RESUME), show_default=True,
-                     help="Go on from a checkpoint of this very run: if there is one, always, or never."),
-        click.option("--mains-only", is_flag=True, help="Pause while the device runs on its battery."),
-        click.option("--max-temperature", type=float, metavar="CELSIUS", help="Pause above it."),
-        click.option("--between", metavar="HH:MM-HH:MM", help="Pause outside these hours (local time)."),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _training_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that become `PersonalizeSettings`; collected under ``training``."""
-    for name, default, kind, text in reversed(_OPTIONS):
-        command = click.option(name, default=default, type=kind, show_default=True, help=text)(command)
-    for name, text in reversed(_RATES):
-        command = click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")(command)
-    command = click.option("--holdout", type=float, help="Part of the data kept apart to judge the new "
-                           f"adapter.  [default: {HOLDOUT:g}; 0 with --private]")(command)  # fmt: skip
-    for name, kind, text in reversed(_PRIVACY):
-        command = click.option(name, type=kind, help=text)(command)
-    command = click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD).")(
-        command
-    )
-    optimizers = click.Choice(tuple(OPTIMIZERS))
-    return click.option("--optimizer", default="adamw", type=optimizers, show_default=True,
-                        help="What moves the factors.")(command)  # fmt: skip
-
-
 def _by_optimizer(name: str) -> str:
     """The default of an option of the optimisers, as the help tells it."""
     key = name.removeprefix("--").replace("-", "_")
     found = {optimizer: getattr(kind(), key, None) for optimizer, kind in OPTIMIZERS.items()}
     return ", ".join(f"{optimizer} {value:g}" for optimizer, value in found.items() if value is not None)
+
+
+# These become `PersonalizeSettings`; collected under ``training``.
+_training_options = add_options(
+    click.option("--optimizer", default="adamw", type=click.Choice(tuple(OPTIMIZERS)), show_default=True,
+                 help="What moves the factors."),
+    click.option("--private", is_flag=True, help="Train with differential privacy (DP-SGD)."),
+    *(click.option(name, type=kind, help=text) for name, kind, text in _PRIVACY),
+    click.option("--holdout", type=float, help="Part of the data kept apart to judge the new adapter.  "
+                 f"[default: {HOLDOUT:g}; 0 with --private]"),
+    *(click.option(name, type=float, help=f"{text}  [default: {_by_optimizer(name)}]")
+      for name, text in _RATES),
+    *(click.option(name, default=default, type=kind, show_default=True, help=text)
+      for name, default, kind, text in _OPTIONS),
+)  # fmt: skip
+
+# These become `KeepSettings`; collected under ``training`` too.
+_keeping_options = add_options(
+    click.option("--checkpoint-seconds", default=_KEEP.seconds, type=float, show_default=True,
+                 help="Seconds between checkpoints; a run that was killed goes on from the last one."),
+    click.option("--resume", default=_KEEP.resume, type=click.Choice(RESUME), show_default=True,
+                 help="Go on from a checkpoint of this very run: if there is one, always, or never."),
+    click.option("--mains-only", is_flag=True, help="Pause while the device runs on its battery."),
+    click.option("--max-temperature", type=float, metavar="CELSIUS", help="Pause above it."),
+    click.option("--between", metavar="HH:MM-HH:MM", help="Pause outside these hours (local time)."),
+)  # fmt: skip
 
 
 @click.command(epilog=EPILOG)

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edge_tcur_runtime.cli.framework import DIRECTORY, EXISTING_FILE, SIZE, output_options, store_option
+from edge_tcur_runtime.cli.framework import (
+    DIRECTORY,
+    EXISTING_FILE,
+    SIZE,
+    add_options,
+    output_options,
+    store_option,
+)
 from edge_tcur_runtime.errors import BadInputError, MissingEngineError, UsageError
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.units import format_size
@@ -29,34 +36,30 @@ Examples:
 MAX_SECONDS = 7 * 86400
 
 
-def _options(command: Any) -> Any:
-    """The options that become `UpdateSettings`; collected under their names."""
-    choices = (
-        click.option("--url", envvar="EDGE_TCUR_UPDATE_URL", metavar="URL",
-                     help="The repository: http(s)://, file:// or a directory.  [env: EDGE_TCUR_UPDATE_URL]"),
-        click.option("--channel", type=click.Choice(("stable", "beta")), default="stable", show_default=True,
-                     help="beta takes stable adapters too."),
-        click.option("--name", metavar="NAME", help="The line of adapters, where several fit this bundle."),
-        click.option("--personal", type=click.Choice(("keep-personal", "replace", "combine")),
-                     default="keep-personal", show_default=True,
-                     help="What becomes of a personal adapter. It is never uploaded."),
-        click.option("--check-only", is_flag=True, help="Say what would be done; change nothing."),
-        click.option("--offline", is_flag=True,
-                     help="Open no connection: a mirror at --url, or what was fetched before."),
-        click.option("--retry", is_flag=True,
-                     help="Try again what failed here or was taken out of use by hand."),
-        click.option("--root", type=EXISTING_FILE, metavar="FILE",
-                     help="The publisher's trusted root; default: the one in the bundle."),
-        click.option("--deadline", type=click.FloatRange(min=1, max=MAX_SECONDS), metavar="SECONDS",
-                     help="Time for everything; default 300, with --install 3600."),
-        click.option("--max-size", type=SIZE, default="64MiB", show_default=True,
-                     help="Skip an adapter that is larger."),
-        click.option("--max-bundle", type=SIZE, default="4GiB", show_default=True,
-                     help="With --install: refuse a bundle that is larger."),
-    )  # fmt: skip
-    for option in reversed(choices):
-        command = option(command)
-    return command
+# These become `UpdateSettings`; collected under their names.
+_options = add_options(
+    click.option("--url", envvar="EDGE_TCUR_UPDATE_URL", metavar="URL",
+                 help="The repository: http(s)://, file:// or a directory.  [env: EDGE_TCUR_UPDATE_URL]"),
+    click.option("--channel", type=click.Choice(("stable", "beta")), default="stable", show_default=True,
+                 help="beta takes stable adapters too."),
+    click.option("--name", metavar="NAME", help="The line of adapters, where several fit this bundle."),
+    click.option("--personal", type=click.Choice(("keep-personal", "replace", "combine")),
+                 default="keep-personal", show_default=True,
+                 help="What becomes of a personal adapter. It is never uploaded."),
+    click.option("--check-only", is_flag=True, help="Say what would be done; change nothing."),
+    click.option("--offline", is_flag=True,
+                 help="Open no connection: a mirror at --url, or what was fetched before."),
+    click.option("--retry", is_flag=True,
+                 help="Try again what failed here or was taken out of use by hand."),
+    click.option("--root", type=EXISTING_FILE, metavar="FILE",
+                 help="The publisher's trusted root; default: the one in the bundle."),
+    click.option("--deadline", type=click.FloatRange(min=1, max=MAX_SECONDS), metavar="SECONDS",
+                 help="Time for everything; default 300, with --install 3600."),
+    click.option("--max-size", type=SIZE, default="64MiB", show_default=True,
+                 help="Skip an adapter that is larger."),
+    click.option("--max-bundle", type=SIZE, default="4GiB", show_default=True,
+                 help="With --install: refuse a bundle that is larger."),
+)  # fmt: skip
 
 
 @click.command(epilog=EPILOG)

@@ -26,6 +26,9 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BASE_FILE = "base.bin"
 MAX_MANIFEST_BYTES = 4 * 2**20
+_NO_MANIFEST = (
+    "is it a bundle, the directory that 'edge-tcur export' wrote? If so, export, copy or fetch it again"
+)
 MAX_REFERENCE_BYTES = 16 * 2**20
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
@@ -454,7 +457,11 @@ def open_bundle(root: Path, *, verify: bool = True) -> Bundle:
         IntegrityError: a file is missing, a link, of another size or altered.
     """
     path = root / MANIFEST
-    manifest = parse_manifest(read_bounded(path, MAX_MANIFEST_BYTES), str(path))
+    try:
+        raw = read_bounded(path, MAX_MANIFEST_BYTES)
+    except BadInputError as error:
+        raise type(error)(error.message, where=error.where, hint=_NO_MANIFEST) from error
+    manifest = parse_manifest(raw, str(path))
     if verify:
         for name, entry in manifest.files.items():
             verify_file(root / name, entry)

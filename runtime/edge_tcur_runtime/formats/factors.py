@@ -76,17 +76,42 @@ class Factors:
 
 @dataclass(frozen=True)
 class SketchFactors:
-    """The factors of one group in the ``sketch`` frame: stored ternary vectors, used at unit length.
+    """The factors of one group in the ``sketch`` frame: ternary vectors, used at unit length.
+
+    They stay packed as in the file (`edge_tcur_runtime.formats.ternary`) until they are used: as int8 they
+    would take four times the file, and reading one is bounded.
 
     Attributes:
         core: f32 [n3, r, r], the trained numbers.
-        left: int8 [n3, n1, r], entries -1, 0, 1.
-        right: int8 [n3, r, n2], entries -1, 0, 1.
+        packed_left: uint8 [n3, packed_size(n1 r)], the entries of `left`.
+        packed_right: uint8 [n3, packed_size(r n2)], the entries of `right`.
+        n1, n2: rows and columns of each weight.
     """
 
     core: np.ndarray
-    left: np.ndarray
-    right: np.ndarray
+    packed_left: np.ndarray
+    packed_right: np.ndarray
+    n1: int
+    n2: int
+
+    @classmethod
+    def pack(cls, core: np.ndarray, left: np.ndarray, right: np.ndarray) -> SketchFactors:
+        """Factors of vectors left int8 [n3, n1, r] and right int8 [n3, r, n2], entries -1, 0, 1.
+
+        Raises:
+            FileFormatError: other shapes or dtypes. BadInputError: other entries.
+        """
+        shapes, dtypes = (left.shape, right.shape), (left.dtype, right.dtype)
+        if not core.ndim == left.ndim == right.ndim == 3 or (
+            shapes != ((len(core), left.shape[1], core.shape[2]), (*core.shape[:2], right.shape[2]))
+        ):
+            raise FileFormatError(f"the sketches have the shapes {shapes}; the core has {core.shape}")
+        if set(dtypes) != {np.dtype(np.int8)}:
+            raise FileFormatError(f"the sketches have dtypes {dtypes[0]} and {dtypes[1]}; expected int8")
+        if any(part.size and (part.min() < -1 or part.max() > 1) for part in (left, right)):
+            raise BadInputError("the sketches hold something else than -1, 0 and 1")
+        packed_left, packed_right = (pack(value.reshape(len(value), -1)) for value in (left, right))
+        return cls(core, packed_left, packed_right, left.shape[1], right.shape[2])
 
     @property
     def rank(self) -> int:
@@ -98,10 +123,19 @@ class SketchFactors:
         """b: every slice has vectors of its own."""
         return len(self.core)
 
+    @property
+    def left(self) -> np.ndarray:
+        """int8 [n3, n1, r], entries -1, 0, 1; unpacked anew each time."""
+        return unpack(self.packed_left, self.n1 * self.rank).reshape(-1, self.n1, self.rank)
+
+    @property
+    def right(self) -> np.ndarray:
+        """int8 [n3, r, n2], entries -1, 0, 1; unpacked anew each time."""
+        return unpack(self.packed_right, self.rank * self.n2).reshape(-1, self.rank, self.n2)
+
     def stored(self) -> dict[str, np.ndarray]:
         """The tensors of the adapter file."""
-        left, right = (pack(value.reshape(len(value), -1)) for value in (self.left, self.right))
-        return {"core": self.core, "left": left, "right": right}
+        return {"core": self.core, "left": self.packed_left, "right": self.packed_right}
 
     def feeds(self) -> dict[str, np.ndarray]:
         """The inputs of the graphs: core, and f32 unit vectors left [n3, n1, r] and right [n3, r, n2]."""
@@ -140,22 +174,10 @@ def read_factors(parts: Mapping[str, np.ndarray], spec: GroupSpec, where: str) -
     factors: AnyFactors
     if set(parts) == {"core", *INDEX_PARTS}:
         factors = Factors(parts["core"], parts["rows"], parts["cols"])
-        check_factors(factors, spec, where)
-        return factors
-    rank = _check_core(parts["core"], spec, where)
-    unpacked = []
-    for name, shape in (("left", (spec.n1, rank)), ("right", (rank, spec.n2))):
-        count, packed = shape[0] * shape[1], parts[name]
-        expected = (len(spec.parameters), packed_size(count))
-        if packed.shape != expected or packed.dtype != np.uint8:
-            raise FileFormatError(
-                f"{name} has shape {packed.shape} and dtype {packed.dtype}; expected uint8 {list(expected)}",
-                where=where,
-            )
-        if not is_valid(packed, count):
-            raise BadInputError(f"{name} holds something else than -1, 0 and 1", where=where)
-        unpacked.append(unpack(packed, count).reshape(-1, *shape))
-    return SketchFactors(parts["core"], *unpacked)
+    else:
+        factors = SketchFactors(parts["core"], parts["left"], parts["right"], spec.n1, spec.n2)
+    check_factors(factors, spec, where)
+    return factors
 
 
 def check_factors(factors: AnyFactors, spec: GroupSpec, where: str) -> None:
@@ -168,17 +190,21 @@ def check_factors(factors: AnyFactors, spec: GroupSpec, where: str) -> None:
 
 
 def _check_sketches(factors: SketchFactors, spec: GroupSpec, rank: int, where: str) -> None:
-    shapes = factors.left.shape, factors.right.shape
-    n3 = len(spec.parameters)
-    if shapes != ((n3, spec.n1, rank), (n3, rank, spec.n2)):
-        raise FileFormatError(f"the sketches have the shapes {shapes}", where=where)
-    if {factors.left.dtype, factors.right.dtype} != {np.dtype(np.int8)}:
+    if (factors.n1, factors.n2) != (spec.n1, spec.n2):
         raise FileFormatError(
-            f"the sketches have dtypes {factors.left.dtype} and {factors.right.dtype}; expected int8",
+            f"the sketches are of weights [{factors.n1}, {factors.n2}], not [{spec.n1}, {spec.n2}]",
             where=where,
         )
-    if any(part.min() < -1 or part.max() > 1 for part in (factors.left, factors.right)):
-        raise BadInputError("the sketches hold something else than -1, 0 and 1", where=where)
+    sides = (("left", factors.packed_left, spec.n1 * rank), ("right", factors.packed_right, rank * spec.n2))
+    for name, packed, count in sides:
+        expected = (len(spec.parameters), packed_size(count))
+        if packed.shape != expected or packed.dtype != np.uint8:
+            raise FileFormatError(
+                f"{name} has shape {packed.shape} and dtype {packed.dtype}; expected uint8 {list(expected)}",
+                where=where,
+            )
+        if not is_valid(packed, count):
+            raise BadInputError(f"{name} holds something else than -1, 0 and 1", where=where)
 
 
 def _check_indices(factors: Factors, spec: GroupSpec, rank: int, where: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 _PER_BYTE = 4
+_PIECE = 2**16  # bytes that are checked at a time
 _SHIFTS = np.arange(0, 8, 2, dtype=np.uint8)
 _CODES = (np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS) & np.uint8(3)  # of every byte
 _ENTRIES = _CODES.astype(np.int8) - np.int8(1)
@@ -38,7 +39,9 @@ def is_valid(packed: np.ndarray, count: int) -> bool:
     bits behind."""
     used = count % _PER_BYTE
     stray = bool((packed[:, -1] >> (2 * used)).any()) if used and packed.size else False
-    return not stray and not _INVALID[packed].any()
+    flat = packed.reshape(-1)
+    pieces = (flat[start : start + _PIECE] for start in range(0, flat.size, _PIECE))
+    return not stray and not any(_INVALID[piece].any() for piece in pieces)
 
 
 def unit_vectors(values: np.ndarray, axis: int) -> np.ndarray:

@@ -6,7 +6,8 @@ any more, the difference cannot be told, and nothing is combined: guessing would
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from dataclasses import dataclass, replace
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.arithmetic import combine
@@ -36,18 +37,48 @@ def origin_of(digest: str | None, store: Store) -> str | None:
         return None
 
 
-def obstacle(digest: str, store: Store, bundle: Bundle) -> str | None:
-    """Why a personal adapter in the store cannot be combined with another one; None where it can."""
-    origin = origin_of(digest, store)
-    if origin is None:
-        return "it does not say what it started from (train it once more), so it cannot be combined"
-    if _find(origin, store, bundle) is None:
-        return f"what it started from ({origin[:19]}...) is not here any more, so it cannot be combined"
-    return None
+@dataclass(frozen=True)
+class Learnt:
+    """What a personal adapter learned here: itself, and what it started from.
+
+    Attributes:
+        digest: in the store; None is the base.
+        adapter: None where it is damaged.
+        origin: what it says that it started from (`edge_tcur_runtime.origin`).
+        start: the adapter that `origin` stands for; None where it is not here any more.
+    """
+
+    digest: str | None
+    adapter: Adapter | None = None
+    origin: str | None = None
+    start: Adapter | None = None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why it cannot be combined with another one; None where it can."""
+        if self.origin is None:
+            return "it does not say what it started from (train it once more), so it cannot be combined"
+        if self.start is None:
+            return (
+                f"what it started from ({self.origin[:19]}...) is not here any more, so it cannot be combined"
+            )
+        return None
 
 
-def blend(new: Adapter, personal: Adapter, store: Store, bundle: Bundle) -> Adapter:
-    """`new` plus the difference between `personal` and what it started from.
+def read_learnt(digest: str | None, store: Store, bundle: Bundle) -> Learnt:
+    """Reads a personal adapter of the store and what it started from, each once."""
+    if digest is None:
+        return Learnt(None)
+    try:
+        adapter = store.load(digest)
+    except EdgeError:  # damaged: told where it is used
+        return Learnt(digest)
+    origin = start_of(adapter)
+    return Learnt(digest, adapter, origin, None if origin is None else _find(origin, store, bundle))
+
+
+def blend(new: Adapter, learnt: Learnt) -> Adapter:
+    """`new` plus the difference between a personal adapter and what it started from.
 
     Returns:
         a personal adapter that says that it started from `new`.
@@ -56,9 +87,8 @@ def blend(new: Adapter, personal: Adapter, store: Store, bundle: Bundle) -> Adap
         IncompatibleError: other rows or columns, or the start is not here; the personal adapter stays in use.
     """
     hint = "the personal adapter stays in use; '--personal replace' takes the published one alone"
-    origin = start_of(personal)
-    start = None if origin is None else _find(origin, store, bundle)
-    if start is None:
+    personal, start = learnt.adapter, learnt.start
+    if personal is None or start is None:
         raise IncompatibleError("what the personal adapter started from is not here", hint=hint)
     try:
         mixed = combine([new, personal, start], [1.0, 1.0, -1.0])
@@ -79,12 +109,9 @@ def _find(origin: str, store: Store, bundle: Bundle) -> Adapter | None:
     try:
         if origin == BASE:
             return blank_adapter(bundle)
-        for line in store.list():
-            if line.problem is not None:
-                continue
-            adapter = store.load(line.digest)
-            if origin in (line.digest, content_digest(adapter)):
-                return adapter
+        if origin in store.digests():
+            with contextlib.suppress(EdgeError):  # damaged: the bundle may have it
+                return store.load(origin)
         own = bundle_adapter(bundle)
     except IncompatibleError:  # the bundle has none
         return None

@@ -34,7 +34,7 @@ from edge_tcur_runtime.formats.adapter import (
 from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of, target_place
 from edge_tcur_runtime.store import Store, check_name
-from edge_tcur_runtime.update.blend import blend, obstacle, origin_of
+from edge_tcur_runtime.update.blend import Learnt, blend, origin_of, read_learnt
 from edge_tcur_runtime.update.client import Verified, refresh, repository_id, signed_content
 from edge_tcur_runtime.update.fetch import (
     CacheTransport,
@@ -209,6 +209,7 @@ class _Update:
         self.progress: Progress = lambda _done, _size: None
         self.health: HealthCheck = _check
         self.notes: list[str] = []
+        self._read_learnt = Learnt(None)
 
     @property
     def counters(self) -> Counters:
@@ -303,8 +304,14 @@ class _Update:
         )
         if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
             return situation
-        why = obstacle(active, self.store, self.bundle)
-        return replace(situation, origin=origin_of(active, self.store), obstacle=why)
+        learnt = self._learnt(active)
+        return replace(situation, origin=learnt.origin, obstacle=learnt.obstacle)
+
+    def _learnt(self, digest: str | None) -> Learnt:
+        """What an adapter in use learned here; read once, unless another one came in use meanwhile."""
+        if digest != self._read_learnt.digest:
+            self._read_learnt = read_learnt(digest, self.store, self.bundle)
+        return self._read_learnt
 
     def _carry_out(self, decision: Decision) -> str | None:
         """Does what was decided and returns what the health check saw."""
@@ -339,13 +346,22 @@ class _Update:
     def _stage(self, offer: Offer) -> str:
         """Fetches an adapter, verifies it and keeps it in the store, not in use; returns its digest."""
         base = self.bundle.manifest.base_digest
-        known = {line.digest for line in self.store.list() if line.problem is None}
-        if offer.digest not in known:
+        if not self._is_whole(offer.digest):
             raw = self._fetch(offer)
             with signed_content("no adapter"):
                 self.store.install(raw, expected_base=base, where=offer.entry.path)
         discard(self._downloads / offer.entry.sha256)
         return offer.digest
+
+    def _is_whole(self, digest: str) -> bool:
+        """Whether an adapter is in the store and not damaged."""
+        if digest not in self.store.digests():
+            return False
+        try:
+            self.store.load(digest)
+        except EdgeError:
+            return False
+        return True
 
     def _repair(self, offer: Offer | None) -> None:
         """Fetches the adapter in use again where its file is damaged or gone."""
@@ -388,7 +404,7 @@ class _Update:
         Raises:
             IncompatibleError: other rows or columns; the personal adapter stays in use.
         """
-        mixed = blend(self.store.load(digest), self.store.load("active"), self.store, self.bundle)
+        mixed = blend(self.store.load(digest), self._learnt(self.store.active_digest()))
         found = self.store.install(serialize_adapter(mixed))
         self._save(replace(self.state, combined=(*self.state.combined, found)))
         return found
@@ -424,8 +440,8 @@ class _Update:
         """
         state, committed = self.store.state, self.state.committed
         personal = state.in_use is not None and state.in_use not in self.state.published
-        held = {line.digest for line in self.store.list()}
-        starts = {origin_of(digest, self.store) for digest in held - set(self.state.published)}
+        held = self.store.digests()
+        starts = {origin_of(digest, self.store) for digest in held.difference(self.state.published)}
         kept = []
         for digest in self.state.published:
             last = committed is not None and digest == committed.digest
@@ -438,7 +454,7 @@ class _Update:
 
     def _drop_combined(self) -> tuple[str, ...]:
         """Removes combinations that nothing refers to; returns the others."""
-        referenced, held = self.store.state.referenced, {line.digest for line in self.store.list()}
+        referenced, held = self.store.state.referenced, self.store.digests()
         kept = []
         for digest in dict.fromkeys(self.state.combined):
             if digest in referenced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.origin import blank_adapter, bundle_adapter, content_digest, start_of, starting_from
 from edge_tcur_runtime.personalize import personalize
 from edge_tcur_runtime.settings import PersonalizeSettings, PrivacySettings
+from edge_tcur_runtime.store import Store
+from edge_tcur_runtime.update.blend import read_learnt
 from edge_tcur_runtime.update.policy import Action, Personal
 
 pytest.importorskip("onnxruntime")
@@ -60,6 +63,38 @@ def test_what_was_learned_is_added_wherever_it_started(simulator, device, adapte
     check_sum(mixed, parse_adapter(adapters[2]), trained, start or blank_adapter(open_bundle(device.bundle)))
     assert start_of(mixed) == second.digest
     assert not device.update(simulator, personal=Personal.COMBINE).changed
+
+
+def test_an_update_reads_the_stores_adapters_once_to_combine_them(simulator, device, adapters, monkeypatch):
+    """A personal adapter once more, for what the store may forget at the end of the update."""
+    first = simulator.release(adapters[1])
+    device.update(simulator)
+    train(device, parse_adapter(adapters[1]))
+    personal = device.store.active_digest()
+    other = device.store.install(adapters[4], name="other")
+    second = simulator.release(adapters[2])
+    reads, load = Counter(), Store._load
+
+    def counted(store, digest):
+        reads[digest] += 1
+        return load(store, digest)
+
+    monkeypatch.setattr(Store, "_load", counted)
+    assert device.update(simulator, personal=Personal.COMBINE).action is Action.COMBINE
+    assert {digest: reads[digest] for digest in (first.digest, personal, other, second.digest)} == {
+        first.digest: 1, personal: 2, other: 1, second.digest: 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["active", "personal", "previous", "sha256:", "base "])
+def test_a_start_is_a_digest_and_no_name_in_the_store(device, adapters, word):
+    adapter = parse_adapter(adapters[0])
+    adapter = replace(adapter, header=replace(adapter.header, provenance={"start": word}))
+    digest = device.store.install(serialize_adapter(adapter), name="personal")
+    device.store.activate(digest)
+    learnt = read_learnt(digest, device.store, open_bundle(device.bundle))
+    assert (learnt.origin, learnt.start) == (word, None)
+    assert "not here any more" in learnt.obstacle
 
 
 def test_training_on_keeps_the_first_start(simulator, device, adapters):
