@@ -21,8 +21,9 @@ import tempfile
 import time
 import tracemalloc
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,9 +171,10 @@ def run(seed: int, count: int, processes: int, total: Tally) -> None:
     """All mutants, with a line of progress, and the figures."""
     began, done = time.monotonic(), 0
     starts = range(0, count, CHUNK)
-    with multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for tally in pool.imap_unordered(partial(run_chunk, seed), starts):
-            total.add(tally)
+    # An executor notices a worker that ended by itself (the traceback of a hang); a Pool would wait for ever.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        for chunk in as_completed([pool.submit(run_chunk, seed, start) for start in starts]):
+            total.add(chunk.result())
             done += CHUNK
             rate = done / (time.monotonic() - began)
             end = "\r" if sys.stdout.isatty() else "\n"
