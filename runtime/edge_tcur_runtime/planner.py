@@ -19,8 +19,8 @@ from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables, RowTable
 from edge_tcur_runtime.units import format_size
 
 # Before anything was measured: bytes for each byte of the table's values, and of a session for each node
-# (tests/benchmarks/budget.py). ONNX Runtime's optimiser upsets the order of the graph that recomputes.
-FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 2.25, "train": 1.3}
+# (tests/benchmarks/budget.py).
+FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 1.3, "train": 1.3}
 NODE_BYTES = {"step": 9 * 2**10, "train": 12 * 2**10}
 WARM_BYTES = 11 * 2**20  # code, buffers and small values that stay after the first pass
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds

@@ -582,7 +582,7 @@ def crossing(monkeypatch, passes, limit):
         return Memory(peak, limit // 2, 0, 0)
 
     monkeypatch.setattr(module, "open_engine", opened)
-    for part in (module, trainer_module):
+    for part in (module, trainer_module, fitting_module):
         monkeypatch.setattr(part, "read_memory", memory)
     monkeypatch.setattr(budget_module, "read_memory", memory)
     return state

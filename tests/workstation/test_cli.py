@@ -369,6 +369,7 @@ class Report:
     executorch: ProgramReport = field(default_factory=ProgramReport)
     quantization: QuantizationReport = field(default_factory=QuantizationReport)
     not_run: dict = field(default_factory=lambda: {"infer-vulkan": "no such backend"})
+    converted: dict = field(default_factory=lambda: {"bfloat16": 3})
 
     def to_dict(self):
         return {"bundle": "b", "base_bytes": self.base_bytes, "graph_bytes": self.graph_bytes}

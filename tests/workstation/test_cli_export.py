@@ -45,7 +45,7 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     report = json.loads(out)
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
-        "files", "seconds", "stages", "executorch", "quantization", "not_run",
+        "files", "seconds", "stages", "executorch", "quantization", "not_run", "converted",
     }  # fmt: skip
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}
