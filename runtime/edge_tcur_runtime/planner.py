@@ -21,8 +21,9 @@ from edge_tcur_runtime.units import format_size
 # Before anything was measured: bytes for each byte of the table's values, and of a session for each node
 # (tests/benchmarks/budget.py).
 FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 1.3, "train": 1.3}
-NODE_BYTES = {"step": 9 * 2**10, "train": 12 * 2**10}
-WARM_BYTES = 11 * 2**20  # code, buffers and small values that stay after the first pass
+NODE_BYTES = {"step": 9 * 2**10, "step_last": 9 * 2**10, "step_recompute": 5.5 * 2**10, "train": 12 * 2**10}
+# Code, buffers and small values that stay after the first pass.
+WARM_BYTES = {"step": 11 * 2**20, "step_last": 11 * 2**20, "step_recompute": 15 * 2**20, "train": 11 * 2**20}
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
@@ -371,4 +372,4 @@ def footprint_of(
 
 def session_bytes(role: str, nodes: int) -> int:
     """Bytes that a session of a training graph holds, before anything was measured."""
-    return NODE_BYTES["train" if role == "train" else "step"] * nodes + WARM_BYTES
+    return round(NODE_BYTES[role] * nodes) + WARM_BYTES[role]
