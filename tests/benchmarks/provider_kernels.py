@@ -38,9 +38,9 @@ def cases() -> Iterator[tuple[str, bytes]]:
     from onnx.backend.test.case.node import collect_testcases
 
     for operator, text in OWN.items():
-        model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": {OPSET}]> own {text}')
-        _add_neighbours(model.graph)
-        yield operator, model.SerializeToString()
+        own = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": {OPSET}]> own {text}')
+        _add_neighbours(own.graph)
+        yield operator, own.SerializeToString()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = collect_testcases(None)
