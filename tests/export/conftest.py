@@ -287,3 +287,19 @@ def kit():
         check_personalisation=check_personalisation,
         read_ptd=read_ptd,
     )
+
+
+@pytest.fixture
+def train_module(tmp_path, monkeypatch):
+    """Trains a run on a class of a module's source, with pictures of 4 x 4 in three classes."""
+    images = np.random.default_rng(0).integers(0, 255, (30, 4, 4)).astype(np.uint8)
+    np.savez(tmp_path / "pictures.npz", images=images, labels=np.arange(30) % 3)
+    monkeypatch.chdir(tmp_path)
+
+    def call(source, module, name, **settings):
+        (tmp_path / f"{module}.py").write_text(source)
+        usual = {"task": "image-classification", "rank": 2, "epochs": 1, "threads": 1}
+        config = TrainConfig(f"{module}:{name}", "pictures.npz", **usual, **settings)
+        return train(config, tmp_path / "run").run
+
+    return call

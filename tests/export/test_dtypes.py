@@ -11,7 +11,6 @@ from torch import nn
 
 from edge_tcur.errors import ExportError
 from edge_tcur.method.views import LINEAR
-from edge_tcur.training import TrainConfig, train
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.convolution import Updates
 from edge_tcur_export.settings import ExportSettings
@@ -54,18 +53,9 @@ class Fixed(Asks):
 
 
 @pytest.fixture
-def run_of(tmp_path, monkeypatch):
+def run_of(train_module):
     """Trains a run on one of the classes of `MODELS`."""
-    (tmp_path / "dtype_models.py").write_text(MODELS)
-    images = np.random.default_rng(0).integers(0, 255, (30, 4, 4)).astype(np.uint8)
-    np.savez(tmp_path / "pictures.npz", images=images, labels=np.arange(30) % 3)
-    monkeypatch.chdir(tmp_path)
-
-    def call(name):
-        settings = {"task": "image-classification", "rank": 2, "epochs": 1, "threads": 1}
-        return train(TrainConfig(f"dtype_models:{name}", "pictures.npz", **settings), tmp_path / "run").run
-
-    return call
+    return lambda name: train_module(MODELS, "dtype_models", name)
 
 
 def test_a_bfloat16_base_is_exported_in_float32(run_of, tmp_path):

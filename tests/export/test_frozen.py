@@ -8,7 +8,6 @@ import onnx_ir as ir
 import pytest
 
 from edge_tcur.errors import ExportError
-from edge_tcur.training import TrainConfig, train
 from edge_tcur_export import saved
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.bundle import export_run
@@ -91,19 +90,9 @@ CONVOLUTION = """u{y} = Unsqueeze({x}, second)
 
 
 @pytest.fixture
-def run_of(tmp_path, monkeypatch):
+def run_of(train_module):
     """Trains a run on one of the classes of `MODELS`."""
-    (tmp_path / "frozen_models.py").write_text(MODELS)
-    images = np.random.default_rng(0).integers(0, 255, (30, 4, 4)).astype(np.uint8)
-    np.savez(tmp_path / "pictures.npz", images=images, labels=np.arange(30) % 3)
-    monkeypatch.chdir(tmp_path)
-
-    def call(name):
-        settings = {"task": "image-classification", "rank": 2, "epochs": 1, "threads": 1}
-        config = TrainConfig(f"frozen_models:{name}", "pictures.npz", targets="*blocks*", **settings)
-        return train(config, tmp_path / "run").run
-
-    return call
+    return lambda name: train_module(MODELS, "frozen_models", name, targets="*blocks*")
 
 
 def graph_of(form):
