@@ -59,7 +59,7 @@ def _match(node: ir.Node) -> _Update | None:
     if node.op_type != "Add":
         return None
     layer, update = node.inputs
-    product, bias = _layer(layer)
+    product, bias = linear_layer(layer)
     update, columns = _product(update)
     update, core = _product(update)
     x, gathered = _product(update)
@@ -69,7 +69,7 @@ def _match(node: ir.Node) -> _Update | None:
     own = (product.inputs[0], product.inputs[1]) == (x, gather.inputs[0])
     if not own or gather.attributes.get_int("axis", 0) != 1:
         return None
-    rows = _fed(gather.inputs[1])
+    rows = indices_as_fed(gather.inputs[1])
     if layer is None or rows is None or core is None or columns is None:
         return None
     return _Update(node, layer, bias, rows, core, columns)
@@ -83,7 +83,7 @@ def _product(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
     return node.inputs[0], node.inputs[1]
 
 
-def _layer(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
+def linear_layer(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
     """The product and the bias of a linear layer's output."""
     node = None if value is None else value.producer()
     if node is not None and node.op_type == "Add":
@@ -96,7 +96,7 @@ def _layer(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
     return (node, bias) if node is not None and node.op_type == "MatMul" else (None, None)
 
 
-def _fed(value: ir.Value | None) -> ir.Value | None:
+def indices_as_fed(value: ir.Value | None) -> ir.Value | None:
     """Indices as they are fed, before the exporter's conversions: Gather takes int32."""
     while (
         value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Reshape")
@@ -110,7 +110,7 @@ def _rewrite(graph: ir.Graph, update: _Update) -> None:
     nodes: list[ir.Node] = []
     gather = update.columns.producer()
     if gather is not None and gather.op_type == "Gather":
-        gather.replace_input_with(1, _fed(gather.inputs[1]))
+        gather.replace_input_with(1, indices_as_fed(gather.inputs[1]))
 
     def add(operator: str, inputs: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
         made = ir.Node(

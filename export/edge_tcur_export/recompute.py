@@ -55,13 +55,16 @@ class RecomputedBlock:
     gate: str
 
 
-def recompute_blocks(model: ir.Model, inputs: Collection[str]) -> list[RecomputedBlock]:
+def recompute_blocks(
+    model: ir.Model, inputs: Collection[str], keep: Collection[str] = ()
+) -> list[RecomputedBlock]:
     """Lets the backward pass read duplicates of what each block computes, the last block's apart: its
     backward pass comes at once, so nothing of it is ever kept for long.
 
     Args:
         model: a step graph, changed in place: outputs ``loss``, ``logits`` and gradients.
         inputs: names of the graph's inputs that hold the batch, the targets among them.
+        keep: names of values that stay: small, and dear to compute again.
 
     Returns:
         the blocks that are recomputed, in the order in which the backward pass reaches them.
@@ -70,7 +73,7 @@ def recompute_blocks(model: ir.Model, inputs: Collection[str]) -> list[Recompute
         ExportError: the model has no two numbered blocks, or the gradient takes a way through the graph that
             leaves no place for a gate.
     """
-    plan = _Plan(model.graph, frozenset(inputs))
+    plan = _Plan(model.graph, frozenset(inputs), frozenset(keep))
     if len(plan.blocks) < 2:
         raise ExportError(
             f"recompute needs numbered blocks (layers.0, layers.1, ...); the model has {len(plan.blocks)}",
@@ -103,6 +106,7 @@ class _Plan:
 
     graph: ir.Graph
     inputs: frozenset[str]
+    keep: frozenset[str]
     blocks: list[str] = field(default_factory=list)
     levels: dict[ir.Value, int] = field(default_factory=dict)
     forward: list[ir.Node] = field(default_factory=list)
@@ -136,10 +140,11 @@ class _Plan:
         self.levels.update(dict.fromkeys(node.outputs, level))
 
     def is_kept(self, value: ir.Value) -> bool:
-        """Whether a value of the forward pass stays: an input, an output, what another block reads, and what
-        would not come out the same a second time."""
+        """Whether a value of the forward pass stays: an input, an output, what is asked for, what another block
+        reads, and what would not come out the same a second time."""
         node = value.producer()
-        if node is None or value.is_graph_output() or not _is_repeatable(node):
+        named = value.is_graph_output() or value.name in self.keep
+        if node is None or named or not _is_repeatable(node):
             return True
         level = self.levels[value]
         return level == _BEFORE or any(

@@ -26,6 +26,7 @@ from edge_tcur_export.recompute import block_of, recompute_blocks
 from edge_tcur_export.saved import save_graph
 from edge_tcur_export.scalars import read_scalars
 from edge_tcur_export.settings import ExportSettings
+from edge_tcur_export.step_rows import take_rows_by_products
 from edge_tcur_export.trace import (
     EXAMPLE_LENGTH,
     TARGETS,
@@ -87,11 +88,12 @@ class StepGraphs:
         model = to_graph(trace_step(forward, example))
         self.sources["step"] = Source.of(model, forward.signature.inputs)
         self._write_loss(model)
+        picked = take_rows_by_products(model)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
         roles = {"step": STEP}
         if self._settings.recompute:
-            self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS)))
+            self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS), picked))
             dequantize_late(model)
             save_graph(model, self._directory / RECOMPUTE)
             roles["step_recompute"] = RECOMPUTE
@@ -131,6 +133,7 @@ class StepGraphs:
         graph = to_graph(trace_step(forward, partial))
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
         self._write_loss(graph)
+        take_rows_by_products(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)
