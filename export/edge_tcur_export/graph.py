@@ -30,6 +30,7 @@ OPSET = 20
 _MISSING = re.compile(r"No ONNX function found for <OpOverload\(op='([\w.]+)'")
 # The exporter drops these, so they need no ONNX form.
 _ASSERTIONS = (torch.ops.aten._assert_scalar.default, torch.ops.aten._assert_tensor_metadata.default)
+_INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 IR_VERSION = 10  # ONNX Runtime Training 1.19.2 reads IR 10 and older; onnx writes newer ones
 
 
@@ -63,6 +64,7 @@ def to_graph(traced: Traced) -> ir.Model:
     ):
         clean(model)
     merge_reshapes(model)
+    read_indices_as_fed(model)
     remember_modules(model, PREFIX)
     clear_metadata(model)
     _name(model.graph.inputs, traced.signature.inputs)
@@ -84,6 +86,21 @@ def merge_reshapes(model: ir.Model) -> ir.Model:
         sizes = None if shape is None or shape.const_value is None else shape.const_value.numpy()
         if node.attributes.get_int("allowzero", 0) == 1 or (sizes is not None and sizes.all()):
             node.replace_input_with(0, before.inputs[0])
+    common.RemoveUnusedNodesPass()(model)
+    return model
+
+
+def read_indices_as_fed(model: ir.Model) -> ir.Model:
+    """Lets every Gather read a list of indices itself in the place of its conversion to int64, behind a
+    Reshape that changes nothing, which the exporter puts in front of each: Gather takes int32 as well."""
+    for node in [node for node in model.graph if node.op_type == "Gather"]:
+        table, index = node.inputs
+        while (made := None if index is None else index.producer()) and made.op_type in ("Cast", "Reshape"):
+            index = made.inputs[0]
+        if table is None or index is None or index.dtype not in _INDICES or len(index.shape or ()) != 1:
+            continue
+        if len(table.shape or ()) == len(node.outputs[0].shape or ()):  # a list in the node's eyes too
+            node.replace_input_with(1, index)
     common.RemoveUnusedNodesPass()(model)
     return model
 

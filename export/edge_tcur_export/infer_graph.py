@@ -69,7 +69,7 @@ def _match(node: ir.Node) -> _Update | None:
     own = (product.inputs[0], product.inputs[1]) == (x, gather.inputs[0])
     if not own or gather.attributes.get_int("axis", 0) != 1:
         return None
-    rows = indices_as_fed(gather.inputs[1])
+    rows = gather.inputs[1]
     if layer is None or rows is None or core is None or columns is None:
         return None
     return _Update(node, layer, bias, rows, core, columns)
@@ -96,21 +96,9 @@ def linear_layer(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | Non
     return (node, bias) if node is not None and node.op_type == "MatMul" else (None, None)
 
 
-def indices_as_fed(value: ir.Value | None) -> ir.Value | None:
-    """Indices as they are fed, before the exporter's conversions: Gather takes int32."""
-    while (
-        value is not None and (node := value.producer()) is not None and node.op_type in ("Cast", "Reshape")
-    ):
-        value = node.inputs[0]
-    return value
-
-
 def _rewrite(graph: ir.Graph, update: _Update) -> None:
     name = str(update.total.outputs[0].name)
     nodes: list[ir.Node] = []
-    gather = update.columns.producer()
-    if gather is not None and gather.op_type == "Gather":
-        gather.replace_input_with(1, indices_as_fed(gather.inputs[1]))
 
     def add(operator: str, inputs: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
         made = ir.Node(

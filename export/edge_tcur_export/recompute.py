@@ -140,8 +140,8 @@ class _Plan:
         self.levels.update(dict.fromkeys(node.outputs, level))
 
     def is_kept(self, value: ir.Value) -> bool:
-        """Whether a value of the forward pass stays: an input, an output, what is asked for, what another block
-        reads, and what would not come out the same a second time."""
+        """Whether a value of the forward pass stays: an input, an output, what is asked for, what another
+        block reads, and what would not come out the same a second time."""
         node = value.producer()
         named = value.is_graph_output() or value.name in self.keep
         if node is None or named or not _is_repeatable(node):

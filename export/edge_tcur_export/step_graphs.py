@@ -18,6 +18,7 @@ from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.graph import add_zero_gradients, to_graph
+from edge_tcur_export.infer_graph import split_stacks
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
 from edge_tcur_export.log_softmax import write_log_softmax
 from edge_tcur_export.parity import Case
@@ -88,6 +89,7 @@ class StepGraphs:
         model = to_graph(trace_step(forward, example))
         self.sources["step"] = Source.of(model, forward.signature.inputs)
         self._write_loss(model)
+        split_stacks(model)
         picked = take_rows_by_products(model)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
@@ -133,6 +135,7 @@ class StepGraphs:
         graph = to_graph(trace_step(forward, partial))
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
         self._write_loss(graph)
+        split_stacks(graph)
         take_rows_by_products(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)

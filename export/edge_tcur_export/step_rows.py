@@ -6,8 +6,8 @@ every step; with few tokens a step that is a fifth of the time. Neither pass nee
 
 - forward, ``x R = (x W)[rows]``: the rows of a product that is there anyway;
 - backward, with the gradient ``g`` of the layer and ``h`` of ``x R``, the gradient of ``x`` is
-  ``g W^T + h R^T = (g + h E) W^T`` with ``E`` [r, n1] one where a row was picked: the small product is added on
-  the other side of the large one. (Traced, the backward pass of rows of a product would be a scatter.)
+  ``g W^T + h R^T = (g + h E) W^T`` with ``E`` [r, n1] one where a row was picked: the small product is added
+  on the other side of the large one. (Traced, the backward pass of rows of a product would be a scatter.)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from edge_tcur_export.infer_graph import indices_as_fed, linear_layer
+from edge_tcur_export.infer_graph import linear_layer
 from edge_tcur_export.packed import constant
 
 
@@ -123,7 +123,7 @@ def _only_reader(value: ir.Value, operator: str) -> ir.Node | None:
 
 def _rewrite(graph: ir.Graph, rows: _Rows) -> str:
     picked = rows.product.outputs[0]
-    indices = indices_as_fed(rows.gather.inputs[1])
+    indices = rows.gather.inputs[1]
     assert indices is not None
     writer = _Writer(str(picked.name))
     taken = writer("Gather", [rows.layer, indices], "rows", picked, axis=1)
@@ -139,8 +139,15 @@ def _rewrite(graph: ir.Graph, rows: _Rows) -> str:
 
 
 def _rewrite_backward(graph: ir.Graph, backward: _Backward, indices: ir.Value) -> None:
-    old, (gradient, turned), above = backward.total.outputs[0], backward.large.inputs, backward.small.inputs[0]
-    assert gradient is not None and turned is not None and above is not None and gradient.shape is not None
+    old, (gradient, turned), above = (
+        backward.total.outputs[0],
+        backward.large.inputs,
+        backward.small.inputs[0],
+    )
+    assert gradient is not None
+    assert gradient.shape is not None
+    assert turned is not None
+    assert above is not None
     assert above.shape is not None
     writer = _Writer(str(old.name))
     width = gradient.shape[1]
@@ -154,7 +161,9 @@ def _rewrite_backward(graph: ir.Graph, backward: _Backward, indices: ir.Value) -
     equal.type, equal.shape = ir.TensorType(ir.DataType.BOOL), places
     ones = writer("Cast", [equal], "ones", old, to=int(ir.DataType.FLOAT))
     ones.shape = places
-    added = writer("Add", [writer("MatMul", [above, ones], "spread", gradient), gradient], "with_rows", gradient)
+    added = writer(
+        "Add", [writer("MatMul", [above, ones], "spread", gradient), gradient], "with_rows", gradient
+    )
     total = writer("MatMul", [added, turned], "total", old)
     graph.insert_before(backward.total, writer.nodes)
     name, old.name = old.name, f"{old.name}.before"

@@ -30,6 +30,7 @@ from edge_tcur.tasks import Task
 from edge_tcur_export.convolution import FrozenConvolution, FrozenLayer, Parts, Update, Updates
 from edge_tcur_export.decompositions import BACKWARD, Table
 from edge_tcur_export.failures import explained, explained_backward
+from edge_tcur_export.narrow import narrow
 from edge_tcur_export.rewrites import rewrite
 from edge_tcur_runtime.formats.factors import SKETCH, factor_parts
 
@@ -70,7 +71,8 @@ class _Alone:
     scatter into the backward graph, which costs more than the r features and which few providers have."""
 
     def __init__(self, group: Group, layers: Sequence[FrozenLayer], factors: GroupFactors) -> None:
-        self._core, self._rows, self._cols = factors
+        core, self._rows, self._cols = factors
+        self._cores = core.chunk(core.shape[0])
         self._size = group.size
         self._layers = layers
 
@@ -78,7 +80,7 @@ class _Alone:
         """See `Update`."""
         block, layer = position // self._size, self._layers[position]
         rows_t, columns_t = layer.rows_t(self._rows[block]), layer.columns_t(self._cols[block])
-        return rows_t, self._core[position].T, columns_t
+        return rows_t, self._cores[position].squeeze(0).T, columns_t
 
 
 class _Sketched:
@@ -379,7 +381,7 @@ def trace_program(model: nn.Module, arguments: tuple[Any, ...], shapes: tuple[An
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
-    return rewrite(explained(export, model))
+    return narrow(rewrite(explained(export, model)))
 
 
 def trace_backward(program: ExportedProgram, table: Table | None = None) -> ExportedProgram:
