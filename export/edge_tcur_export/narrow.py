@@ -224,7 +224,8 @@ def _sliced(node: fx.Node, part: Part) -> _Asked | None:
 _PRODUCTS = (_aten.matmul.default, _aten.mm.default, _aten.linear.default)
 _RESHAPES = (_aten.view.default, _aten.reshape.default)
 _ENTRIES = (
-    *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.where.self),
+    *(_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor),
+    *(_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.masked_fill.Scalar),
     *(_aten.gelu.default, _aten.relu.default, _aten.silu.default, _aten.tanh.default, _aten.sigmoid.default),
     *(_aten.rsqrt.default, _aten.pow.Tensor_Scalar, _aten.neg.default, _aten.exp.default),
     *(_aten.to.dtype, _aten.clone.default, _aten.contiguous.default, _aten.dropout.default),
