@@ -42,6 +42,8 @@ class Model:
         threads: CPU threads; 0 takes all that this process may use.
         check: run the bundle's canary on the base now, and on each adapter as it is loaded.
         placement: the provider that runs it (`edge_tcur_runtime.engines.selfcheck.choose_provider`).
+        prepack: hold the weights packed for the processor as well: one sample is answered up to 1.5 x
+            sooner, for as much memory again as the weights of the products take in float32.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
@@ -51,7 +53,13 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Bundle, *, threads: int = 0, check: bool = True, placement: Placement = ON_CPU
+        self,
+        bundle: Bundle,
+        *,
+        threads: int = 0,
+        check: bool = True,
+        placement: Placement = ON_CPU,
+        prepack: bool = False,
     ) -> None:
         graph = bundle.graph("infer")
         if graph is None:
@@ -65,7 +73,9 @@ class Model:
         self.task = find_device_task(bundle.manifest.task)
         files = bundle.manifest.files
         require_readable(bundle, graph)
-        self._session = open_session(graph, threads=threads, files=files, placement=placement)
+        self._session = open_session(
+            graph, threads=threads, files=files, placement=placement, prepack=prepack
+        )
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
         require_names(graph, "default for", names, bundle.manifest.inputs)

@@ -3,7 +3,8 @@
 Each round is a fresh process that imports the runtime, opens the bundle (every file's digest is computed),
 loads the model (session, tokenizer, canary of the base) and the bundle's adapter (with its canary), and
 answers one sample. Both processes read one clock, so the start of the interpreter is counted. Printed are
-medians of what each part takes, and of the whole with its range and processor time.
+medians of what each part takes, and of the whole with its range and processor time; then the time of an
+answer later on, and the peak of memory. ``--prepack`` is that of `Model`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 PARTS = ("interpreter", "import", "open bundle", "model", "adapter", "answer")
+LATER = 30  # answers after the first one
 TEXT = "turn the lights off in the kitchen, please"
 
 
-def run_child(root: Path, began: float) -> None:
+def run_child(root: Path, began: float, prepack: bool) -> None:
     """Prints the seconds of each part as JSON."""
     marks = [began, time.monotonic()]
+    from edge_tcur_runtime.budget import read_memory
     from edge_tcur_runtime.engines.session import import_onnxruntime
     from edge_tcur_runtime.formats.adapter import read_adapter
     from edge_tcur_runtime.formats.bundle import open_bundle
@@ -38,15 +41,23 @@ def run_child(root: Path, began: float) -> None:
     marks.append(time.monotonic())
     bundle = open_bundle(root)
     marks.append(time.monotonic())
-    model = Model(bundle)
+    model = Model(bundle, prepack=prepack)
     marks.append(time.monotonic())
     model.load("own", read_adapter(bundle.path(bundle.manifest.adapter or "")))
     marks.append(time.monotonic())
+    sample = [TEXT] if model.task.kind == "text" else _picture(bundle.manifest.preprocessing)
+    later = []
     with model.adapter("own"):
-        model.predict([TEXT] if model.task.kind == "text" else _picture(bundle.manifest.preprocessing))
-    marks.append(time.monotonic())
+        model.predict(sample)
+        marks.append(time.monotonic())
+        processor = time.process_time()
+        for _ in range(LATER):
+            started = time.monotonic()
+            model.predict(sample)
+            later.append(time.monotonic() - started)
     parts = [after - before for before, after in pairwise(marks)]
-    sys.stdout.write(json.dumps({"parts": parts, "processor": time.process_time()}) + "\n")
+    found = {"parts": parts, "processor": processor, "later": median(later), "peak": read_memory().peak}
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 def _picture(spec: Mapping[str, Any]) -> np.ndarray:
@@ -61,14 +72,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--prepack", action="store_true", help="hold the weights packed as well")
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child is not None:
-        run_child(options.bundle, options.child)
+        run_child(options.bundle, options.child, options.prepack)
         return
     found = []
     for _ in range(options.rounds + 1):
         command = [sys.executable, __file__, str(options.bundle), "--child", str(time.monotonic())]
+        command += ["--prepack"] * options.prepack
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found.append(json.loads(done.stdout))
     found = found[1:]  # the first one reads the files from the disk
@@ -77,6 +90,8 @@ def main() -> None:
     totals = [sum(one["parts"]) for one in found]
     sys.stdout.write(f"{'all':16}{median(totals):8.3f} s   from {min(totals):.3f} to {max(totals):.3f} s\n")
     sys.stdout.write(f"{'processor':16}{median(one['processor'] for one in found):8.3f} s\n")
+    sys.stdout.write(f"{'later answers':16}{median(one['later'] for one in found) * 1e3:8.1f} ms\n")
+    sys.stdout.write(f"{'peak':16}{median(one['peak'] for one in found) / 2**20:8.1f} MiB\n")
 
 
 if __name__ == "__main__":

@@ -165,6 +165,39 @@ def test_a_size_that_only_the_targets_have_stays():
     assert names(model.graph.inputs) == ["x", "labels"]
 
 
+INDICES = """g (float[4, 6] w, int32[r] rows, int32[a, b] table, float[s] z)
+    => (float[4, r] kept, float[a, b, 6] two, float[s, 6] cut)
+<int64[1] flat = {-1}> {
+    list = Reshape(rows, flat)
+    i = Cast <to = 7> (list)
+    kept = Gather <axis = 1> (w, i)
+    j = Cast <to = 7> (table)
+    two = Gather <axis = 0> (w, j)
+    k = Cast <to = 7> (z)
+    cut = Gather <axis = 0> (w, k)
+}"""
+
+
+def test_lists_of_indices_are_read_as_they_are_fed():
+    model = parse(INDICES)
+    for node in model.graph:
+        if node.op_type == "Gather":
+            size = {"kept": [4, "r"], "two": ["a", "b", 6], "cut": ["s", 6]}[node.outputs[0].name]
+            node.outputs[0].shape = ir.Shape(size)
+    graphs.read_indices_as_fed(model)
+    read = {node.outputs[0].name: node.inputs[1].name for node in model.graph if node.op_type == "Gather"}
+    assert read == {"kept": "rows", "two": "j", "cut": "k"}  # a table is no list, and a float no index
+    feeds = {
+        "w": np.arange(24, dtype=np.float32).reshape(4, 6),
+        "rows": np.array([5, 0], np.int32),
+        "table": np.array([[3], [1]], np.int32),
+        "z": np.array([2.9], np.float32),
+    }
+    before, after = run(parse(INDICES), feeds), run(model, feeds)
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
 FACTORS = """g (float[b, 2] x, int64[b] labels, float[r, r] core) => (float loss, float[b, 2] logits)
 <float[2, 1] left = {1, 2}, float[1, 2] right = {3, 4}> {
     h = MatMul(x, left)

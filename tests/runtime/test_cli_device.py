@@ -114,6 +114,12 @@ def test_predict_shows_people_a_table_and_the_accuracy(device):
     assert done.err == ""
 
 
+def test_predict_with_packed_weights_answers_the_same(device):
+    options = ("predict", V1, "--data", USER, "--adapter", "bundle", "--json")
+    plain, packed = (device(*options, *more).json["predictions"] for more in ((), ("--prepack",)))
+    assert [one["label"] for one in packed] == [one["label"] for one in plain]
+
+
 def test_predict_answers_data_without_labels(device, tmp_path):
     np.savez(tmp_path / "plain.npz", images=np.zeros((3, 8, 8), np.uint8))
     assert device("predict", V1, "--data", "plain.npz", "--json").json["accuracy"] is None

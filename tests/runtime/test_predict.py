@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from edge_tcur_runtime.data import Dataset
+from edge_tcur_runtime.engines import session
 from edge_tcur_runtime.errors import (
     BaseMismatchError,
     DataError,
@@ -73,6 +74,25 @@ def test_the_canary_answers_as_torch_did(root):
     model.attach(bundle_adapter(bundle))
     np.testing.assert_allclose(model.outputs(inputs), adapted, rtol=1e-4, atol=1e-5)
     assert np.abs(base - adapted).max() > 0.1  # the two can be told apart
+
+
+def test_packed_weights_answer_the_same_and_are_held_where_they_are_asked_for(bundle, canary, monkeypatch):
+    entries = []
+    real = session.session_options
+
+    def noted(*arguments, **options):
+        made = real(*arguments, **options)
+        entries.append(made.get_session_config_entry("session.disable_prepacking"))
+        return made
+
+    monkeypatch.setattr(session, "session_options", noted)
+    packed, plain = (Model(bundle, threads=1, prepack=choice) for choice in (True, False))
+    assert entries == ["0", "1"]
+    for adapter in (None, bundle_adapter(bundle)):
+        packed.attach(adapter)
+        plain.attach(adapter)
+        expected = plain.outputs(canary[0])
+        np.testing.assert_allclose(packed.outputs(canary[0]), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_adapter_file_of_version_1_answers_as_torch_did(model, canary):

@@ -47,6 +47,9 @@ Examples:
 @click.option(
     "--provider", default="auto", show_default=True, help="What runs the graph: auto, cpu, webgpu, ..."
 )
+@click.option("--prepack", is_flag=True,
+              help="Hold the weights packed for the processor as well: single answers come up to 1.5 x "
+              "sooner, for as much memory again as the weights take.")  # fmt: skip
 @click.option("--stream", is_flag=True,
               help="Answer a .jsonl file line by line in bounded memory, as --data - (standard input) does: "
               "a JSON line for each sample, at once. Labels in the data are not compared.")  # fmt: skip
@@ -75,7 +78,7 @@ def predict(
     if running["batch_size"] is not None and not streamed:
         raise UsageError("--batch-size is of a stream", hint="say --stream, or leave it out")
     opened = open_bundle(bundle)
-    model = _model(opened, running["provider"], store, sink)
+    model = _model(opened, running["provider"], store, sink, prepack=running["prepack"])
     _check_masks(model, masks)
     used = _load(model, adapter, store, sink)
     with model.adapter(adapter if adapter in model.loaded else None):
@@ -109,7 +112,7 @@ def _load(model: Model, ref: str, store: Path, sink: Sink) -> dict[str, object]:
     return {"adapter": None if chosen is None else content_digest(chosen), "passed_over": []}
 
 
-def _model(bundle: Bundle, provider: str, store: Path, sink: Sink) -> Model:
+def _model(bundle: Bundle, provider: str, store: Path, sink: Sink, *, prepack: bool) -> Model:
     """The model on the provider that is chosen; verdicts of self-checks are kept in the store."""
     from edge_tcur_runtime.engines.selfcheck import VERDICTS, choose_provider
     from edge_tcur_runtime.predict import Model
@@ -120,7 +123,7 @@ def _model(bundle: Bundle, provider: str, store: Path, sink: Sink) -> Model:
         sink.note(note)
     if provider not in ("auto", "cpu") or chosen.placement.provider.name != "cpu":
         sink.note(f"provider {chosen.placement.provider.name}: {chosen.reason}")
-    return Model(bundle, placement=chosen.placement)
+    return Model(bundle, placement=chosen.placement, prepack=prepack)
 
 
 def _check_masks(model: Model, masks: Path | None) -> None:

@@ -66,12 +66,17 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def session_options(threads: int) -> Any:
+def session_options(threads: int, *, prepack: bool = False) -> Any:
     """Options that keep peak memory low.
 
     The arena keeps every freed block and memory patterns allocate the whole step at once; prepacking
     copies each weight into memory of its own, so mapped weights would be held twice; constant folding
     would keep a transposed copy of each weight that the backward pass reads.
+
+    Args:
+        threads: of an operator; 0 takes every core that the process may use.
+        prepack: hold each weight of a product packed as well. Otherwise each product packs it anew, which of
+            few samples takes more time than the product.
 
     Raises:
         ConfigError: a negative number of threads.
@@ -85,7 +90,7 @@ def session_options(threads: int) -> Any:
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.log_severity_level = _NOTHING
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", str(int(not prepack)))
     options.add_session_config_entry("optimization.disable_specified_optimizers", "ConstantFolding")
     return options
 
@@ -98,6 +103,7 @@ def open_session(
     in_order: bool = False,
     placement: Placement = ON_CPU,
     optimized: bool = True,
+    prepack: bool = False,
 ) -> Any:
     """An inference session, on the CPU where nothing else is said.
 
@@ -109,13 +115,14 @@ def open_session(
             keep what is to be computed again.
         placement: the provider that runs it.
         optimized: False runs every node as it is in the file.
+        prepack: see `session_options`.
 
     Raises:
         MissingEngineError: ONNX Runtime is not installed.
         IncompatibleError: this ONNX Runtime cannot load the graph, or the provider does not start.
         IntegrityError: the graph or the base is not what the manifest says.
     """
-    onnxruntime, options = import_onnxruntime(), session_options(threads)
+    onnxruntime, options = import_onnxruntime(), session_options(threads, prepack=prepack)
     if in_order:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
         # ONNX Runtime's reuse keeps a freed buffer for a later value of its size, to the last such value: of
