@@ -18,6 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from edge_tcur_export.packed import constant
+
 
 @dataclass(frozen=True)
 class _Update:
@@ -171,10 +173,7 @@ def _split(graph: ir.Graph, value: ir.Value, picks: dict[int, list[ir.Node]]) ->
         nodes.append(node)
         return node
 
-    name = f"{value.name}.any"
-    flat = ir.Value(name=name, const_value=ir.tensor(np.array([-1]), name=name))
-    flat.type, flat.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([1])
-    graph.initializers[name] = flat
+    flat = constant(graph, "stacks.any", np.array([-1]))
     stack, shape = value, flat
     readers = [reader for found in picks.values() for node in found for reader, _ in node.outputs[0].uses()]
     turned = len(value.shape or ()) == 3 and all(_turns(reader) for reader in readers)
