@@ -26,11 +26,12 @@ from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.dtypes import to_float32
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
-from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
+from edge_tcur_export.infer_graph import multiply_cores_first, split_stacks
 from edge_tcur_export.memory_tables import make_tables
 from edge_tcur_export.operator_checks import can_write_checks, write_checks
 from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
+from edge_tcur_export.picks import pick_by_index
 from edge_tcur_export.precision import QuantizedBase
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.reference import write_reference
@@ -260,7 +261,8 @@ class BundleWriter:
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
-        take_rows_of_products(model)
+        pick_by_index(model)
+        multiply_cores_first(model)
         split_stacks(model)
         vocabulary.split_head(model, vocabulary.PIECE_BYTES)
         # Nothing fed is the base: a new head is zero there, a module trained in full has its own values.

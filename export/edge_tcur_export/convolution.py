@@ -7,20 +7,36 @@ stored copy serves the convolution, the gathered filters and the gathered column
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-# of one layer: rows [n2, m] transposed, the coupling matrix [m, m] transposed, columns [m, n1] transposed
-Parts = tuple[Tensor, Tensor, Tensor]
+
+@dataclass(frozen=True)
+class Parts:
+    """The update of one layer: ``((x R) M) C``.
+
+    Attributes:
+        rows: ``R``, [n2, m]; of a weight alone the indices [r] of its rows, to which each kind of layer has
+            its own way.
+        matrix: ``M``, the core or the coupling matrix, transposed, [m, m].
+        columns: ``C``, columns of the weight, transposed, [m, n1].
+        places: of a weight alone, the numbers of its rows, 0 to n1, in the dtype of the indices.
+    """
+
+    rows: Tensor
+    matrix: Tensor
+    columns: Tensor
+    places: Tensor | None = None
 
 
 class Update(Protocol):
     """What the layers of one group share during one call of the model."""
 
     def parts(self, position: int) -> Parts:
-        """The arguments of `apply_update` for one layer."""
+        """The update of one layer."""
         ...
 
 
@@ -92,13 +108,13 @@ class FrozenConvolution(FrozenLayer):
         return output if parts is None else output + self._updated(x, parts, output.shape)
 
     def _updated(self, x: Tensor, parts: Parts, shape: torch.Size) -> Tensor:
-        rows_t, matrix_t, columns_t = parts
+        rows_t = parts.rows if parts.places is None else self.rows_t(parts.rows)
         filters = rows_t.T.reshape(-1, *self.weight.shape[1:])
         places = len(self.weight.shape) - 2
         features = self._convolve(x, filters, None).flatten(-places).transpose(-1, -2)
         # On rows [places, m], as in a linear layer: one plain matrix product each, forward and backward.
         flat = features.reshape(-1, features.shape[-1])
-        update = (flat @ matrix_t) @ columns_t
+        update = (flat @ parts.matrix) @ parts.columns
         return update.reshape(*features.shape[:-1], -1).transpose(-1, -2).reshape(shape)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -176,9 +176,30 @@ def empty_permuted(size: Sequence[int], _: Sequence[int], **options: Any) -> Ten
     return zeros
 
 
+def slice_backward(
+    gradient: Tensor, sizes: Sequence[int], axis: int, start: int, end: int, step: int
+) -> Tensor:
+    """``aten.slice_backward`` of neighbours: zeros before and behind. torch's own is a scatter into zeros, in
+    ONNX between two transposes of everything."""
+    if step != 1:
+        spread: Tensor = decomposition_table[_SLICE_BACKWARD](gradient, sizes, axis, start, end, step)
+        return spread
+    axis, size = axis % len(sizes), sizes[axis]
+    before = max(start + size, 0) if start < 0 else start
+    parts = []
+    for count in (before, size - before - gradient.shape[axis]):
+        if not isinstance(count, int) or count > 0:
+            parts.append(gradient.new_zeros([*sizes[:axis], count, *sizes[axis + 1 :]]))
+        parts.append(gradient)
+    del parts[-1]
+    return torch.cat(parts, axis) if len(parts) > 1 else gradient
+
+
+_SLICE_BACKWARD = _aten.slice_backward.default
 _POOL_BACKWARD = _aten.max_pool2d_with_indices_backward.default
 BACKWARD: Table = {
     _aten.convolution_backward.default: convolution_backward,
+    _SLICE_BACKWARD: slice_backward,
     _aten.empty_permuted.default: empty_permuted,  # neither ONNX nor ExecuTorch has it
     # By a scatter: ExecuTorch 1.5.1's own kernel gives wrong gradients, and ONNX has none.
     _POOL_BACKWARD: decomposition_table[_POOL_BACKWARD],

@@ -1,10 +1,8 @@
 """The inference graph's own form of the update, for a graph without a backward pass.
 
-**Rows of the product instead of rows of the weight.** Traced for training, the update of a weight alone is
-``((x R) core) C``, and the rows ``R`` of the weight are gathered on every call, number by number of the
-stored, transposed matrix. It is cheaper to take them from the product that is there anyway,
-``x R = (x W)[rows]``, and to multiply core and columns first: what is left for each token is one small
-product, which adds to the layer's output.
+**Core and columns first.** Traced for training, the update of a weight alone is ``((x R) core) C``. Where
+``x R`` is picked from the layer's output, core and columns are multiplied first: what is left for each
+token is one small product, which adds to that output.
 
 **One split of a stack.** Slices of a factor are picked by one node each, and ONNX Runtime makes of them a
 split and one Squeeze a slice; where a step is small, nodes are what costs.
@@ -23,29 +21,28 @@ from edge_tcur_export.packed import constant
 
 @dataclass(frozen=True)
 class _Update:
-    """A node ``layer + ((x R) core) C``.
+    """A node ``layer + (features core) C``.
 
     Attributes:
         total: the addition.
         layer: output of the frozen layer [tokens, n1].
-        bias: of the layer [n1], if it has one.
-        rows: indices [r] of the rows.
+        features: picked from it, [tokens, r].
         core: transposed core [r, r]; columns: [r, n1].
     """
 
     total: ir.Node
     layer: ir.Value
-    bias: ir.Value | None
-    rows: ir.Value
+    features: ir.Value
     core: ir.Value
     columns: ir.Value
 
 
-def take_rows_of_products(model: ir.Model) -> int:
+def multiply_cores_first(model: ir.Model) -> int:
     """Rewrites the update of every weight that is alone; other updates stay as they are.
 
     Args:
-        model: a forward graph, changed in place; the backward pass of the new form would be a scatter.
+        model: a forward graph in which features are picked by an index (`edge_tcur_export.picks`), changed in
+            place.
 
     Returns:
         how many updates were rewritten.
@@ -61,20 +58,11 @@ def _match(node: ir.Node) -> _Update | None:
     if node.op_type != "Add":
         return None
     layer, update = node.inputs
-    product, bias = linear_layer(layer)
     update, columns = _product(update)
-    update, core = _product(update)
-    x, gathered = _product(update)
-    gather = None if gathered is None else gathered.producer()
-    if product is None or gather is None or gather.op_type != "Gather":
+    features, core = _product(update)
+    if layer is None or features is None or core is None or columns is None:
         return None
-    own = (product.inputs[0], product.inputs[1]) == (x, gather.inputs[0])
-    if not own or gather.attributes.get_int("axis", 0) != 1:
-        return None
-    rows = gather.inputs[1]
-    if layer is None or rows is None or core is None or columns is None:
-        return None
-    return _Update(node, layer, bias, rows, core, columns)
+    return _Update(node, layer, features, core, columns) if _is_picked(features, layer) else None
 
 
 def _product(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
@@ -85,46 +73,29 @@ def _product(value: ir.Value | None) -> tuple[ir.Value | None, ir.Value | None]:
     return node.inputs[0], node.inputs[1]
 
 
-def linear_layer(value: ir.Value | None) -> tuple[ir.Node | None, ir.Value | None]:
-    """The product and the bias of a linear layer's output."""
-    node = None if value is None else value.producer()
-    if node is not None and node.op_type == "Add":
-        product, bias = (given for given in node.inputs)
-        node = None if product is None else product.producer()
-        if bias is None or not bias.is_initializer():
-            return None, None
-    else:
-        bias = None
-    return (node, bias) if node is not None and node.op_type == "MatMul" else (None, None)
+def _is_picked(features: ir.Value, layer: ir.Value) -> bool:
+    """Whether they are columns of the layer's output, without their bias where it has one."""
+    node = features.producer()
+    if node is not None and node.op_type == "Sub":
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return (
+        node is not None
+        and node.op_type == "Gather"
+        and node.inputs[0] is layer
+        and node.attributes.get_int("axis", 0) == 1
+    )
 
 
 def _rewrite(graph: ir.Graph, update: _Update) -> None:
-    name = str(update.total.outputs[0].name)
-    nodes: list[ir.Node] = []
-
-    def add(operator: str, inputs: list[ir.Value], suffix: str, **attributes: int) -> ir.Value:
-        made = ir.Node(
-            "",
-            operator,
-            inputs,
-            [ir.AttrInt64(key, value) for key, value in attributes.items()],
-            num_outputs=1,
-            name=f"{name}.{suffix}",
-        )
-        made.outputs[0].name, made.outputs[0].type = f"{name}.{suffix}", update.layer.type
-        nodes.append(made)
-        return made.outputs[0]
-
-    picked = add("Gather", [update.layer, update.rows], "rows", axis=1)
-    if update.bias is not None:
-        picked = add("Sub", [picked, add("Gather", [update.bias, update.rows], "bias", axis=0)], "product")
-    right = add("MatMul", [update.core, update.columns], "right")
-    total = add("Gemm", [picked, right, update.layer], "total")
     old = update.total.outputs[0]
-    total.shape, total.type = old.shape, old.type
-    graph.insert_before(update.total, nodes)
-    old.replace_all_uses_with(total, replace_graph_outputs=True)
-    old.name, total.name = f"{name}.before", name  # it may be an output of the graph
+    name = str(old.name)
+    right = ir.node("MatMul", [update.core, update.columns], name=f"{name}.right")
+    total = ir.node("Gemm", [update.features, right.outputs[0], update.layer], name=f"{name}.total")
+    right.outputs[0].name, right.outputs[0].type = f"{name}.right", update.columns.type
+    total.outputs[0].shape, total.outputs[0].type = old.shape, old.type
+    graph.insert_before(update.total, [right, total])
+    old.replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
+    old.name, total.outputs[0].name = f"{name}.before", name  # it may be an output of the graph
 
 
 def split_stacks(model: ir.Model) -> int:

@@ -70,8 +70,8 @@ def recompute_blocks(
         the blocks that are recomputed, in the order in which the backward pass reaches them.
 
     Raises:
-        ExportError: the model has no two numbered blocks, or the gradient takes a way through the graph that
-            leaves no place for a gate.
+        ExportError: the model has no two numbered blocks, the gradient takes a way through the graph that
+            leaves no place for a gate, or nothing is kept that could be computed again.
     """
     plan = _Plan(model.graph, frozenset(inputs), frozenset(keep))
     if len(plan.blocks) < 2:
@@ -88,6 +88,10 @@ def recompute_blocks(
                     f"recompute found no gradient that arrives at the block {plan.blocks[level]}", hint=_HINT
                 )
             done.append(_recompute(plan, level, read, gates[level]))
+    if not done:
+        raise ExportError(
+            "recompute would spare nothing: of no block but the last is anything kept", hint=_HINT
+        )
     model.graph.sort()
     return done
 

@@ -22,12 +22,12 @@ from edge_tcur_export.infer_graph import split_stacks
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
 from edge_tcur_export.log_softmax import write_log_softmax
 from edge_tcur_export.parity import Case
+from edge_tcur_export.picks import pick_by_index
 from edge_tcur_export.quantized_graph import dequantize_late
 from edge_tcur_export.recompute import block_of, recompute_blocks
 from edge_tcur_export.saved import save_graph
 from edge_tcur_export.scalars import read_scalars
 from edge_tcur_export.settings import ExportSettings
-from edge_tcur_export.step_rows import take_rows_by_products
 from edge_tcur_export.trace import (
     EXAMPLE_LENGTH,
     TARGETS,
@@ -90,7 +90,7 @@ class StepGraphs:
         self.sources["step"] = Source.of(model, forward.signature.inputs)
         self._write_loss(model)
         split_stacks(model)
-        picked = take_rows_by_products(model)
+        picked = pick_by_index(model)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
         roles = {"step": STEP}
@@ -136,7 +136,7 @@ class StepGraphs:
         self.sources["step_last"] = Source.of(graph, forward.signature.inputs)
         self._write_loss(graph)
         split_stacks(graph)
-        take_rows_by_products(graph)
+        pick_by_index(graph)
         still = [name for name, value in partial.trained().items() if not value.requires_grad]
         add_zero_gradients(graph, still)
         base_file.externalize(graph)

@@ -22,7 +22,7 @@ from torch.utils import _pytree
 from edge_tcur.errors import ExportError
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.targets import Group
-from edge_tcur.method.tproduct import apply_update, coupling_constants, coupling_matrix
+from edge_tcur.method.tproduct import coupling_constants, coupling_matrix
 from edge_tcur.method.views import View, find_view
 from edge_tcur.models import Base
 from edge_tcur.models.base import example_inputs
@@ -63,24 +63,24 @@ class _Coupled:
         """See `Update`."""
         block, place = divmod(position, self._size)
         core, rows_t, columns_t = self._blocks[block]
-        return rows_t, coupling_matrix(core, self._constants[place]), columns_t
+        return Parts(rows_t, coupling_matrix(core, self._constants[place]), columns_t)
 
 
 class _Alone:
-    """Slices alone, in factored form: the gather trick of training (`edge_tcur.method.forms`) would put a
-    scatter into the backward graph, which costs more than the r features and which few providers have."""
+    """Slices alone, in factored form."""
 
     def __init__(self, group: Group, layers: Sequence[FrozenLayer], factors: GroupFactors) -> None:
         core, self._rows, self._cols = factors
         self._cores = core.chunk(core.shape[0])
+        self._places = torch.arange(group.n1, dtype=self._rows.dtype)
         self._size = group.size
         self._layers = layers
 
     def parts(self, position: int) -> Parts:
         """See `Update`."""
-        block, layer = position // self._size, self._layers[position]
-        rows_t, columns_t = layer.rows_t(self._rows[block]), layer.columns_t(self._cols[block])
-        return rows_t, self._cores[position].squeeze(0).T, columns_t
+        block = position // self._size
+        columns_t = self._layers[position].columns_t(self._cols[block])
+        return Parts(self._rows[block], self._cores[position].squeeze(0).T, columns_t, self._places)
 
 
 class _Sketched:
@@ -91,7 +91,7 @@ class _Sketched:
 
     def parts(self, position: int) -> Parts:
         """See `Update`."""
-        return self._right[position].T, self._core[position].T, self._left[position].T
+        return Parts(self._right[position].T, self._core[position].T, self._left[position].T)
 
 
 class FrozenLinear(FrozenLayer):
@@ -131,8 +131,21 @@ class FrozenLinear(FrozenLayer):
             output = output + self.bias
         parts = self.update()
         if parts is not None:
-            output = output + apply_update(rows, *parts)
+            places = parts.places
+            features = rows @ parts.rows if places is None else self._pick(output, parts.rows, places)
+            output = output + (features @ parts.matrix) @ parts.columns
         return output if x.dim() == 2 else output.reshape(*x.shape[:-1], output.shape[-1])
+
+    def _pick(self, output: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        """``x R`` [tokens, r], the rows `rows` [r] of the weight: picked from the layer's output.
+
+        Those rows lie across the stored, transposed matrix: to gather them is to read single numbers from all
+        over the file on every step. By a product with ones, whose backward pass is another one: that of an
+        index is a scatter. (`edge_tcur_export.picks` makes an index of it where there is no backward.)
+        """
+        ones = (rows.unsqueeze(1) == places).to(output.dtype)  # [r, n1]
+        picked = output @ ones.T
+        return picked if self.bias is None else picked - self.bias.index_select(0, rows)
 
 
 class FactorModel(nn.Module):

@@ -29,7 +29,8 @@ from edge_tcur.models import Base, load_base
 from edge_tcur.models.base import example_inputs
 from edge_tcur.tasks import find_task
 from edge_tcur_export import graph as graphs
-from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
+from edge_tcur_export.infer_graph import multiply_cores_first, split_stacks
+from edge_tcur_export.picks import pick_by_index
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import FactorModel, free_axes, make_example, trace_forward
 
@@ -124,7 +125,8 @@ def export_infer(base: Base, task_name: str, path: Path) -> dict[str, np.ndarray
     example = make_example(base, groups, lambda _: config.rank, batch=3, seed=0, config=config, task=task)
     forward = trace_forward(FactorModel(base, groups, task, config), base, groups, task, example)
     model = graphs.keep_outputs(graphs.to_graph(forward), ("logits",))
-    take_rows_of_products(model)
+    pick_by_index(model)
+    multiply_cores_first(model)
     split_stacks(model)
     fed = {name: value.detach().numpy() for name, value in example.named().items()}
     fed = {name: value for name, value in fed.items() if name not in base.inputs and name != "labels"}

@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_tcur_export.decompositions import convolution_backward, flat_convolution, flatten_volumes
+from edge_tcur_export.decompositions import (
+    convolution_backward,
+    flat_convolution,
+    flatten_volumes,
+    slice_backward,
+)
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import trace_backward
 
@@ -50,6 +55,26 @@ def test_the_backward_of_a_convolution(case):
     only = convolution_backward(*arguments, [True, False, False])
     assert only[1] is only[2] is None
     torch.testing.assert_close(only[0], expected[0], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(-2, 1),
+    st.integers(-9, 9),
+    st.one_of(st.integers(-9, 9), st.just(2**63 - 1)),
+    st.integers(1, 3),
+)
+def test_the_backward_of_a_slice(axis, start, end, step):
+    x = torch.randn(5, 6, dtype=torch.float64)
+    size = x.shape[axis]
+    first, last, _ = slice(start, end).indices(size)  # what torch's own takes for them
+    if first >= last:
+        return
+    gradient = torch.randn_like(aten.slice(x, axis, start, end, step))
+    expected = torch.zeros_like(x)
+    aten.slice(expected, axis, start, end, step).copy_(gradient)
+    found = slice_backward(gradient, list(x.shape), axis, start, end, step)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @settings(max_examples=80, deadline=None)

@@ -11,22 +11,28 @@ import onnxruntime
 import pytest
 
 from edge_tcur_export.graph import to_proto
-from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
+from edge_tcur_export.infer_graph import multiply_cores_first, split_stacks
 
 GRAPH = """<ir_version: 10, opset_import: ["" : 20]>
 g (float[t, 6] x, float[6, 4] w, float[r, r] core, int32[r] rows, int32[r] cols) => (float[t, 4] logits)
 <float[4] b = {1, -2, 3, 0.5}> {
     p = MatMul(x, w)
     layer = Add(p, b)
-    right_t = Gather <axis = 1> (w, rows)
+    picked = Gather <axis = 1> (layer, rows)
+    own = Gather <axis = 0> (b, rows)
+    h = Sub(picked, own)
     left_t = Gather <axis = 0> (w, cols)
     core_t = Transpose(core)
-    h = MatMul(x, right_t)
     m = MatMul(h, core_t)
     u = MatMul(m, left_t)
     logits = Add(layer, u)
 }"""
-WITHOUT_BIAS = GRAPH.replace("    layer = Add(p, b)\n", "").replace("(layer, u)", "(p, u)")
+WITHOUT_BIAS = (
+    GRAPH.replace("    layer = Add(p, b)\n", "")
+    .replace("layer", "p")
+    .replace("    own = Gather <axis = 0> (b, rows)\n    h = Sub(picked, own)\n", "")
+    .replace("(h, core_t)", "(picked, core_t)")
+)
 
 
 def parse(text):
@@ -56,34 +62,31 @@ def feeds(rank, tokens=5):
 
 @pytest.mark.parametrize("rank", [1, 3])
 @pytest.mark.parametrize("text", [GRAPH, WITHOUT_BIAS], ids=["bias", "no bias"])
-def test_rows_are_taken_from_the_product_and_the_answers_stay(text, rank):
+def test_core_and_columns_are_multiplied_first_and_the_answers_stay(text, rank):
     model, fed = parse(text), feeds(rank)
     expected = answer(parse(text), fed)
-    assert take_rows_of_products(model) == 1
+    assert multiply_cores_first(model) == 1
     np.testing.assert_allclose(answer(model, fed), expected, rtol=1e-5, atol=1e-5)
-    gathers = [node for node in model.graph if node.op_type == "Gather"]
-    weight = [node for node in gathers if node.inputs[0].name == "w"]
-    assert [node.attributes.get_int("axis", 0) for node in weight] == [
-        0
-    ]  # columns, whole rows of what is stored
+    kinds = Counter(node.op_type for node in model.graph)
+    assert (kinds["Gemm"], kinds["MatMul"]) == (1, 2)  # for each token: the layer, and one product
 
 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("h = MatMul(x, right_t)", "z = Neg(x)\n    h = MatMul(z, right_t)"),  # another input
-        ("Gather <axis = 1> (w, rows)", "Gather <axis = 1> (v, rows)"),  # another weight's rows
-        ("Gather <axis = 1> (w, rows)", "Gather <axis = 1> (v, rows)\n    q = Neg(m)"),
+        ("(layer, rows)", "(z, rows)"),  # of another value
+        ("<axis = 1> (layer, rows)", "<axis = 0> (layer, rows)"),
+        ("u = MatMul(m, left_t)", "q = Neg(m)\n    u = MatMul(m, left_t)"),  # read otherwise as well
         ("logits = Add(layer, u)", "s = Neg(u)\n    logits = Add(layer, s)"),
         ("logits = Add(layer, u)", "logits = Mul(layer, u)"),
     ],
 )
 def test_what_is_no_update_of_a_weight_alone_stays(old, new):
-    text = GRAPH.replace(old, new).replace("p = MatMul", "v = Neg(w)\n    p = MatMul")
+    text = GRAPH.replace(old, new).replace("    picked", "    z = Neg(layer)\n    picked")
     assert text.count(new) == 1
     model = parse(text)
     before = [node.op_type for node in model.graph if node.op_type != "Neg"]
-    assert take_rows_of_products(model) == 0
+    assert multiply_cores_first(model) == 0
     assert [node.op_type for node in model.graph if node.op_type != "Neg"] == before
 
 

@@ -1,8 +1,8 @@
-"""What a step gains by rows that are picked from products: ``python tests/benchmarks/step_rows.py RUN``.
+"""What a step gains by features that are picked from products: ``python tests/benchmarks/picks.py RUN``.
 
-The step graphs of a text run are exported twice, with `take_rows_by_products` and without it, and run in
-turn, in one process and on one thread, with the runtime's session options. Printed are medians of processor
-time (the machine may be shared) and the median of the ratios within a round.
+The training graphs of a text run are exported twice, as they are and with the rows of each weight gathered,
+and run in turn, in one process and on one thread, with the runtime's session options. Printed are medians
+of processor time (the machine may be shared) and the median of the ratios within a round.
 """
 
 from __future__ import annotations
@@ -19,25 +19,32 @@ from unittest.mock import patch
 import numpy as np
 
 from edge_tcur.training.run import open_run
-from edge_tcur_export import step_graphs
+from edge_tcur_export import trace
 from edge_tcur_export.bundle import export_run
+from edge_tcur_export.convolution import Parts
 from edge_tcur_export.settings import ExportSettings
 from edge_tcur_runtime.engines import open_engine
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.personalize import bundle_adapter
 
-ROLES = ("step", "step_recompute")
+WAYS = {"step": "ort-step", "step_recompute": "ort-step", "train": "ort-training"}  # graph -> engine
 BATCHES = ((1, 32), (4, 32), (16, 32))
 
 
-def export(run: Path, folder: Path, *, rewritten: bool) -> None:
-    """A bundle with both step graphs."""
-    settings = ExportSettings(("onnx", "step"), recompute=True, verify=False)
-    if rewritten:
-        export_run(open_run(run), folder, settings)
-        return
-    with patch.object(step_graphs, "take_rows_by_products", lambda _: []):
+def gathered(alone: Any, position: int) -> Parts:
+    """The update of one layer with its rows gathered from the weight, in the place of `parts`."""
+    found = PICKED(alone, position)
+    return Parts(alone._layers[position].rows_t(found.rows), found.matrix, found.columns)
+
+
+PICKED = trace._Alone.parts
+
+
+def export(run: Path, folder: Path, *, picked: bool) -> None:
+    """A bundle with every training graph of ONNX Runtime."""
+    settings = ExportSettings(("onnx", "step", "ort-training"), recompute=True, verify=False)
+    with patch.object(trace._Alone, "parts", PICKED if picked else gathered):
         export_run(open_run(run), folder, settings)
 
 
@@ -45,7 +52,11 @@ def engines(folder: Path) -> dict[str, Any]:
     """An engine of each graph, and what its steps are fed."""
     bundle = open_bundle(folder)
     feeds = build_feeds(bundle.manifest, bundle_adapter(bundle))
-    return {role: (open_engine("ort-step", bundle, threads=1, graph=role), feeds) for role in ROLES}
+    graphs = {role: "step" if role == "train" else role for role in WAYS}
+    return {
+        role: (open_engine(WAYS[role], bundle, threads=1, graph=graph), feeds)
+        for role, graph in graphs.items()
+    }
 
 
 def measure(ways: dict[str, tuple[Any, Any]], samples: int, length: int, rounds: int) -> None:
@@ -59,7 +70,7 @@ def measure(ways: dict[str, tuple[Any, Any]], samples: int, length: int, rounds:
             engine.step(inputs, targets, feeds)
             if count >= 2:
                 seconds[way].append(time.process_time() - started)
-    for role in ROLES:
+    for role in WAYS:
         before, after = (seconds[f"{kind} {role}"] for kind in ("gathered", "picked"))
         ratio = median(mine / other for mine, other in zip(after, before, strict=True))
         sys.stdout.write(
@@ -76,8 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     with TemporaryDirectory() as work:
         ways: dict[str, tuple[Any, Any]] = {}
-        for kind, rewritten in (("gathered", False), ("picked", True)):
-            export(options.run, Path(work) / kind, rewritten=rewritten)
+        for kind, picked in (("gathered", False), ("picked", True)):
+            export(options.run, Path(work) / kind, picked=picked)
             ways |= {f"{kind} {role}": way for role, way in engines(Path(work) / kind).items()}
         for samples, length in BATCHES:
             measure(ways, samples, length, options.rounds)
