@@ -122,7 +122,15 @@ def test_the_sizes_are_those_that_onnx_runtime_makes(name, rank, tmp_path):
 @pytest.mark.parametrize("external", [True, False])
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("INT4", 8), ("UINT4", 8), ("FLOAT4E2M1", 8), ("INT8", 15), ("FLOAT16", 30), ("FLOAT", 60), ("INT64", 120)],
+    [
+        ("INT4", 8),
+        ("UINT4", 8),
+        ("FLOAT4E2M1", 8),
+        ("INT8", 15),
+        ("FLOAT16", 30),
+        ("FLOAT", 60),
+        ("INT64", 120),
+    ],
 )
 def test_an_initializer_has_the_bytes_that_onnx_writes_for_it(kind, expected, external):
     """int4: two numbers in a byte, the last byte filled up."""
