@@ -15,8 +15,8 @@ import safetensors
 import safetensors.numpy
 
 from edge_tcur_runtime.errors import FileFormatError
-from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import Manifest
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.digest import digest_state
 
 TOLERANCE = 1e-2  # of the largest answer: processors differ by 1e-5, GPUs and half precision by more
@@ -63,13 +63,15 @@ def read_canary(root: Path, manifest: Manifest) -> Canary | None:
 
     Raises:
         BadInputError: it cannot be read.
+        IntegrityError: it is not what the manifest promises.
         FileFormatError: not a safetensors file, without inputs, or with places that contradict its outputs.
     """
     if manifest.canary is None:
         return None
     path = root / manifest.canary
+    raw = read_content(root, manifest.files, manifest.canary, MAX_BYTES)
     try:
-        tensors = safetensors.numpy.load(read_bounded(path, MAX_BYTES))
+        tensors = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError) as error:
         raise FileFormatError(f"not a safetensors file: {error}", where=str(path)) from error
     inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}

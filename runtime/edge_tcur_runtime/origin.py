@@ -13,11 +13,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from edge_tcur_runtime.errors import IncompatibleError
-from edge_tcur_runtime.formats.adapter import Adapter, read_adapter, serialize_adapter
+from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.digest import digest_bytes
 
 BASE = "base"
@@ -80,12 +81,13 @@ def blank_adapter(bundle: Bundle) -> Adapter:
 
     Raises:
         IncompatibleError: the bundle carries no adapter.
+        IntegrityError: one of its files is not what the manifest promises.
     """
     own = bundle_adapter(bundle)
     zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in own.factors.items()}
     extras = {name: np.zeros_like(value) for name, value in own.extras.items()}
     if bundle.manifest.base_extras is not None:
-        extras |= load_file(bundle.path(bundle.manifest.base_extras))
+        extras |= load(read_content(bundle.root, bundle.manifest.files, bundle.manifest.base_extras))
     return Adapter(own.header, zero, extras)
 
 
@@ -94,7 +96,10 @@ def bundle_adapter(bundle: Bundle) -> Adapter:
 
     Raises:
         IncompatibleError: there is none.
+        IntegrityError: it is not what the manifest promises.
     """
     if bundle.manifest.adapter is None:
         raise IncompatibleError("the bundle carries no adapter", where=str(bundle.root))
-    return read_adapter(bundle.path(bundle.manifest.adapter))
+    name = bundle.manifest.adapter
+    raw = read_content(bundle.root, bundle.manifest.files, name, MAX_FILE_BYTES)
+    return parse_adapter(raw, str(bundle.path(name)))

@@ -342,7 +342,7 @@ def _prepare(
     """
     check_fit(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
-    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root, bundle.manifest.files)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
         for part in split(dataset, settings.held_out_part, settings.seed)

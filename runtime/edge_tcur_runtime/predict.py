@@ -72,7 +72,7 @@ class Model:
         require_names(graph, "output", ("logits",), [value.name for value in self._session.get_outputs()])
         optional = [value.name for value in self._session.get_overridable_initializers()]
         require_names(graph, "input", bundle.manifest.factor_names(), [*names, *optional])
-        self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+        self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root, files)
         self._feeds: _Feeds = {}
         self._loaded: dict[str | None, _Feeds] = {None: {}}
         self._own: ContextVar[_Feeds | None] = ContextVar("adapter", default=None)

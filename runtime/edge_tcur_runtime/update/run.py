@@ -31,7 +31,8 @@ from edge_tcur_runtime.formats.adapter import (
     read_bounded,
     serialize_adapter,
 )
-from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
+from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of, target_place
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.blend import Learnt, blend, origin_of, read_learnt
@@ -167,15 +168,13 @@ def read_trusted_root(bundle: Bundle, given: Path | None) -> bytes:
     """
     if given is not None:
         return read_bounded(given, MAX_ROOT_BYTES)
-    entry = bundle.manifest.files.get(ROOT_FILE)
-    if entry is None:
+    if ROOT_FILE not in bundle.manifest.files:
         raise UsageError(
             "this bundle was shipped without the publisher's root, so that nothing can be verified",
             where=str(bundle.root),
             hint="give the publisher's root with --root, or ship it ('edge-tcur publish trust BUNDLE')",
         )
-    verify_file(bundle.path(ROOT_FILE), entry)
-    return read_bounded(bundle.path(ROOT_FILE), MAX_ROOT_BYTES)
+    return read_content(bundle.root, bundle.manifest.files, ROOT_FILE, MAX_ROOT_BYTES)
 
 
 def choose_transport(settings: UpdateSettings, folder: Path) -> Place:
