@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,15 +19,16 @@ from edge_tcur_runtime.cli import ending as ending_module
 from edge_tcur_runtime.cli.ending import Ending
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.data import load_dataset
-from edge_tcur_runtime.errors import BudgetError, IntegrityError
-from edge_tcur_runtime.formats.adapter import read_adapter, serialize_adapter
+from edge_tcur_runtime.errors import BudgetError, IntegrityError, UsageError
+from edge_tcur_runtime.formats.adapter import parse_adapter, read_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import personalize as run_personalize
+from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.store import State, Store
-from edge_tcur_runtime.trial import Incumbent, serve
+from edge_tcur_runtime.trial import Incumbent, serve, serve_with
 
 DATA = Path(__file__).parents[1] / "data"
 V1, USER, ADAPTER = DATA / "bundle-v1", DATA / "user.npz", DATA / "adapter-v1.safetensors"
@@ -170,6 +174,152 @@ def test_a_store_that_cannot_be_changed_still_answers(cli, store, monkeypatch):
     code, out, err = predict(cli)
     assert (code, out["adapter"]) == (0, DIGEST["good"])
     assert "could not be changed" in err
+
+
+def compare(cli, *refs):
+    options = [word for ref in refs for word in ("--adapter", ref)]
+    return cli("adapters", "compare", V1, "--data", USER, *options)
+
+
+@needs_engine
+def test_a_comparison_with_a_damaged_active_adapter_goes_on_as_a_prediction_does(cli, store):
+    """What is damaged and what is used instead is said; a comparison changes nothing."""
+    store.activate("good")
+    store.activate("other")
+    damage(store, DIGEST["other"])
+    code, out, err = compare(cli, "base", "active", "good")
+    assert code == 0
+    base, active, good = out["adapters"]
+    assert (base["digest"], active["digest"], good["digest"]) == (None, DIGEST["good"], DIGEST["good"])
+    assert active["score"] == good["score"]
+    (passed,) = active["passed_over"]
+    assert passed["digest"] == DIGEST["other"]
+    assert (base["passed_over"], good["passed_over"]) == ([], [])
+    assert f"the adapter {DIGEST['other']} does not work here" in err
+    assert "was altered" in err
+    assert f"used instead: {DIGEST['good']}" in err
+    assert uses(store) == (DIGEST["other"], DIGEST["good"], None)
+    assert predict(cli)[1]["score"] == active["score"]
+    damage(store, DIGEST["good"])
+    code, out, err = compare(cli, "active")
+    assert (code, out["adapters"][0]["digest"]) == (0, None)
+    assert "used instead: the base without an adapter" in err
+    code, out, _ = compare(cli, "active", "good")  # asked for by its name it must work
+    assert (code, out["error"]["code"]) == (6, "integrity")
+
+
+@needs_engine
+def test_a_comparison_ends_no_trial(cli, store):
+    store.activate("good")
+    cli("adapters", "activate", "wild")
+    code, out, err = compare(cli, "active")
+    assert (code, out["adapters"][0]["digest"]) == (0, DIGEST["good"])
+    assert "on trial does not work here" in err
+    assert uses(store) == (DIGEST["good"], None, DIGEST["wild"])
+
+
+# --- threads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served():
+    """A model, inputs, and the bytes that each of some adapters answers; None is the base."""
+    bundle = open_bundle(V1)
+    model, inputs = Model(bundle, threads=1), {"pixel_values": np.full((1, 1, 8, 8), 0.5, np.float32)}
+    raws = [cores(lambda core, scale=scale: core * np.float32(scale)) for scale in np.linspace(0.5, 2, 24)]
+    expected = {None: model.outputs(inputs).tobytes()}
+    for raw in (GOOD, OTHER, *raws):
+        model.attach(parse_adapter(raw))
+        expected[digest_bytes(raw)] = model.outputs(inputs).tobytes()
+    model.attach(None)
+    assert len(set(expected.values())) >= 24
+    return model, inputs, raws, expected
+
+
+def answers(place, model, inputs, stop):
+    """What a thread of a server does until it is told to stop: (digest served, bytes answered)."""
+    store, found = Store.open(place, create=False), []
+    while not stop.is_set() or not found:
+        serving = serve_with(store, model)
+        with model.adapter(serving.digest):
+            found.append((serving.digest, model.outputs(inputs).tobytes()))
+    return found
+
+
+@needs_engine
+def test_eight_threads_fall_back_from_a_damaged_adapter(place, store, served):
+    model, inputs, _, expected = served
+    store.activate("good")
+    store.activate("other")
+    damage(store, DIGEST["other"])
+    stop = threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answers, place, model, inputs, stop) for _ in range(8)]
+        stop.wait(1)
+        stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert set(found) == {(DIGEST["good"], expected[DIGEST["good"]])}
+    assert uses(store) == (DIGEST["good"], None, None)
+
+
+@needs_engine
+def test_eight_threads_while_an_update_swaps_and_files_are_damaged(place, store, served):
+    """Each answer is that of the adapter that was served, and the base never takes a working one's place."""
+    model, inputs, raws, expected = served
+    store.activate("good")
+    stop, kept = threading.Event(), [DIGEST["good"]]
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answers, place, model, inputs, stop) for _ in range(8)]
+        for number, raw in enumerate(raws):  # as `update` does: install, put in use, remove an old one
+            kept.append(store.install(raw))
+            store.activate(kept[-1])
+            if len(kept) > 2:
+                store.remove(kept.pop(0))
+            if number % 3 == 2:
+                damage(store, kept[-1])  # the one before it works
+            stop.wait(0.05)
+        stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert {digest for digest, _ in found} > {DIGEST["good"]}
+    assert all(digest is not None for digest, _ in found)
+    assert all(answer == expected[digest] for digest, answer in found)
+
+
+def test_a_store_that_changes_while_it_is_looked_at_is_looked_at_again(store, monkeypatch):
+    """An update removes what was in use when the look began: its successor is served, and not the base."""
+    store.activate("good")
+    real, changes = Store.verified, [lambda: store.activate("other"), lambda: store.remove("good")]
+
+    def late(self, digest):
+        while changes:
+            changes.pop(0)()
+        return real(self, digest)
+
+    monkeypatch.setattr(Store, "verified", late)
+    found = serve(store, lambda adapter: None)
+    assert (found.digest, found.passed_over, found.notes) == (DIGEST["other"], (), ())
+    assert uses(store) == (DIGEST["other"], None, None)
+
+
+@needs_engine
+def test_adapters_are_loaded_listed_and_unloaded_by_many_threads(served):
+    model, own, stop = served[0], parse_adapter(GOOD), threading.Event()
+    model._canary = None  # faster swaps
+
+    def work(number):
+        while not stop.is_set():
+            for name in ("one", "two", f"own{number}"):
+                model.load(name, own)
+                assert f"own{number}" in model.loaded or name != f"own{number}"
+                with suppress(UsageError):
+                    model.unload(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(work, number) for number in range(8)]
+        stop.wait(1.5)
+        stop.set()
+        for done in running:
+            done.result()
 
 
 # --- roll back ---------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from edge_tcur_runtime.data import Dataset
 from edge_tcur_runtime.errors import BadInputError, DiskError, EdgeError, IncompatibleError, IntegrityError
+from edge_tcur_runtime.examine import examine
 from edge_tcur_runtime.finished import (
     NOTE,
     Finished,
@@ -26,7 +27,7 @@ from edge_tcur_runtime.keeper import clear_checkpoints
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.store import Store
-from edge_tcur_runtime.trial import Check, Incumbent, affordable, examine, put_in_use
+from edge_tcur_runtime.trial import Check, Incumbent, affordable, put_in_use
 
 
 @dataclass

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.atomic import disk_error, remove_tree
+from edge_tcur_runtime.canary import no_memory
 from edge_tcur_runtime.errors import (
     BadInputError,
     EdgeError,
@@ -51,7 +52,7 @@ from edge_tcur_runtime.update.fetch import (
     open_transport,
 )
 from edge_tcur_runtime.update.floor import StateFile, UpdateState, check_floor, check_time
-from edge_tcur_runtime.update.health import check_health, no_memory
+from edge_tcur_runtime.update.health import check_health
 from edge_tcur_runtime.update.policy import (
     Action,
     Committed,

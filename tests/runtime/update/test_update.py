@@ -15,7 +15,9 @@ from edge_tcur_runtime.errors import (
     UsageError,
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.origin import starting_from
+from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
@@ -343,8 +345,6 @@ def test_a_bundle_without_a_root_is_refused(simulator, device):
 
 
 def test_the_real_health_check_compares_the_signed_answers(device, adapters):
-    from edge_tcur_runtime.formats.bundle import open_bundle
-
     bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
     answers = canary_answers(bundle, adapter)
     inputs = canary_digest(bundle.root, bundle.manifest)
@@ -356,6 +356,42 @@ def test_the_real_health_check_compares_the_signed_answers(device, adapters):
     wrong = replace(answers, answers=tuple((a + 1) % 4 for a in answers.answers))
     with pytest.raises(HealthCheckError):
         check_health(bundle, adapter, wrong, inputs)
+
+
+def test_a_published_adapter_that_is_not_applied_fails_its_health_check(device, adapters, monkeypatch):
+    """The same check as at load: finite outputs alone would let it pass."""
+    bundle, adapter, run = open_bundle(device.bundle), parse_adapter(adapters[1]), Model._run
+    monkeypatch.setattr(Model, "_run", lambda self, inputs, feeds: run(self, inputs, {}))
+    with pytest.raises(HealthCheckError, match="the adapter changes nothing"):
+        check_health(bundle, adapter, None, None)
+
+
+def test_a_base_that_answers_otherwise_does_not_condemn_an_adapter(simulator, device, adapters, monkeypatch):
+    """An ONNX Runtime that computes something else: every version would be remembered as broken."""
+    offer, run = simulator.release(adapters[0]), Model._run
+    device.healthy = _check
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "_run", lambda *arguments: run(*arguments) * np.float32(1.5))
+        with pytest.raises(IncompatibleError, match="the base gives outputs that are off by") as caught:
+            device.update(simulator)
+        assert caught.value.code == "incompatible"
+    assert (device.active, device.state["rejected"]) == (None, {})
+    assert device.update(simulator).active == offer.digest
+
+
+def test_a_graph_that_cannot_run_with_the_adapter_condemns_it(simulator, device, adapters, monkeypatch):
+    offer, run = simulator.release(adapters[0]), Model._run
+
+    def fails(self, inputs, feeds):
+        if feeds:
+            raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : no such shape")
+        return run(self, inputs, feeds)
+
+    device.healthy = _check
+    monkeypatch.setattr(Model, "_run", fails)
+    with pytest.raises(HealthCheckError, match="cannot run"):
+        device.update(simulator)
+    assert offer.digest in device.state["rejected"]
 
 
 def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapters):
