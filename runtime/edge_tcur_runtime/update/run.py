@@ -260,6 +260,8 @@ class _Update:
     def _was_taken_out(self) -> bool:
         """Whether the user went back from what the last update put in use (and has no adapter of his own)."""
         committed, active = self.state.committed, self.store.active_digest()
+        if committed is not None and committed.digest in self.store.state.failed:
+            return False
         own = active is not None and active not in self.state.published
         return committed is not None and committed.digest != active and not own
 
@@ -293,7 +295,8 @@ class _Update:
         )
 
     def _situation(self) -> Situation:
-        active = self.store.active_digest()
+        state = self.store.state
+        active, failed = state.in_use, frozenset(() if state.pending else state.failed)
         situation = Situation(
             active,
             self.state.committed,
@@ -301,6 +304,8 @@ class _Update:
             self.state.rejected,
             self.settings.personal,
             went_back=self._went_back(),
+            failed=failed,
+            mixed=not failed.isdisjoint(self.state.combined),
         )
         if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
             return situation

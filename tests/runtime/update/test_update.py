@@ -18,6 +18,7 @@ from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.origin import starting_from
 from edge_tcur_runtime.predict import Model
+from edge_tcur_runtime.trial import serve
 from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
@@ -420,6 +421,121 @@ def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, 
     assert "fetched again" in result.notes[0]
     assert device.store.load("active")
     assert device.active == offer.digest
+
+
+def damage_in_use(device):
+    """What a failing disk leaves, and what the next prediction makes of it."""
+    digest = device.active
+    device.store._path(digest).write_bytes(b"nothing of the kind")
+    return serve(device.store, lambda adapter: None)
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_what_a_prediction_took_out_as_damaged_is_fetched_again(simulator, device, adapters, versions):
+    """It is not what somebody went back from."""
+    for raw in adapters[:versions]:
+        offer = simulator.release(raw)
+        device.update(simulator)
+    found = damage_in_use(device)
+    assert [one.digest for one in found.passed_over] == [offer.digest]
+    assert (device.active is None) == (versions == 1)
+    result = device.update(simulator)
+    assert (result.action, result.changed, result.active) == (Action.INSTALL, True, offer.digest)
+    assert "was in use until it did not work" in result.decision.reason
+    assert device.store.load("active")
+    assert device.store.state.failed == ()
+    assert not device.update(simulator).changed
+
+
+def test_a_second_damage_before_the_update_forgets_nothing(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+    damage_in_use(device)
+    damage_in_use(device)
+    assert device.active is None
+    assert device.update(simulator).active == second.digest
+
+
+def test_a_newer_version_takes_the_place_of_a_damaged_one(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    damage_in_use(device)
+    second = simulator.release(adapters[1])
+    assert device.update(simulator).active == second.digest
+
+
+@pytest.mark.parametrize("choice", ["rollback first", "base after", "removed after", "other after"])
+def test_what_a_person_chose_is_kept_though_a_file_is_damaged(simulator, device, adapters, choice):
+    first = simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+    if choice == "rollback first":
+        device.store.rollback()
+        device.store._path(second.digest).write_bytes(b"damaged later")
+        assert serve(device.store, lambda adapter: None).passed_over == ()
+    else:
+        damage_in_use(device)
+    if choice == "base after":
+        device.store.activate("base")
+    elif choice == "removed after":
+        device.store.remove(second.digest)
+    elif choice == "other after":
+        device.store.activate(first.digest)
+    kept = None if choice == "base after" else first.digest
+    result = device.update(simulator)
+    assert (result.changed, result.active) == (False, kept)
+    assert "taken out of use" in result.decision.skipped[second.entry.path]
+    assert device.update(simulator, retry=True).active == second.digest
+
+
+def test_a_replaced_personal_adapter_that_came_back_gives_way_again(simulator, device, adapters):
+    own = personal(device, adapters)
+    offer = simulator.release(adapters[1])
+    device.update(simulator, personal=Personal.REPLACE)
+    assert damage_in_use(device).digest == own
+    result = device.update(simulator)
+    assert (result.active, result.decision.withdrawn) == (offer.digest, None)
+    assert device.store.rollback() == own
+    assert device.update(simulator).active == own  # this was by hand
+
+
+def test_a_damaged_combination_is_made_again(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    own = personal(device, adapters)
+    simulator.release(adapters[1])
+    mixed = device.update(simulator, personal=Personal.COMBINE).active
+    assert damage_in_use(device).digest == own
+    assert device.update(simulator).active == own
+    result = device.update(simulator, personal=Personal.COMBINE)
+    assert (result.action, result.active) == (Action.COMBINE, mixed)
+    assert not device.update(simulator, personal=Personal.COMBINE).changed
+
+
+def test_what_fails_its_health_check_here_is_tried_once_more_and_no_more(simulator, device, adapters):
+    """Whole, but it does not work any more (another ONNX Runtime): the update's check decides."""
+    simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+
+    def works(adapter):
+        if serialize_adapter(adapter) == adapters[1]:
+            raise IntegrityError("NaN")
+
+    def unhealthy(*_):
+        raise HealthCheckError("NaN")
+
+    assert serve(device.store, works).passed_over[0].digest == second.digest
+    device.healthy, first = unhealthy, device.active
+    with pytest.raises(HealthCheckError):
+        device.update(simulator)
+    result = device.update(simulator)
+    assert (result.changed, result.active) == (False, first)
+    assert "failed its health check" in result.decision.skipped[second.entry.path]
 
 
 def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
