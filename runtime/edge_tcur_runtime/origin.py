@@ -23,6 +23,7 @@ from edge_tcur_runtime.formats.digest import digest_bytes
 
 BASE = "base"
 PERSONAL = {"personal": "true"}
+UNJUDGED = {"unjudged": "true"}  # nothing showed that it answers any better than what it started from
 EPSILON, DELTA = "epsilon", "delta"  # what is spent of privacy (`edge_tcur_runtime.privacy`)
 START = "start"
 
@@ -45,6 +46,18 @@ def starting_from(start: Adapter | None) -> dict[str, str]:
 def start_of(adapter: Adapter) -> str | None:
     """`BASE`, or the digest of the adapter that this one started from; None where it does not say."""
     return adapter.header.provenance.get(START)
+
+
+def is_judged(adapter: Adapter) -> bool:
+    """Whether anything judged it before it was kept: a device's samples, the bundle's reference set, or its
+    publisher."""
+    return not UNJUDGED.items() <= adapter.header.provenance.items()
+
+
+def judged_together(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What the provenance of an adapter that is made of these says of being judged: one that nothing judged
+    leaves the whole unjudged."""
+    return {} if all(map(is_judged, adapters)) else dict(UNJUDGED)
 
 
 def spent_by(provenance: Mapping[str, str]) -> tuple[float, float]:

@@ -16,12 +16,13 @@ from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.formats.schema import Fields, parse_json
 
 FORMAT_VERSION = 1
-MAX_NAMES = 1024  # of 64 characters: a full table of names stays far below what a state file may have
+MAX_NAMES = 1024  # of `MAX_NAME` characters: a full table of names stays far below what a state file may have
 RESERVED = ("base", "active", "previous", "pending")
+MAX_NAME = 64  # characters
 _MAX_FAILED = 16  # digests that are remembered
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HEX = re.compile(r"[0-9a-f]{6,64}")  # what may stand for a digest
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_tcur_runtime.arithmetic import combine
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli import ending as ending_module
 from edge_tcur_runtime.cli.ending import Ending
@@ -24,6 +25,7 @@ from edge_tcur_runtime.formats.adapter import parse_adapter, read_adapter, seria
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.origin import PERSONAL, UNJUDGED, is_judged
 from edge_tcur_runtime.personalize import personalize as run_personalize
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.settings import PersonalizeSettings
@@ -86,6 +88,11 @@ def predict(cli, *more, bundle=V1):
 
 def damage(store, digest):
     store._path(digest).write_bytes(b"nothing of the kind")
+
+
+def left_over(place):
+    """Files of checkpoints."""
+    return [path for path in (place / "checkpoints").rglob("*") if path.is_file()]
 
 
 def uses(store):
@@ -476,11 +483,11 @@ def test_an_adapter_that_does_not_work_is_not_installed_as_the_active_one(cli, p
         raise IntegrityError("NaN")
 
     monkeypatch.setattr(ending_module, "examine", fails)
-    code, out, _ = personalize(cli, USER, "--start", "active", "--private", "--epochs", "1")
+    code, out, _ = personalize(cli, USER, "--private", "--epochs", "1", "--accept-unjudged")
     assert (code, out["error"]["code"]) == (6, "integrity")
     assert uses(Store.open(place)) == (learned, None, None)
     assert Store.open(place).resolve("personal") == learned  # the name went back too
-    assert not list((place / "checkpoints").rglob("*.json"))
+    assert not left_over(place)
 
 
 @needs_engine
@@ -506,3 +513,129 @@ def test_a_run_starts_from_what_works(cli, place, learned):
     code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
     assert (code, DIGEST["wild"] in err) == (0, True)
     assert out["score_before"] > 0.8
+
+
+# --- private, and judged by nothing ------------------------------------------------------------------
+
+
+def private(cli, *more):
+    return personalize(cli, USER, "--private", "--epochs", "1", *more)
+
+
+@needs_engine
+def test_an_unjudged_adapter_takes_no_judged_ones_place(cli, place, learned):
+    """It is kept under a name of its own, and the command that puts it in use is said."""
+    code, out, _ = private(cli)
+    assert (code, out["judged_by"], out["better"]) == (0, [], True)
+    assert "the one in use was judged" in out["withheld"]
+    store = Store.open(place)
+    assert uses(store) == (learned, None, None)
+    assert store.state.names == {"personal": learned, "personal-unjudged": out["installed"]}
+    assert out["installed_as"] == "personal-unjudged"
+    assert not left_over(place)
+    again = private(cli)[1]["installed"]  # however often
+    assert again != out["installed"]  # other noise
+    assert Store.open(place).state.names == {"personal": learned, "personal-unjudged": again}
+    assert cli("adapters", "activate", "personal-unjudged", "--bundle", V1)[1]["active"] == again
+
+
+@needs_engine
+def test_the_report_says_how_to_put_an_unjudged_adapter_in_use(place, learned, capsys):
+    arguments = ["personalize", V1, "--data", USER, "--engine", "ort-step", "--threads", "1", "--private"]
+    with pytest.raises(SystemExit) as caught:
+        run(device, [*map(str, arguments), "--epochs", "1", "--store", str(place)])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "installed as 'personal-unjudged'" in out
+    assert "not put in use: nothing judged it, and the one in use was judged" in out
+    assert "edge-tcur-device adapters activate personal-unjudged" in out
+    assert "--accept-unjudged" in out
+
+
+@needs_engine
+def test_an_unjudged_adapter_that_is_accepted_is_put_in_use(cli, place, learned):
+    code, out, _ = private(cli, "--accept-unjudged")
+    first = out["installed"]
+    assert (code, out["withheld"], out["installed_as"]) == (0, None, "personal-unjudged")
+    assert uses(Store.open(place)) == (first, learned, None)
+    # From now on no judged one is in use; the judged one keeps its name, however many come after.
+    second = private(cli)[1]["installed"]
+    store = Store.open(place)
+    assert uses(store) == (second, first, None)
+    assert store.resolve("personal") == learned
+    assert store.resolve("personal-unjudged") == second
+
+
+@needs_engine
+def test_where_nothing_judged_is_in_use_an_unjudged_adapter_is_put_in_use(cli, place):
+    first, second = (private(cli)[1] for _ in range(2))
+    assert first["withheld"] is second["withheld"] is None
+    store = Store.open(place)
+    assert uses(store) == (second["installed"], first["installed"], None)
+    assert store.state.names == {"personal": second["installed"]}
+    judged = personalize(cli, USER, "--start", "base", "--name", "judged")[1]
+    assert judged["better"]
+    assert uses(store)[0] == judged["installed"]
+    assert private(cli)[1]["withheld"] is not None
+
+
+@needs_engine
+def test_a_published_adapter_counts_as_judged(cli, place, store):
+    store.activate("good")
+    assert private(cli)[1]["withheld"] is not None
+    assert uses(store) == (DIGEST["good"], None, None)
+
+
+@needs_engine
+def test_held_out_samples_judge_a_private_run(cli, place, learned):
+    out = private(cli, "--holdout", "0.2", "--start", "base")[1]
+    assert (out["judged_by"], out["withheld"], out["better"]) == (["held-out"], None, False)
+    assert Store.open(place).state.in_use == learned
+
+
+@pytest.fixture
+def cut_short(cli, place, learned, monkeypatch):
+    """The digest of a private run that was killed after its adapter had been put away."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ending_module, "clear_checkpoints", killed)
+        with pytest.raises(Killed):
+            private(cli)
+    assert left_over(place)
+    return Store.open(place).resolve("personal-unjudged")
+
+
+@needs_engine
+def test_a_withheld_run_that_was_killed_at_its_end_is_not_trained_again(cli, place, learned, cut_short):
+    code, out, err = private(cli)
+    assert (code, out["installed"]) == (0, cut_short)
+    assert "nothing was trained" in err
+    assert uses(Store.open(place)) == (learned, None, None)
+
+
+@needs_engine
+def test_a_withheld_run_that_was_killed_is_accepted_without_spending_again(cli, place, learned, cut_short):
+    """It goes on from its last checkpoint, with the same noise."""
+    code, out, _ = private(cli, "--accept-unjudged")
+    assert (code, out["installed"], out["resumed_from"] > 0) == (0, cut_short, True)
+    assert uses(Store.open(place)) == (cut_short, learned, None)
+
+
+def test_options_that_contradict_each_other_are_refused(cli):
+    code, out, _ = personalize(cli, USER, "--private", "--accept-unjudged", "--keep-active")
+    assert (code, out["error"]["code"]) == (2, "usage")
+
+
+def test_what_is_made_of_an_unjudged_adapter_is_unjudged():
+    own = read_adapter(ADAPTER)
+    marked = replace(own, header=replace(own.header, provenance={**PERSONAL, **UNJUDGED}))
+    assert is_judged(own)
+    assert not is_judged(marked)
+    assert not is_judged(combine([own, marked], [0.5, 0.5]))
+    assert is_judged(combine([own, own], [0.5, 0.5]))
