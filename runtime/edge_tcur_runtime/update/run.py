@@ -451,21 +451,27 @@ class _Update:
         for digest in self.state.published:
             last = committed is not None and digest == committed.digest
             wanted = digest in listed and (last or digest in state.referenced)
-            if wanted or digest in (state.active, state.pending) or digest in starts or (last and personal):
+            needed = digest in (state.active, state.pending) or digest in starts or (last and personal)
+            if wanted or needed or not self._drop(digest, held):
                 kept.append(digest)
-            elif digest in held:
-                self.store.remove(digest)
         return tuple(kept)
+
+    def _drop(self, digest: str, held: frozenset[str]) -> bool:
+        """Removes an adapter, where it is there; False where a prediction has gone back to it meanwhile."""
+        try:
+            if digest in held:
+                self.store.remove(digest)
+        except UsageError:
+            return False
+        return True
 
     def _drop_combined(self) -> tuple[str, ...]:
         """Removes combinations that nothing refers to; returns the others."""
         referenced, held = self.store.state.referenced, self.store.digests()
         kept = []
         for digest in dict.fromkeys(self.state.combined):
-            if digest in referenced:
+            if digest in referenced or not self._drop(digest, held):
                 kept.append(digest)
-            elif digest in held:
-                self.store.remove(digest)
         return tuple(kept)
 
     def _save(self, state: UpdateState) -> None:

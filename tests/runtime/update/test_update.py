@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -16,9 +18,11 @@ from edge_tcur_runtime.errors import (
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.origin import starting_from
 from edge_tcur_runtime.predict import Model
-from edge_tcur_runtime.trial import serve
+from edge_tcur_runtime.store import Store
+from edge_tcur_runtime.trial import serve, serve_with
 from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
@@ -536,6 +540,67 @@ def test_what_fails_its_health_check_here_is_tried_once_more_and_no_more(simulat
     result = device.update(simulator)
     assert (result.changed, result.active) == (False, first)
     assert "failed its health check" in result.decision.skipped[second.entry.path]
+
+
+def test_threads_answer_while_updates_swap_and_bring_back_what_is_damaged(simulator, device, adapters):
+    """With the real graph: each answer is that of the adapter served, and never the base's."""
+    pytest.importorskip("onnxruntime")
+    model, stop = Model(open_bundle(device.bundle), threads=1), threading.Event()
+    inputs = {"pixel_values": np.full((1, 1, 8, 8), 0.5, np.float32)}
+    expected = {}
+    for raw in adapters:
+        model.attach(parse_adapter(raw))
+        expected[digest_bytes(raw)] = model.outputs(inputs).tobytes()
+    model.attach(None)
+    assert len({*expected.values(), model.outputs(inputs).tobytes()}) == len(adapters) + 1
+    for raw in adapters[:2]:
+        offer = simulator.release(raw)
+        device.update(simulator)
+
+    def answer():
+        found = []
+        while not stop.is_set():
+            serving = serve_with(device.store, model)
+            with model.adapter(serving.digest):
+                found.append((serving.digest, model.outputs(inputs).tobytes()))
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answer) for _ in range(8)]
+        try:
+            for raw in adapters[2:]:
+                device.store._path(offer.digest).write_bytes(b"nothing of the kind")
+                stop.wait(0.1)
+                assert device.update(simulator).active == offer.digest  # fetched again
+                offer = simulator.release(raw)
+                assert device.update(simulator).active == offer.digest
+                stop.wait(0.1)
+        finally:
+            stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert {digest for digest, _ in found} >= set(list(expected)[2:])
+    assert all(answer == expected.get(digest) for digest, answer in found)
+
+
+def test_a_prediction_that_goes_back_to_what_an_update_drops_keeps_it(
+    simulator, device, adapters, monkeypatch
+):
+    first = simulator.release(adapters[0])
+    device.update(simulator)
+    simulator.release(adapters[1])
+    device.update(simulator)
+    simulator.withdraw(first)
+    simulator.publish()
+    real = Store.remove
+
+    def late(self, ref):
+        damage_in_use(device)
+        return real(self, ref)
+
+    monkeypatch.setattr(Store, "remove", late)
+    device.update(simulator)
+    assert device.active == first.digest
+    assert device.store.load("active")
 
 
 def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
