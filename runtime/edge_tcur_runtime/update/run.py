@@ -468,11 +468,11 @@ class _Update:
     def _drop_combined(self) -> tuple[str, ...]:
         """Removes combinations that nothing refers to; returns the others."""
         referenced, held = self.store.state.referenced, self.store.digests()
-        kept = []
-        for digest in dict.fromkeys(self.state.combined):
-            if digest in referenced or not self._drop(digest, held):
-                kept.append(digest)
-        return tuple(kept)
+        return tuple(
+            digest
+            for digest in dict.fromkeys(self.state.combined)
+            if digest in referenced or not self._drop(digest, held)
+        )
 
     def _save(self, state: UpdateState) -> None:
         if state != self.state:
