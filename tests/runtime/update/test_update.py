@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from edge_tcur_runtime.errors import (
     ExitCode,
@@ -361,6 +362,21 @@ def test_the_real_health_check_compares_the_signed_answers(device, adapters):
     wrong = replace(answers, answers=tuple((a + 1) % 4 for a in answers.answers))
     with pytest.raises(HealthCheckError):
         check_health(bundle, adapter, wrong, inputs)
+
+
+def test_a_canary_that_holds_a_part_of_the_outputs_gives_the_same_answers(device, adapters, resealed):
+    """What is signed is counted through all outputs, whatever the file holds of them."""
+    bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
+    whole, inputs = canary_answers(bundle, adapter), canary_digest(bundle.root, bundle.manifest)
+    path, places = bundle.path(bundle.manifest.canary), np.array([0, 2])
+    tensors = safetensors.numpy.load_file(path)
+    sizes = np.array(tensors["output.base"].shape)
+    for name in ("output.base", "output.adapter"):
+        tensors[name] = np.ascontiguousarray(tensors[name][:, places])
+    path.write_bytes(safetensors.numpy.save(tensors | {"output.places": places, "output.sizes": sizes}))
+    reduced = resealed(bundle.root)
+    assert canary_answers(reduced, adapter) == whole
+    assert "signed answers" in check_health(reduced, adapter, whole, inputs)
 
 
 def test_a_published_adapter_that_is_not_applied_fails_its_health_check(device, adapters, monkeypatch):
