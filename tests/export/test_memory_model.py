@@ -159,6 +159,29 @@ def test_an_int4_weight_is_read_and_moved_as_half_a_byte_a_number():
     assert base_bytes(model, sizes) == 64 * 32 // 2
 
 
+def test_an_inference_holds_both_float_copies_of_an_int4_weight():
+    """Rows of int4 are picked from a copy of their own, and ONNX Runtime makes it beside the product's."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[b, 64] x, int64[r] i, float[] s)
+        => (float[b, 32] y, float[r, 32] z) {
+            d = DequantizeLinear(w, s)
+            y = MatMul(x, d)
+            e = DequantizeLinear(w, s)
+            z = Gather(e, i)
+        }"""
+    )
+    kind, place = onnx.TensorProto.INT4, onnx.TensorProto.EXTERNAL
+    model.graph.initializer.append(
+        onnx.TensorProto(name="w", data_type=kind, dims=(64, 32), data_location=place)
+    )
+    shapes = {"x": [2, 64], "i": [4], "s": []}
+    walked, inference = (estimate_memory(model, shapes, role=role) for role in (None, "infer"))
+    assert inference.activations - walked.activations == 64 * 32 * 4
+    del model.graph.node[2:]
+    del model.graph.output[1:]
+    assert estimate_memory(model, shapes, role="infer") == estimate_memory(model, shapes)
+
+
 def test_gathered_weights_cost_the_rows_that_are_read():
     model = onnx.parser.parse_model(
         HEADER
