@@ -205,9 +205,21 @@ def estimate_memory(
     fed = sum(sizes.get(name, 0) for name in inputs)
     peak = activation_peak(steps, sizes, {value.name for value in model.graph.output})
     session, values = NODE_BYTES * len(steps), peak + fed
+    if role == "infer":
+        values += _second_copy(model, sizes)
     if role in FACTORS:
         session, values = session_bytes(role, len(steps)), math.ceil(FACTORS[role] * values)
     return MemoryEstimate(libraries, session, base_bytes(model, sizes), values)
+
+
+def _second_copy(model: onnx.ModelProto, sizes: Mapping[str, int]) -> int:
+    """Bytes of the largest weight that two nodes dequantise: in its own order ONNX Runtime makes both copies
+    before it reads the first (int4, whose rows are gathered from the second one)."""
+    copies: dict[str, list[int]] = {}
+    for node in model.graph.node:
+        if node.op_type == _LATE:
+            copies.setdefault(node.input[0], []).append(sizes.get(node.output[0], 0))
+    return max((min(found) for found in copies.values() if len(found) > 1), default=0)
 
 
 def input_shapes(

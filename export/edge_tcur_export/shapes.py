@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import onnx
-from onnx import numpy_helper, shape_inference
+from onnx import shape_inference
 
 _EXTERNAL = onnx.TensorProto.EXTERNAL
+# Several numbers share a byte in a file and in memory; numpy's dtypes of these have a byte for each.
+_PACKED = {"INT4": 2, "UINT4": 2, "FLOAT4E2M1": 2, "INT2": 4, "UINT2": 4}
 
 
 class UnknownSizesError(ValueError):
@@ -23,15 +25,15 @@ class UnknownSizesError(ValueError):
 
 @dataclass(frozen=True)
 class ValueShape:
-    """Sizes of a value's axes, and bytes of one entry."""
+    """Sizes of a value's axes, and bytes of one entry (half a byte of int4)."""
 
     dims: tuple[int, ...]
-    item: int
+    item: float
 
     @property
     def bytes(self) -> int:
         """Of the whole value."""
-        return math.prod(self.dims) * self.item
+        return math.ceil(math.prod(self.dims) * self.item)
 
 
 def value_bytes(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -144,11 +146,13 @@ def _shape(value: onnx.ValueInfoProto) -> ValueShape | None:
 
 def tensor_bytes(tensor: onnx.TensorProto) -> int:
     """Bytes of an initializer, wherever its data lie."""
-    if tensor.data_location == _EXTERNAL:
-        return math.prod(int(size) for size in tensor.dims) * _item_bytes(tensor.data_type)
-    return int(numpy_helper.to_array(tensor).nbytes)
+    return ValueShape(tuple(int(size) for size in tensor.dims), _item_bytes(tensor.data_type)).bytes
 
 
-def _item_bytes(kind: int) -> int:
+def _item_bytes(kind: int) -> float:
     """Bytes of one entry; a value whose type was not told is taken as float32."""
-    return int(onnx.helper.tensor_dtype_to_np_dtype(kind or onnx.TensorProto.FLOAT).itemsize)
+    kind = kind or onnx.TensorProto.FLOAT
+    sharing = _PACKED.get(onnx.TensorProto.DataType.Name(kind))
+    if sharing is not None:
+        return 1 / sharing
+    return float(onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize)

@@ -13,7 +13,7 @@ import numpy as np
 
 from edge_tcur_runtime.errors import BaseMismatchError, ConfigError, IncompatibleError
 from edge_tcur_runtime.formats.adapter import Adapter
-from edge_tcur_runtime.origin import DELTA, EPSILON, PERSONAL, START, spent_together
+from edge_tcur_runtime.origin import DELTA, EPSILON, PERSONAL, START, judged_together, spent_together
 
 _SUM_TOLERANCE = 1e-9
 
@@ -78,7 +78,7 @@ def _provenance(adapters: Sequence[Adapter], total: float) -> dict[str, str]:
     if len(starts) > 1 or abs(total - 1) > _SUM_TOLERANCE:
         lost.add(START)
     own = {key: value for key, value in adapters[0].header.provenance.items() if key not in lost}
-    return own | spent_together(adapters)
+    return own | spent_together(adapters) | judged_together(adapters)
 
 
 def _check_alike(first: Adapter, other: Adapter) -> None:

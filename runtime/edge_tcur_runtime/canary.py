@@ -14,13 +14,14 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from edge_tcur_runtime.errors import FileFormatError
-from edge_tcur_runtime.formats.adapter import read_bounded
+from edge_tcur_runtime.errors import BudgetError, FileFormatError
 from edge_tcur_runtime.formats.bundle import Manifest
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.digest import digest_state
 
 TOLERANCE = 1e-2  # of the largest answer: processors differ by 1e-5, GPUs and half precision by more
 NOT_FINITE = "NaN or infinity"  # what `departs` says of it
+_NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory")  # as ONNX Runtime says it
 MAX_BYTES = 64 * 2**20
 _INPUT, _BASE, _ADAPTER = "input.", "output.base", "output.adapter"
 _PLACES, _SIZES = "output.places", "output.sizes"
@@ -63,13 +64,15 @@ def read_canary(root: Path, manifest: Manifest) -> Canary | None:
 
     Raises:
         BadInputError: it cannot be read.
+        IntegrityError: it is not what the manifest promises.
         FileFormatError: not a safetensors file, without inputs, or with places that contradict its outputs.
     """
     if manifest.canary is None:
         return None
     path = root / manifest.canary
+    raw = read_content(root, manifest.files, manifest.canary, MAX_BYTES)
     try:
-        tensors = safetensors.numpy.load(read_bounded(path, MAX_BYTES))
+        tensors = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, ValueError) as error:
         raise FileFormatError(f"not a safetensors file: {error}", where=str(path)) from error
     inputs = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
@@ -109,3 +112,14 @@ def departs(found: np.ndarray, expected: np.ndarray) -> str | None:
     scale = max(float(np.abs(expected).max(initial=0)), 1e-3)
     difference = float(np.abs(found.astype(np.float64) - expected).max(initial=0)) / scale
     return None if difference <= TOLERANCE else f"outputs that are off by {difference:.1%} of the largest"
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether it says that memory is short, and so nothing about the adapter that was tried."""
+    return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY)
+
+
+def no_memory() -> BudgetError:
+    """The error of a check that ran out of memory."""
+    hint = "nothing was changed; run it again when other programs have ended"
+    return BudgetError("not enough memory to try the adapter now", hint=hint)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_tcur_runtime import __version__
+from edge_tcur_runtime.cgroups import read_limits
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.installed import (
     OnnxRuntimeInstall,
@@ -43,7 +44,6 @@ _PROBE_NEWEST = (
     "found = newest_readable(); print(json.dumps([found.opset, found.ir_version]))"
 )
 _LIBRARIES = ("numpy", "safetensors", "tokenizers", "pillow", "tuf", "executorch")
-_UNLIMITED = 2**60  # cgroup v1 writes "no limit" as a number near 2^63
 
 
 # How to get each engine of `edge_tcur_runtime.engines.ENGINES`, which says what graphs it needs.
@@ -77,11 +77,12 @@ class OrtReport:
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes; None where the system does not say."""
+    """Bytes; None where the system does not say. See `edge_tcur_runtime.cgroups.Limits` for the last two."""
 
     total: int | None
     available: int | None
     cgroup_limit: int | None
+    cgroup_high: int | None = None
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _has_training_wheels() -> bool:
 
 
 def read_memory(root: Path = Path("/")) -> MemoryReport:
-    """Memory of the machine and the tightest cgroup limit of this process, in bytes.
+    """Memory of the machine and the tightest cgroup limits of this process, in bytes.
 
     Args:
         root: where /proc and /sys are found.
@@ -279,25 +280,8 @@ def read_memory(root: Path = Path("/")) -> MemoryReport:
     total, available = (
         int(values[key][0]) * 1024 if key in values else None for key in ("MemTotal", "MemAvailable")
     )
-    return MemoryReport(total, available, _cgroup_limit(root))
-
-
-def _cgroup_limit(root: Path) -> int | None:
-    """The smallest limit on the way from this process's cgroup to the root, v2 and v1."""
-    limits = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top, name = ("memory", "memory.limit_in_bytes") if controllers else (".", "memory.max")
-        base = root / "sys/fs/cgroup" / top
-        folder = base / path.lstrip("/")
-        for place in (folder, *folder.parents):
-            if not place.is_relative_to(base):
-                break
-            limits.append(_text(place / name).strip())
-    numbers = [int(limit) for limit in limits if limit.isdecimal()]
-    return min((number for number in numbers if number < _UNLIMITED), default=None)
+    limits = read_limits(root)
+    return MemoryReport(total, available, limits.most, limits.high)
 
 
 def _text(path: Path) -> str:
@@ -381,7 +365,8 @@ def _render_machine(report: Report) -> str:
         "Python": f"{report.python} on {report.platform}",
         "cores": f"{report.usable_cores} of {report.cores}",
         "memory": f"{_size(memory.total)}, available {_size(memory.available)}, "
-        f"cgroup limit {_size(memory.cgroup_limit, 'none')}",
+        f"cgroup limit {_size(memory.cgroup_limit, 'none')}"
+        + ("" if memory.cgroup_high is None else f" (slowed down above {_size(memory.cgroup_high)})"),
         "ONNX Runtime": _render_runtime(runtime),
         "libraries": ", ".join(f"{name} {version or 'missing'}" for name, version in libraries.items()),
         "torch": "importable (for executorch alone)"

@@ -79,7 +79,12 @@ def record_finished(keep: KeepSettings, finished: Finished) -> None:
 
 
 def recall_finished(
-    keep: KeepSettings, identity: Mapping[str, str], store: Path, *, in_use: bool
+    keep: KeepSettings,
+    identity: Mapping[str, str],
+    store: Path,
+    *,
+    in_use: bool,
+    accept_unjudged: bool = False,
 ) -> Finished | None:
     """The run of `identity`, where an earlier process ended it and was stopped before it had cleared up.
 
@@ -88,7 +93,8 @@ def recall_finished(
 
     Args:
         store: directory of the store that the adapter goes to.
-        in_use: whether it must be in use there, and not only installed.
+        in_use: whether it must be in use there, and not only installed; one that was `withheld` must be with
+            `accept_unjudged` alone.
 
     Raises:
         BadInputError, DiskError: see `clear_checkpoints`.
@@ -96,7 +102,10 @@ def recall_finished(
     if keep.directory is None or keep.resume == "no":
         return None
     found = _read(keep.directory / FINISHED)
-    if found is None or not _put_away(found.digest, store, in_use=in_use):
+    if found is None:
+        return None
+    in_use = in_use and (accept_unjudged or found.result.get("withheld") is None)
+    if not _put_away(found.digest, store, in_use=in_use):
         return None
     clear_checkpoints(keep)
     return found if found.is_of(identity) else None

@@ -13,15 +13,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from edge_tcur_runtime.errors import IncompatibleError
-from edge_tcur_runtime.formats.adapter import Adapter, read_adapter, serialize_adapter
+from edge_tcur_runtime.formats.adapter import MAX_FILE_BYTES, Adapter, parse_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.digest import digest_bytes
 
 BASE = "base"
 PERSONAL = {"personal": "true"}
+UNJUDGED = {"unjudged": "true"}  # nothing showed that it answers any better than what it started from
 EPSILON, DELTA = "epsilon", "delta"  # what is spent of privacy (`edge_tcur_runtime.privacy`)
 START = "start"
 
@@ -44,6 +46,18 @@ def starting_from(start: Adapter | None) -> dict[str, str]:
 def start_of(adapter: Adapter) -> str | None:
     """`BASE`, or the digest of the adapter that this one started from; None where it does not say."""
     return adapter.header.provenance.get(START)
+
+
+def is_judged(adapter: Adapter) -> bool:
+    """Whether anything judged it before it was kept: a device's samples, the bundle's reference set, or its
+    publisher."""
+    return not UNJUDGED.items() <= adapter.header.provenance.items()
+
+
+def judged_together(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """What the provenance of an adapter that is made of these says of being judged: one that nothing judged
+    leaves the whole unjudged."""
+    return {} if all(map(is_judged, adapters)) else dict(UNJUDGED)
 
 
 def spent_by(provenance: Mapping[str, str]) -> tuple[float, float]:
@@ -80,12 +94,13 @@ def blank_adapter(bundle: Bundle) -> Adapter:
 
     Raises:
         IncompatibleError: the bundle carries no adapter.
+        IntegrityError: one of its files is not what the manifest promises.
     """
     own = bundle_adapter(bundle)
     zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in own.factors.items()}
     extras = {name: np.zeros_like(value) for name, value in own.extras.items()}
     if bundle.manifest.base_extras is not None:
-        extras |= load_file(bundle.path(bundle.manifest.base_extras))
+        extras |= load(read_content(bundle.root, bundle.manifest.files, bundle.manifest.base_extras))
     return Adapter(own.header, zero, extras)
 
 
@@ -94,7 +109,10 @@ def bundle_adapter(bundle: Bundle) -> Adapter:
 
     Raises:
         IncompatibleError: there is none.
+        IntegrityError: it is not what the manifest promises.
     """
     if bundle.manifest.adapter is None:
         raise IncompatibleError("the bundle carries no adapter", where=str(bundle.root))
-    return read_adapter(bundle.path(bundle.manifest.adapter))
+    name = bundle.manifest.adapter
+    raw = read_content(bundle.root, bundle.manifest.files, name, MAX_FILE_BYTES)
+    return parse_adapter(raw, str(bundle.path(name)))

@@ -92,6 +92,7 @@ class Outcome:
             was held out; else None.
         rival: of the adapter in use, where it is another than the start, on the held-out part, or where
             there is none on those samples. unmatched: why it could not be scored.
+        guarded: the adapter in use was judged, and a new one that nothing judges must not take its place.
     """
 
     task: DeviceTask
@@ -108,6 +109,7 @@ class Outcome:
     own: tuple[Score, Score] | None = None
     rival: Score | None = None
     unmatched: str | None = None
+    guarded: bool = False
 
     def scored(self, values: dict[str, np.ndarray], score: tuple[float, float]) -> None:
         """Takes the held-out metric and loss of the epoch that left `values`."""
@@ -156,9 +158,9 @@ class Outcome:
 
     @property
     def better(self) -> bool:
-        """Whether the new adapter is put in use: better than the start and than the adapter in use on what
-        was held out; where nothing was, no worse on what it was trained on; and not too far behind on the
-        reference set, if there is one."""
+        """Whether the new adapter is kept, and put in use unless it is `withheld`: better than the start and
+        than the adapter in use on what was held out; where nothing was, no worse on what it was trained on;
+        and not too far behind on the reference set, if there is one."""
         forgot = self.yardstick is not None and self.yardstick.forgot
         return self.improved is not False and not (forgot or self.unlearned or self.outdone)
 
@@ -166,6 +168,13 @@ class Outcome:
     def judged_by(self) -> list[str]:
         """What judged it: see `judges`."""
         return judges(self.improved is not None, self.yardstick is not None, self.own is not None)
+
+    @property
+    def withheld(self) -> str | None:
+        """Why the new adapter is kept and not put in use; None where it is."""
+        if self.judged_by or not self.guarded:
+            return None
+        return "nothing judged it, and the one in use was judged"
 
     @property
     def verdict(self) -> str:
@@ -198,6 +207,7 @@ class Outcome:
             "better": self.better,
             "verdict": self.verdict,
             "judged_by": self.judged_by,
+            "withheld": self.withheld,
             "metric": self.task.metric.name,
             "score_before": score_before,
             "score_after": score_after,

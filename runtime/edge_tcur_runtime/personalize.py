@@ -34,7 +34,15 @@ from edge_tcur_runtime.formats.digest import digest_bytes, digest_file
 from edge_tcur_runtime.formats.weights import FP32
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.keeper import Keeper, open_keeper
-from edge_tcur_runtime.origin import PERSONAL, blank_adapter, bundle_adapter, content_digest, starting_from
+from edge_tcur_runtime.origin import (
+    PERSONAL,
+    UNJUDGED,
+    blank_adapter,
+    bundle_adapter,
+    content_digest,
+    is_judged,
+    starting_from,
+)
 from edge_tcur_runtime.outcome import Outcome, judges, patience_for
 from edge_tcur_runtime.planner import Plan
 from edge_tcur_runtime.preprocess import build_preprocessor
@@ -60,10 +68,13 @@ class PersonalizeResult:
 
     Attributes:
         adapter: the new adapter.
-        better: whether it is put in use: it beats the adapter that it started from, and the one in use, on
-            the held-out part, or where there is none is no worse on what it was trained on, and does not
-            fall behind on the bundle's reference set, where there is one. verdict: why, in words.
+        better: whether it is kept, and put in use unless it is `withheld`: it beats the adapter that it
+            started from, and the one in use, on the held-out part, or where there is none is no worse on what
+            it was trained on, and does not fall behind on the bundle's reference set, where there is one.
+            verdict: why, in words.
         judged_by: what judged it, of ``held-out``, ``reference`` and ``training``; empty where nothing did.
+        withheld: why it is kept and not put in use (nothing judged it, and the one in use was); None where it
+            is.
         metric: name of the score (`edge_tcur_runtime.tasks`).
         score_before, score_after: on the held-out part; None without one.
         loss_before, loss_after: mean loss on the held-out part; None without one.
@@ -90,6 +101,7 @@ class PersonalizeResult:
     better: bool
     verdict: str
     judged_by: list[str]
+    withheld: str | None
     metric: str
     score_before: float | None
     score_after: float | None
@@ -199,6 +211,7 @@ def personalize(
     start: Adapter | None = None,
     keep: KeepSettings | None = None,
     in_use: Callable[[], Adapter | None] | None = None,
+    accept_unjudged: bool = False,
     on_step: Callable[[int, int, float], None] | None = None,
 ) -> PersonalizeResult:
     """Fine-tunes the factors on `dataset`.
@@ -211,6 +224,7 @@ def personalize(
         keep: where checkpoints go and when the run must wait; None keeps nothing.
         in_use: called after training: the adapter in use then (None is the base), which the new one must beat
             too where it is another than `start`; None compares with `start` alone.
+        accept_unjudged: nothing is `withheld`.
         on_step: called with steps done, steps in all and the loss.
 
     Raises:
@@ -234,9 +248,10 @@ def personalize(
         progress = keeper.resume()
         trainer, outcome = _run(site, budget, keeper, progress, on_step)
         _weigh(trainer, outcome, site, in_use)
+        outcome.guarded = outcome.guarded and not accept_unjudged
     memory = budget.check("at the end")
     return PersonalizeResult(
-        adapter=trainer.coordinates.adapter(outcome.values, _provenance(site) | origin),
+        adapter=trainer.coordinates.adapter(outcome.values, _provenance(site, outcome) | origin),
         **outcome.facts(),
         engine=trainer.engine,
         engine_reason=reason if trainer.engine == name else "the plan: the fastest that fits the budget",
@@ -287,11 +302,13 @@ def _weigh(
     These a private run does not look at: whether the adapter is put in use would tell of them without noise.
     """
     kept, held_out = site.data
+    used = None if in_use is None else in_use()
+    outcome.guarded = used is not None and is_judged(used)
     if outcome.before is None:
         if site.privacy is not None:
             return
         outcome.own = trainer.score_adapter(site.start, kept), trainer.score_values(outcome.values, kept)
-    rival = None if in_use is None else in_use() or blank_adapter(site.bundle)
+    rival = None if in_use is None else used or blank_adapter(site.bundle)
     if rival is None or content_digest(rival) == content_digest(site.start):
         return
     try:
@@ -342,7 +359,7 @@ def _prepare(
     """
     check_fit(bundle.manifest, start)
     task = find_device_task(bundle.manifest.task)
-    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+    preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root, bundle.manifest.files)
     kept, held_out = (
         Batch(part, encode_targets(part, bundle.manifest.labels), preprocess, task)
         for part in split(dataset, settings.held_out_part, settings.seed)
@@ -366,14 +383,14 @@ def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
     return replace(coordinates, still=still_parts(bundle.manifest))
 
 
-def _provenance(site: Site) -> dict[str, str]:
+def _provenance(site: Site, outcome: Outcome) -> dict[str, str]:
     """Where the adapter comes from; rows, columns and core were trained against the dequantised weights."""
     result, precision = dict(_PROVENANCE), site.bundle.manifest.precision
     if precision != FP32:
         result["base precision"] = precision
     if site.privacy is not None:
         result |= site.privacy.provenance(site.start.header.provenance)
-    return result
+    return result if outcome.judged_by else result | UNJUDGED
 
 
 def _notes(site: Site, outcome: Outcome) -> list[str]:

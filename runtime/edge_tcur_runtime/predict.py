@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from edge_tcur_runtime.canary import NOT_FINITE, departs, read_canary
+from edge_tcur_runtime.canary import NOT_FINITE, departs, no_memory, ran_out_of_memory, read_canary
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.readable import require_readable
-from edge_tcur_runtime.engines.session import open_session, require_names
+from edge_tcur_runtime.engines.session import error_line, open_session, require_names
 from edge_tcur_runtime.errors import DataError, EdgeError, IncompatibleError, IntegrityError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.adapter import Adapter, serialize_adapter
@@ -82,14 +82,15 @@ class Model:
         require_names(graph, "output", ("logits",), [value.name for value in self._session.get_outputs()])
         optional = [value.name for value in self._session.get_overridable_initializers()]
         require_names(graph, "input", bundle.manifest.factor_names(), [*names, *optional])
-        self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root)
+        self._preprocess = build_preprocessor(bundle.manifest.preprocessing, bundle.root, files)
         self._feeds: _Feeds = {}
         self._loaded: dict[str | None, _Feeds] = {None: {}}
         self._own: ContextVar[_Feeds | None] = ContextVar("adapter", default=None)
         self._canary = read_canary(bundle.root, bundle.manifest) if check else None
         self._base_answers: np.ndarray | None = None
         if self._canary is not None:
-            self._base_answers = self._check({}, self._canary.base, "the base", IncompatibleError)
+            outputs = self._check({}, self._canary.base, "the base", IncompatibleError)
+            self._base_answers = self._canary.part(outputs)
 
     def attach(self, adapter: Adapter | None) -> None:
         """Uses `adapter` from the next prediction on, in every thread that is not inside `adapter`; None
@@ -105,10 +106,24 @@ class Model:
 
         Raises:
             BaseMismatchError, IncompatibleError: it does not fit.
-            IntegrityError: its answers to the canary are not finite, are those with a core of zero
-                although its own is not, or, of the adapter that came with the bundle, not the exported ones.
+            IntegrityError, BudgetError: see `try_out`.
         """
-        self._loaded[name] = self._checked(adapter)
+        self._loaded[name], _ = self._checked(adapter)
+
+    def try_out(self, adapter: Adapter) -> np.ndarray | None:
+        """The check of `load`; nothing is kept.
+
+        Returns:
+            its outputs f32 [samples, ...] on the whole canary; None without one, or without `check`.
+
+        Raises:
+            BaseMismatchError, IncompatibleError: it does not fit.
+            IntegrityError: the graph cannot run with it; or its answers to the canary are not finite, are
+                those with a core of zero although its own is not, or, of the adapter that came with the
+                bundle, not the exported ones.
+            BudgetError: memory is short, which says nothing about the adapter.
+        """
+        return self._checked(adapter)[1]
 
     def unload(self, name: str) -> None:
         """Forgets an adapter; blocks that use it finish with it.
@@ -117,12 +132,12 @@ class Model:
             UsageError: there is none of that name.
         """
         self._feeds_of(name)
-        del self._loaded[name]
+        self._loaded.pop(name, None)
 
     @property
     def loaded(self) -> tuple[str, ...]:
         """Names of the adapters that were loaded."""
-        return tuple(name for name in self._loaded if name is not None)
+        return tuple(name for name in list(self._loaded) if name is not None)  # others may load meanwhile
 
     @contextmanager
     def adapter(self, name: str | None) -> Iterator[None]:
@@ -145,20 +160,21 @@ class Model:
             hint = f"did you mean {guess!r}?" if guess else "load it first"
             raise UsageError(f"no adapter {name!r} was loaded", hint=hint) from None
 
-    def _checked(self, adapter: Adapter) -> _Feeds:
-        """What is fed for an adapter, after the canary."""
+    def _checked(self, adapter: Adapter) -> tuple[_Feeds, np.ndarray | None]:
+        """What is fed for an adapter, after the canary, and what it answered to that."""
         feeds = build_feeds(self.bundle.manifest, adapter)
-        if self._canary is not None:
-            own = self._canary.adapter if _is_own(self.bundle, adapter) else None
-            found = self._check(feeds, own, "the adapter", IntegrityError)
-            idle = all(not factors.core.any() for factors in adapter.factors.values())
-            if not idle and np.array_equal(found, self._without_cores(adapter)):
-                raise IntegrityError(
-                    "the adapter changes nothing: with cores of zero the canary's answers are the same bits",
-                    where=str(self.bundle.root),
-                    hint="this ONNX Runtime does not feed the factors; update it",
-                )
-        return feeds
+        if self._canary is None:
+            return feeds, None
+        own = self._canary.adapter if _is_own(self.bundle, adapter) else None
+        outputs = self._check(feeds, own, "the adapter", IntegrityError)
+        idle = all(not factors.core.any() for factors in adapter.factors.values())
+        if not idle and np.array_equal(self._canary.part(outputs), self._without_cores(adapter)):
+            raise IntegrityError(
+                "the adapter changes nothing: with cores of zero the canary's answers are the same bits",
+                where=str(self.bundle.root),
+                hint="this ONNX Runtime does not feed the factors; update it",
+            )
+        return feeds, outputs
 
     def _without_cores(self, adapter: Adapter) -> np.ndarray:
         """Answers to the canary with cores of zero: the base's, or with the same extras (a trained head)."""
@@ -167,15 +183,27 @@ class Model:
             return self._base_answers
         zero = {group: part.with_core(np.zeros_like(part.core)) for group, part in adapter.factors.items()}
         feeds = build_feeds(self.bundle.manifest, Adapter(adapter.header, zero, adapter.extras))
-        return self._run(self._canary.inputs, feeds)
+        return self._canary.part(self._answers(feeds, "the adapter without cores", IntegrityError))
+
+    def _answers(self, feeds: _Feeds, what: str, kind: type[EdgeError]) -> np.ndarray:
+        """Outputs on the canary's inputs; ONNX Runtime's errors share no class."""
+        assert self._canary is not None
+        try:
+            return self._run(self._canary.inputs, feeds)
+        except Exception as error:
+            if ran_out_of_memory(error):
+                raise no_memory() from error
+            raise kind(
+                f"{what} cannot run on the bundle's canary: {error_line(error)}", where=str(self.bundle.root)
+            ) from error
 
     def _check(
         self, feeds: _Feeds, expected: np.ndarray | None, what: str, kind: type[EdgeError]
     ) -> np.ndarray:
-        """Answers to the canary, in the part that it holds; refused where they are not finite or not the
-        expected ones."""
+        """Outputs on the canary; refused where they are not finite, or in the part that the canary holds not
+        the expected ones."""
         assert self._canary is not None
-        outputs = self._run(self._canary.inputs, feeds)
+        outputs = self._shaped(self._answers(feeds, what, kind))
         found = self._canary.part(outputs)
         problem = departs(found, found if expected is None else expected)
         if problem is None and not np.isfinite(outputs).all():
@@ -186,7 +214,7 @@ class Model:
                 where=str(self.bundle.root),
                 hint="update ONNX Runtime, or fetch the bundle and the adapter again",
             )
-        return found
+        return outputs
 
     def _run(self, inputs: Mapping[str, np.ndarray], feeds: _Feeds) -> np.ndarray:
         result: np.ndarray = self._session.run(["logits"], {**inputs, **feeds})[0]
@@ -199,7 +227,10 @@ class Model:
             IncompatibleError: the graph's outputs are not those of the task with the bundle's labels.
         """
         own = self._own.get()
-        result = self._run(inputs, self._feeds if own is None else own)
+        return self._shaped(self._run(inputs, self._feeds if own is None else own))
+
+    def _shaped(self, result: np.ndarray) -> np.ndarray:
+        """The outputs, which must have the axes of the task."""
         axes = self.task.output_axes(self.bundle.manifest.inputs, self.labels)
         fixed = [
             axis if isinstance(axis, int) else size for axis, size in zip(axes, result.shape, strict=False)

@@ -15,7 +15,8 @@ import numpy as np
 
 from edge_tcur_runtime.errors import DataError, FileFormatError, MissingEngineError
 from edge_tcur_runtime.formats.adapter import read_bounded
-from edge_tcur_runtime.formats.bundle import MANIFEST
+from edge_tcur_runtime.formats.bundle import MANIFEST, FileEntry
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.schema import Fields
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ def _checked_texts(samples: Sequence[str] | np.ndarray) -> list[str]:
     return texts
 
 
-def build_preprocessor(spec: Mapping[str, Any], root: Path) -> Preprocessor:
+def build_preprocessor(
+    spec: Mapping[str, Any], root: Path, files: Mapping[str, FileEntry] | None = None
+) -> Preprocessor:
     """The preprocessor that a manifest's `preprocessing` object describes.
 
     Args:
@@ -175,8 +178,10 @@ def build_preprocessor(spec: Mapping[str, Any], root: Path) -> Preprocessor:
             ``"depth"`` for volumes, or ``{"kind": "text", "tokenizer", "max_length", "pad_id", "inputs",
             "buckets"}``.
         root: directory that holds the tokenizer's file.
+        files: entries of the bundle's manifest, which that file must match; None where it is of no bundle.
 
     Raises:
+        IntegrityError: it does not match.
         FileFormatError: unknown, missing or wrong fields, or a file that is no tokenizer.
         BadInputError: the tokenizer's file cannot be read.
         MissingEngineError: text, and `tokenizers` is not installed.
@@ -184,7 +189,7 @@ def build_preprocessor(spec: Mapping[str, Any], root: Path) -> Preprocessor:
     fields = Fields(spec, f"{root / MANIFEST}: preprocessing")
     if fields.choice("kind", ("image", "text")) == "image":
         return _build_image(fields)
-    return _build_text(fields, root)
+    return _build_text(fields, root, files)
 
 
 def image_size(spec: Mapping[str, Any]) -> tuple[int, ...]:
@@ -222,7 +227,7 @@ def _numbers(fields: Fields, key: str, count: int) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
 
 
-def _build_text(fields: Fields, root: Path) -> TextPreprocessor:
+def _build_text(fields: Fields, root: Path, files: Mapping[str, FileEntry] | None) -> TextPreprocessor:
     fields.only("kind", "tokenizer", "max_length", "pad_id", "inputs", "buckets")
     name = fields.text("tokenizer")
     if not name or name in {".", ".."} or any(mark in name for mark in "/\\\0"):
@@ -239,7 +244,7 @@ def _build_text(fields: Fields, root: Path) -> TextPreprocessor:
             where=fields.where,
         )
     return TextPreprocessor(
-        tokenizer=load_tokenizer(root / name, max_length),
+        tokenizer=load_tokenizer(root / name, max_length, files),
         pad_id=fields.integer("pad_id"),
         inputs=inputs,
         buckets=_buckets(fields, max_length),
@@ -257,12 +262,13 @@ def _buckets(fields: Fields, max_length: int) -> tuple[int, ...]:
     return tuple(values)
 
 
-def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
+def load_tokenizer(path: Path, max_length: int, files: Mapping[str, FileEntry] | None = None) -> Tokenizer:
     """A `tokenizers.Tokenizer` that truncates to `max_length` tokens (special ones included), unpadded.
 
     Raises:
         MissingEngineError: `tokenizers` is not installed.
         BadInputError: the file cannot be read.
+        IntegrityError: it is not what `files` (see `build_preprocessor`) promise.
         FileFormatError: the file is no tokenizer, or `max_length` has no room beside special tokens.
     """
     try:
@@ -273,7 +279,10 @@ def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
             where=str(path),
             hint="install it with: pip install 'edge-tcur-runtime[text]'",
         ) from error
-    raw = read_bounded(path, MAX_TOKENIZER_BYTES)
+    if files is None:
+        raw = read_bounded(path, MAX_TOKENIZER_BYTES)
+    else:
+        raw = read_content(path.parent, files, path.name, MAX_TOKENIZER_BYTES)
     try:
         tokenizer = Tokenizer.from_buffer(raw)
     except ValueError as error:

@@ -16,8 +16,8 @@ import safetensors
 import safetensors.numpy
 
 from edge_tcur_runtime.errors import FileFormatError
-from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import MAX_REFERENCE_BYTES, Bundle, ReferenceSpec
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.tasks import DeviceTask, find_device_task
 
 _INPUT, _TARGETS = "input.", "targets"
@@ -94,14 +94,16 @@ def read_reference(bundle: Bundle) -> ReferenceSet | None:
 
     Raises:
         BadInputError: it cannot be read, or is larger than `MAX_REFERENCE_BYTES`.
+        IntegrityError: it is not what the manifest promises.
         FileFormatError: no safetensors file, or not the inputs and samples that the manifest promises.
     """
     spec = bundle.manifest.reference
     if spec is None:
         return None
     path = bundle.path(spec.file)
+    raw = read_content(bundle.root, bundle.manifest.files, spec.file, MAX_REFERENCE_BYTES)
     try:
-        tensors = safetensors.numpy.load(read_bounded(path, MAX_REFERENCE_BYTES))
+        tensors = safetensors.numpy.load(raw)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise FileFormatError(f"not a safetensors file: {error}", where=str(path)) from error
     task, expected = find_device_task(bundle.manifest.task), bundle.manifest.inputs

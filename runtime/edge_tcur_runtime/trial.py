@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,12 +26,14 @@ from edge_tcur_runtime.errors import (
 from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import BASE_FILE, Bundle
+from edge_tcur_runtime.origin import content_digest
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.store import State, Store
 
 Check = Callable[[Adapter], object]  # raises what `_is_fault` knows where the adapter does not work
 
 _SESSION_BYTES = 32 * 2**20  # what the canary's session takes beside the base, at most
+_TRIES = 8  # looks at a store that others change; each needs another change in between
 
 
 @dataclass(frozen=True)
@@ -58,22 +60,8 @@ class Serving:
     notes: tuple[str, ...] = ()
 
 
-def examine(bundle: Bundle, adapter: Adapter) -> None:
-    """The health check: the adapter answers the bundle's canary as `Model.load` wants it.
-
-    A bundle without an inference graph has nothing to run: the adapter must fit it.
-
-    Raises:
-        BaseMismatchError, IncompatibleError: it does not fit, or the base itself answers otherwise here.
-        IntegrityError: NaN or infinity, the answers of the base, or not those that were exported.
-    """
-    check_fit(bundle.manifest, adapter)
-    if bundle.graph("infer") is not None:
-        Model(bundle, threads=1).load("on trial", adapter)
-
-
 def affordable(bundle: Bundle, budget: int | None) -> bool:
-    """Whether `examine` fits the budget of this process (bytes; None is no limit)."""
+    """Whether `edge_tcur_runtime.examine` fits the budget of this process (bytes; None is no limit)."""
     base = bundle.manifest.files[BASE_FILE].size
     return budget is None or read_memory().resident + base + _SESSION_BYTES <= budget
 
@@ -126,8 +114,55 @@ def serve(store: Store, works: Check, *, confirm: bool = True, change: bool = Tr
     Raises:
         EdgeError: of `works`, what says nothing about the adapter (memory, a missing library).
     """
-    seen, passed, out = store.state, list[PassedOver](), set[str | None]()
-    found = Serving(None, None)
+    for _ in range(_TRIES):
+        seen = store.state
+        choice = _choose(store, seen, works)
+        if not choice.passed or not _differ(store.state, seen):
+            break  # else what was passed over may only have been replaced meanwhile
+    keep = next((digest for digest in _order(seen) if digest not in choice.out), None)
+    notes = _tell(seen, choice.passed, choice.digest)
+    ended = seen.pending is not None and (keep != seen.pending or confirm)
+    if change and (ended or keep != seen.in_use):
+        notes += _settle(store, seen, keep)
+    return Serving(choice.adapter, choice.digest, tuple(choice.passed), tuple(notes))
+
+
+def serve_with(store: Store, model: Model, *, change: bool = True) -> Serving:
+    """`serve` for what answers with `model`, from any thread.
+
+    What is served is loaded under its digest, once: ``with model.adapter(found.digest):`` answers with it and
+    with nothing else, whatever other threads serve meanwhile (a digest of None is the base). It stays loaded
+    until `Model.unload`.
+
+    Raises:
+        EdgeError: see `serve`.
+    """
+
+    def works(adapter: Adapter) -> None:
+        digest = content_digest(adapter)  # an adapter has one file, and so this is its digest in the store
+        if digest not in model.loaded:
+            model.load(digest, adapter)
+
+    return serve(store, works, change=change)
+
+
+@dataclass
+class _Choice:
+    """What one look at the store found.
+
+    Attributes:
+        adapter, digest: that works; None is the base.
+        passed: what stood before it; out: of these, what is to be taken out of use.
+    """
+
+    adapter: Adapter | None = None
+    digest: str | None = None
+    passed: list[PassedOver] = field(default_factory=list)
+    out: set[str | None] = field(default_factory=set)
+
+
+def _choose(store: Store, seen: State, works: Check) -> _Choice:
+    choice = _Choice()
     for digest in _order(seen):
         if digest is None:
             break
@@ -137,18 +172,18 @@ def serve(store: Store, works: Check, *, confirm: bool = True, change: bool = Tr
         except EdgeError as error:
             if not _is_fault(error):
                 raise
-            passed.append(PassedOver(digest, str(error)))
+            choice.passed.append(PassedOver(digest, str(error)))
             if digest == seen.pending or isinstance(error, (IntegrityError, FileFormatError)):
-                out.add(digest)
+                choice.out.add(digest)
             continue
-        found = Serving(adapter, digest)
+        choice.adapter, choice.digest = adapter, digest
         break
-    notes = _tell(seen, passed, found.digest)
-    keep = next((digest for digest in _order(seen) if digest not in out), None)
-    ended = seen.pending is not None and (keep != seen.pending or confirm)
-    if change and (ended or keep != seen.in_use):
-        notes += _settle(store, seen, keep)
-    return Serving(found.adapter, found.digest, tuple(passed), tuple(notes))
+    return choice
+
+
+def _differ(state: State, other: State) -> bool:
+    """Whether other adapters are in use or would be."""
+    return replace(state, names={}) != replace(other, names={})
 
 
 @dataclass

@@ -21,7 +21,7 @@ from edge_tcur_export.memory_model import (
     estimate_memory,
     input_shapes,
 )
-from edge_tcur_export.shapes import UnknownSizesError, evaluate, value_bytes
+from edge_tcur_export.shapes import UnknownSizesError, evaluate, tensor_bytes, value_bytes
 from edge_tcur_runtime.formats.bundle import open_bundle
 
 DATA = Path(__file__).parents[1] / "data"
@@ -117,6 +117,69 @@ def test_the_sizes_are_those_that_onnx_runtime_makes(name, rank, tmp_path):
     assert {name: sizes[name] for name in known} == known
     # What shape inference leaves open is arithmetic of sizes: a few integers.
     assert sum(value.nbytes for name, value in found.items() if name not in sizes) < 2000
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("INT4", 8),
+        ("UINT4", 8),
+        ("FLOAT4E2M1", 8),
+        ("INT8", 15),
+        ("FLOAT16", 30),
+        ("FLOAT", 60),
+        ("INT64", 120),
+    ],
+)
+def test_an_initializer_has_the_bytes_that_onnx_writes_for_it(kind, expected, external):
+    """int4: two numbers in a byte, the last byte filled up."""
+    number = getattr(onnx.TensorProto, kind)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(number)
+    tensor = onnx.numpy_helper.from_array(np.ones((3, 5)).astype(dtype), "w")
+    assert len(tensor.raw_data) == expected
+    if external:
+        tensor.data_location, tensor.raw_data = onnx.TensorProto.EXTERNAL, b""
+    assert tensor_bytes(tensor) == expected
+
+
+def test_an_int4_weight_is_read_and_moved_as_half_a_byte_a_number():
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[b, 64] x, float[] s) => (float[b, 32] y) {
+            d = DequantizeLinear(w, s)
+            y = MatMul(x, d)
+        }"""
+    )
+    dims, kind = (64, 32), onnx.TensorProto.INT4
+    tensor = onnx.TensorProto(name="w", data_type=kind, dims=dims, data_location=onnx.TensorProto.EXTERNAL)
+    model.graph.initializer.append(tensor)
+    sizes = value_bytes(model, {"x": [2, 64], "s": []})
+    assert sizes["w"] == 64 * 32 // 2
+    assert sizes["d"] == 64 * 32 * 4
+    assert base_bytes(model, sizes) == 64 * 32 // 2
+
+
+def test_an_inference_holds_both_float_copies_of_an_int4_weight():
+    """Rows of int4 are picked from a copy of their own, and ONNX Runtime makes it beside the product's."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 21]> g (float[b, 64] x, int64[r] i, float[] s)
+        => (float[b, 32] y, float[r, 32] z) {
+            d = DequantizeLinear(w, s)
+            y = MatMul(x, d)
+            e = DequantizeLinear(w, s)
+            z = Gather(e, i)
+        }"""
+    )
+    kind, place = onnx.TensorProto.INT4, onnx.TensorProto.EXTERNAL
+    model.graph.initializer.append(
+        onnx.TensorProto(name="w", data_type=kind, dims=(64, 32), data_location=place)
+    )
+    shapes = {"x": [2, 64], "i": [4], "s": []}
+    walked, inference = (estimate_memory(model, shapes, role=role) for role in (None, "infer"))
+    assert inference.activations - walked.activations == 64 * 32 * 4
+    del model.graph.node[2:]
+    del model.graph.output[1:]
+    assert estimate_memory(model, shapes, role="infer") == estimate_memory(model, shapes)
 
 
 def test_gathered_weights_cost_the_rows_that_are_read():

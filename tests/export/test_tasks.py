@@ -6,6 +6,7 @@ import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,14 @@ from edge_tcur.training import TrainConfig, evaluate_run, train
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES
 from edge_tcur_export.settings import TARGETS, ExportSettings
+from edge_tcur_runtime.canary import read_canary
 from edge_tcur_runtime.engines import open_engine
-from edge_tcur_runtime.errors import IncompatibleError, UsageError
+from edge_tcur_runtime.errors import HealthCheckError, IncompatibleError, UsageError
 from edge_tcur_runtime.feeds import build_feeds
 from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.tasks import IGNORED
+from edge_tcur_runtime.update.health import SAMPLES, canary_answers, canary_digest, check_health
 
 NAMES = ("text-regression", "image-multilabel", "image-segmentation", "causal-lm")
 WORDS = ("where", "is", "my", "card", "please", "money", "send", "again")
@@ -315,3 +319,25 @@ def test_volumes_are_segmented_too(segmenters, tmp_path):
     assert set(case.report.parity["step"]) == set(TOLERANCES)
     answered = case.device("predict", case.bundle.root, "--data", case.data, "--adapter", "bundle")
     assert answered["score"] == pytest.approx(evaluate_run(case.run, case.data).adapter_score, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_answers_that_a_publisher_signs_are_checked_on_a_device(cases, name):
+    """Outputs of any shape: for each sample the place of its largest output, and that output."""
+    case = cases(name)
+    bundle, adapter = case.bundle, case.run.adapter()
+    signed, inputs = canary_answers(bundle, adapter), canary_digest(bundle.root, bundle.manifest)
+    model = Model(bundle, threads=1)
+    model.attach(adapter)
+    outputs = model.outputs(read_canary(bundle.root, bundle.manifest).inputs)[:SAMPLES]
+    flat = outputs.reshape(len(outputs), -1)
+    assert signed.answers == tuple(flat.argmax(axis=1))
+    assert signed.outputs == tuple(np.rint(1000 * flat.max(axis=1)))
+    assert "the signed answers" in check_health(bundle, adapter, signed, inputs)
+    moved = replace(signed, outputs=tuple(value + 1000 for value in signed.outputs))
+    lowest = replace(signed, answers=tuple(int(place) for place in flat.argmin(axis=1)))
+    outside = replace(signed, answers=(flat.shape[1], *signed.answers[1:]))
+    before = replace(signed, answers=(-1, *signed.answers[1:]))
+    for wrong in (moved, lowest, outside, before):
+        with pytest.raises(HealthCheckError):
+            check_health(bundle, adapter, wrong, inputs)

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from edge_tcur_runtime.canary import Canary, departs, read_canary
 from edge_tcur_runtime.errors import FileFormatError
+from edge_tcur_runtime.formats.bundle import FileEntry
+from edge_tcur_runtime.formats.digest import digest_bytes
 
 PART = {
     "input.x": np.zeros((2, 3), np.int64),
@@ -23,8 +25,10 @@ PART = {
 
 
 def read(tmp_path, tensors):
-    (tmp_path / "canary.safetensors").write_bytes(safetensors.numpy.save(tensors))
-    return read_canary(tmp_path, SimpleNamespace(canary="canary.safetensors"))
+    raw = safetensors.numpy.save(tensors)
+    (tmp_path / "canary.safetensors").write_bytes(raw)
+    files = {"canary.safetensors": FileEntry(len(raw), digest_bytes(raw))}
+    return read_canary(tmp_path, SimpleNamespace(canary="canary.safetensors", files=files))
 
 
 def test_places_and_sizes_are_read(tmp_path):

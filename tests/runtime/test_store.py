@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from edge_tcur_runtime import state as state_module
 from edge_tcur_runtime import store as store_module
 from edge_tcur_runtime.errors import (
     BadInputError,
@@ -94,6 +96,22 @@ def test_a_confirmed_trial_is_an_activation(state, digest):
     assert trial.confirm() == state.activate(digest)
 
 
+@given(states, digests, st.booleans())
+def test_what_failed_is_remembered_until_anybody_chooses(state, other, pending):
+    state = replace(state, active=DA, previous=None, failed=())
+    failed = state.settle(None)
+    assert (failed.active, failed.previous, failed.failed) == (None, None, (DA,))
+    assert parse_state(serialize_state(failed, 3), "x") == (failed, 3)
+    assert b"failed" not in serialize_state(state, 3)  # as before this field was
+    trial = failed.activate(other, pending=True)
+    assert trial.failed == trial.recover().failed == (DA,)
+    assert trial.settle(None).failed == (DA,)  # a trial that failed was no choice that holds
+    assert (trial.confirm() if pending else failed.activate(other)).failed == ()
+    assert failed.activate(None).failed == failed.remove(DA).failed == ()
+    assert replace(failed, active=DB).rollback().failed == ()
+    assert replace(failed, active=DB).settle(None).failed == (DA, DB)
+
+
 @given(states, digests)
 def test_an_unconfirmed_trial_leaves_no_trace(state, digest):
     trial = state.activate(digest, pending=True)
@@ -149,7 +167,7 @@ def test_names_that_could_mean_something_else_are_refused(name):
 
 def test_the_number_of_names_is_bounded_and_the_state_file_with_it():
     state = State()
-    for number in range(store_module.MAX_NAMES):
+    for number in range(state_module.MAX_NAMES):
         digest = digest_bytes(str(number).encode())
         state = State(names={**state.names, f"{number:04}".rjust(64, "n"): digest})
     assert len(serialize_state(state, 1)) < store_module.MAX_STATE_BYTES
@@ -471,7 +489,7 @@ def test_a_state_of_a_newer_version_is_not_taken_for_damage(store):
     document = json.loads(path.read_bytes())
     del document["sha256"]
     document |= {"format_version": 2, "something": "new"}
-    document["sha256"] = store_module._checksum(document)
+    document["sha256"] = state_module._checksum(document)
     path.write_text(json.dumps(document))
     with pytest.raises(FormatVersionError, match="version 2"):
         Store.open(store.root)

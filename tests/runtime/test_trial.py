@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,20 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_tcur_runtime.arithmetic import combine
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli import ending as ending_module
 from edge_tcur_runtime.cli.ending import Ending
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.data import load_dataset
-from edge_tcur_runtime.errors import BudgetError, IntegrityError
-from edge_tcur_runtime.formats.adapter import read_adapter, serialize_adapter
+from edge_tcur_runtime.errors import BudgetError, IntegrityError, UsageError
+from edge_tcur_runtime.formats.adapter import parse_adapter, read_adapter, serialize_adapter
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.installed import find_onnxruntime
+from edge_tcur_runtime.origin import PERSONAL, UNJUDGED, is_judged
 from edge_tcur_runtime.personalize import personalize as run_personalize
+from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.store import State, Store
-from edge_tcur_runtime.trial import Incumbent, serve
+from edge_tcur_runtime.trial import Incumbent, serve, serve_with
 
 DATA = Path(__file__).parents[1] / "data"
 V1, USER, ADAPTER = DATA / "bundle-v1", DATA / "user.npz", DATA / "adapter-v1.safetensors"
@@ -82,6 +88,11 @@ def predict(cli, *more, bundle=V1):
 
 def damage(store, digest):
     store._path(digest).write_bytes(b"nothing of the kind")
+
+
+def left_over(place):
+    """Files of checkpoints."""
+    return [path for path in (place / "checkpoints").rglob("*") if path.is_file()]
 
 
 def uses(store):
@@ -170,6 +181,152 @@ def test_a_store_that_cannot_be_changed_still_answers(cli, store, monkeypatch):
     code, out, err = predict(cli)
     assert (code, out["adapter"]) == (0, DIGEST["good"])
     assert "could not be changed" in err
+
+
+def compare(cli, *refs):
+    options = [word for ref in refs for word in ("--adapter", ref)]
+    return cli("adapters", "compare", V1, "--data", USER, *options)
+
+
+@needs_engine
+def test_a_comparison_with_a_damaged_active_adapter_goes_on_as_a_prediction_does(cli, store):
+    """What is damaged and what is used instead is said; a comparison changes nothing."""
+    store.activate("good")
+    store.activate("other")
+    damage(store, DIGEST["other"])
+    code, out, err = compare(cli, "base", "active", "good")
+    assert code == 0
+    base, active, good = out["adapters"]
+    assert (base["digest"], active["digest"], good["digest"]) == (None, DIGEST["good"], DIGEST["good"])
+    assert active["score"] == good["score"]
+    (passed,) = active["passed_over"]
+    assert passed["digest"] == DIGEST["other"]
+    assert (base["passed_over"], good["passed_over"]) == ([], [])
+    assert f"the adapter {DIGEST['other']} does not work here" in err
+    assert "was altered" in err
+    assert f"used instead: {DIGEST['good']}" in err
+    assert uses(store) == (DIGEST["other"], DIGEST["good"], None)
+    assert predict(cli)[1]["score"] == active["score"]
+    damage(store, DIGEST["good"])
+    code, out, err = compare(cli, "active")
+    assert (code, out["adapters"][0]["digest"]) == (0, None)
+    assert "used instead: the base without an adapter" in err
+    code, out, _ = compare(cli, "active", "good")  # asked for by its name it must work
+    assert (code, out["error"]["code"]) == (6, "integrity")
+
+
+@needs_engine
+def test_a_comparison_ends_no_trial(cli, store):
+    store.activate("good")
+    cli("adapters", "activate", "wild")
+    code, out, err = compare(cli, "active")
+    assert (code, out["adapters"][0]["digest"]) == (0, DIGEST["good"])
+    assert "on trial does not work here" in err
+    assert uses(store) == (DIGEST["good"], None, DIGEST["wild"])
+
+
+# --- threads -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def served():
+    """A model, inputs, and the bytes that each of some adapters answers; None is the base."""
+    bundle = open_bundle(V1)
+    model, inputs = Model(bundle, threads=1), {"pixel_values": np.full((1, 1, 8, 8), 0.5, np.float32)}
+    raws = [cores(lambda core, scale=scale: core * np.float32(scale)) for scale in np.linspace(0.5, 2, 24)]
+    expected = {None: model.outputs(inputs).tobytes()}
+    for raw in (GOOD, OTHER, *raws):
+        model.attach(parse_adapter(raw))
+        expected[digest_bytes(raw)] = model.outputs(inputs).tobytes()
+    model.attach(None)
+    assert len(set(expected.values())) >= 24
+    return model, inputs, raws, expected
+
+
+def answers(place, model, inputs, stop):
+    """What a thread of a server does until it is told to stop: (digest served, bytes answered)."""
+    store, found = Store.open(place, create=False), []
+    while not stop.is_set() or not found:
+        serving = serve_with(store, model)
+        with model.adapter(serving.digest):
+            found.append((serving.digest, model.outputs(inputs).tobytes()))
+    return found
+
+
+@needs_engine
+def test_eight_threads_fall_back_from_a_damaged_adapter(place, store, served):
+    model, inputs, _, expected = served
+    store.activate("good")
+    store.activate("other")
+    damage(store, DIGEST["other"])
+    stop = threading.Event()
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answers, place, model, inputs, stop) for _ in range(8)]
+        stop.wait(1)
+        stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert set(found) == {(DIGEST["good"], expected[DIGEST["good"]])}
+    assert uses(store) == (DIGEST["good"], None, None)
+
+
+@needs_engine
+def test_eight_threads_while_an_update_swaps_and_files_are_damaged(place, store, served):
+    """Each answer is that of the adapter that was served, and the base never takes a working one's place."""
+    model, inputs, raws, expected = served
+    store.activate("good")
+    stop, kept = threading.Event(), [DIGEST["good"]]
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answers, place, model, inputs, stop) for _ in range(8)]
+        for number, raw in enumerate(raws):  # as `update` does: install, put in use, remove an old one
+            kept.append(store.install(raw))
+            store.activate(kept[-1])
+            if len(kept) > 2:
+                store.remove(kept.pop(0))
+            if number % 3 == 2:
+                damage(store, kept[-1])  # the one before it works
+            stop.wait(0.05)
+        stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert {digest for digest, _ in found} > {DIGEST["good"]}
+    assert all(digest is not None for digest, _ in found)
+    assert all(answer == expected[digest] for digest, answer in found)
+
+
+def test_a_store_that_changes_while_it_is_looked_at_is_looked_at_again(store, monkeypatch):
+    """An update removes what was in use when the look began: its successor is served, and not the base."""
+    store.activate("good")
+    real, changes = Store.verified, [lambda: store.activate("other"), lambda: store.remove("good")]
+
+    def late(self, digest):
+        while changes:
+            changes.pop(0)()
+        return real(self, digest)
+
+    monkeypatch.setattr(Store, "verified", late)
+    found = serve(store, lambda adapter: None)
+    assert (found.digest, found.passed_over, found.notes) == (DIGEST["other"], (), ())
+    assert uses(store) == (DIGEST["other"], None, None)
+
+
+@needs_engine
+def test_adapters_are_loaded_listed_and_unloaded_by_many_threads(served):
+    model, own, stop = served[0], parse_adapter(GOOD), threading.Event()
+    model._canary = None  # faster swaps
+
+    def work(number):
+        while not stop.is_set():
+            for name in ("one", "two", f"own{number}"):
+                model.load(name, own)
+                assert f"own{number}" in model.loaded or name != f"own{number}"
+                with suppress(UsageError):
+                    model.unload(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(work, number) for number in range(8)]
+        stop.wait(1.5)
+        stop.set()
+        for done in running:
+            done.result()
 
 
 # --- roll back ---------------------------------------------------------------------------------------
@@ -326,11 +483,11 @@ def test_an_adapter_that_does_not_work_is_not_installed_as_the_active_one(cli, p
         raise IntegrityError("NaN")
 
     monkeypatch.setattr(ending_module, "examine", fails)
-    code, out, _ = personalize(cli, USER, "--start", "active", "--private", "--epochs", "1")
+    code, out, _ = personalize(cli, USER, "--private", "--epochs", "1", "--accept-unjudged")
     assert (code, out["error"]["code"]) == (6, "integrity")
     assert uses(Store.open(place)) == (learned, None, None)
     assert Store.open(place).resolve("personal") == learned  # the name went back too
-    assert not list((place / "checkpoints").rglob("*.json"))
+    assert not left_over(place)
 
 
 @needs_engine
@@ -356,3 +513,129 @@ def test_a_run_starts_from_what_works(cli, place, learned):
     code, out, err = personalize(cli, USER, "--epochs", "1", "--name", "next")
     assert (code, DIGEST["wild"] in err) == (0, True)
     assert out["score_before"] > 0.8
+
+
+# --- private, and judged by nothing ------------------------------------------------------------------
+
+
+def private(cli, *more):
+    return personalize(cli, USER, "--private", "--epochs", "1", *more)
+
+
+@needs_engine
+def test_an_unjudged_adapter_takes_no_judged_ones_place(cli, place, learned):
+    """It is kept under a name of its own, and the command that puts it in use is said."""
+    code, out, _ = private(cli)
+    assert (code, out["judged_by"], out["better"]) == (0, [], True)
+    assert "the one in use was judged" in out["withheld"]
+    store = Store.open(place)
+    assert uses(store) == (learned, None, None)
+    assert store.state.names == {"personal": learned, "personal-unjudged": out["installed"]}
+    assert out["installed_as"] == "personal-unjudged"
+    assert not left_over(place)
+    again = private(cli)[1]["installed"]  # however often
+    assert again != out["installed"]  # other noise
+    assert Store.open(place).state.names == {"personal": learned, "personal-unjudged": again}
+    assert cli("adapters", "activate", "personal-unjudged", "--bundle", V1)[1]["active"] == again
+
+
+@needs_engine
+def test_the_report_says_how_to_put_an_unjudged_adapter_in_use(place, learned, capsys):
+    arguments = ["personalize", V1, "--data", USER, "--engine", "ort-step", "--threads", "1", "--private"]
+    with pytest.raises(SystemExit) as caught:
+        run(device, [*map(str, arguments), "--epochs", "1", "--store", str(place)])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "installed as 'personal-unjudged'" in out
+    assert "not put in use: nothing judged it, and the one in use was judged" in out
+    assert "edge-tcur-device adapters activate personal-unjudged" in out
+    assert "--accept-unjudged" in out
+
+
+@needs_engine
+def test_an_unjudged_adapter_that_is_accepted_is_put_in_use(cli, place, learned):
+    code, out, _ = private(cli, "--accept-unjudged")
+    first = out["installed"]
+    assert (code, out["withheld"], out["installed_as"]) == (0, None, "personal-unjudged")
+    assert uses(Store.open(place)) == (first, learned, None)
+    # From now on no judged one is in use; the judged one keeps its name, however many come after.
+    second = private(cli)[1]["installed"]
+    store = Store.open(place)
+    assert uses(store) == (second, first, None)
+    assert store.resolve("personal") == learned
+    assert store.resolve("personal-unjudged") == second
+
+
+@needs_engine
+def test_where_nothing_judged_is_in_use_an_unjudged_adapter_is_put_in_use(cli, place):
+    first, second = (private(cli)[1] for _ in range(2))
+    assert first["withheld"] is second["withheld"] is None
+    store = Store.open(place)
+    assert uses(store) == (second["installed"], first["installed"], None)
+    assert store.state.names == {"personal": second["installed"]}
+    judged = personalize(cli, USER, "--start", "base", "--name", "judged")[1]
+    assert judged["better"]
+    assert uses(store)[0] == judged["installed"]
+    assert private(cli)[1]["withheld"] is not None
+
+
+@needs_engine
+def test_a_published_adapter_counts_as_judged(cli, place, store):
+    store.activate("good")
+    assert private(cli)[1]["withheld"] is not None
+    assert uses(store) == (DIGEST["good"], None, None)
+
+
+@needs_engine
+def test_held_out_samples_judge_a_private_run(cli, place, learned):
+    out = private(cli, "--holdout", "0.2", "--start", "base")[1]
+    assert (out["judged_by"], out["withheld"], out["better"]) == (["held-out"], None, False)
+    assert Store.open(place).state.in_use == learned
+
+
+@pytest.fixture
+def cut_short(cli, place, learned, monkeypatch):
+    """The digest of a private run that was killed after its adapter had been put away."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ending_module, "clear_checkpoints", killed)
+        with pytest.raises(Killed):
+            private(cli)
+    assert left_over(place)
+    return Store.open(place).resolve("personal-unjudged")
+
+
+@needs_engine
+def test_a_withheld_run_that_was_killed_at_its_end_is_not_trained_again(cli, place, learned, cut_short):
+    code, out, err = private(cli)
+    assert (code, out["installed"]) == (0, cut_short)
+    assert "nothing was trained" in err
+    assert uses(Store.open(place)) == (learned, None, None)
+
+
+@needs_engine
+def test_a_withheld_run_that_was_killed_is_accepted_without_spending_again(cli, place, learned, cut_short):
+    """It goes on from its last checkpoint, with the same noise."""
+    code, out, _ = private(cli, "--accept-unjudged")
+    assert (code, out["installed"], out["resumed_from"] > 0) == (0, cut_short, True)
+    assert uses(Store.open(place)) == (cut_short, learned, None)
+
+
+def test_options_that_contradict_each_other_are_refused(cli):
+    code, out, _ = personalize(cli, USER, "--private", "--accept-unjudged", "--keep-active")
+    assert (code, out["error"]["code"]) == (2, "usage")
+
+
+def test_what_is_made_of_an_unjudged_adapter_is_unjudged():
+    own = read_adapter(ADAPTER)
+    marked = replace(own, header=replace(own.header, provenance={**PERSONAL, **UNJUDGED}))
+    assert is_judged(own)
+    assert not is_judged(marked)
+    assert not is_judged(combine([own, marked], [0.5, 0.5]))
+    assert is_judged(combine([own, own], [0.5, 0.5]))

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
+from edge_tcur_runtime.canary import read_canary
 from edge_tcur_runtime.engines import open_engine, session, verified
 from edge_tcur_runtime.engines.checks import run_pass
 from edge_tcur_runtime.engines.providers import ON_CPU
-from edge_tcur_runtime.errors import IntegrityError
-from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.errors import FileFormatError, IntegrityError
+from edge_tcur_runtime.formats import content
+from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import FileEntry, ReferenceSpec, open_bundle, serialize_manifest
 from edge_tcur_runtime.installed import OnnxRuntimeInstall, find_onnxruntime
+from edge_tcur_runtime.origin import blank_adapter, bundle_adapter
 from edge_tcur_runtime.predict import Model
+from edge_tcur_runtime.preprocess import build_preprocessor
+from edge_tcur_runtime.reference import read_reference, reference_tensors
 
-V1 = Path(__file__).parents[1] / "data" / "bundle-v1"
+DATA = Path(__file__).parents[1] / "data"
+V1, SKETCH_V1 = DATA / "bundle-v1", DATA / "sketch-v1"
 INSTALLED = find_onnxruntime()
 pytestmark = pytest.mark.skipif(INSTALLED is None, reason="ONNX Runtime is not installed")
 needs_training = pytest.mark.skipif(
@@ -129,3 +140,130 @@ def test_the_installed_library_answers_the_same_from_what_it_takes(bundle):
     checked = session.open_session(path, threads=1, files=bundle.manifest.files)
     fed = {"pixel_values": np.ones((2, 1, 8, 8), np.float32)}
     np.testing.assert_array_equal(plain.run(["logits"], fed)[0], checked.run(["logits"], fed)[0])
+
+
+# --- files that are parsed here and not by a library -----------------------------------------------------
+
+
+def answering(bundle):
+    return Model(bundle, threads=1)
+
+
+def own_adapter(bundle):
+    return bundle_adapter(bundle)
+
+
+def blank(bundle):
+    return blank_adapter(bundle)
+
+
+def other_adapter(raw):
+    """A whole adapter file with other cores: its own digest inside is right."""
+    own = parse_adapter(raw)
+    factors = {group: part.with_core(part.core * np.float32(2)) for group, part in own.factors.items()}
+    return serialize_adapter(replace(own, factors=factors))
+
+
+def other_tensors(raw):
+    """The same tensors with other numbers, of the same size."""
+    tensors = safetensors.numpy.load(raw)
+    return safetensors.numpy.save({name: value + value.dtype.type(1) for name, value in tensors.items()})
+
+
+def other_tokenizer(raw):
+    return raw.replace(b'"hello"', b'"olleh"')
+
+
+@pytest.fixture
+def rich(tmp_path, resealed):
+    """A bundle with every small file that a device parses."""
+    root = Path(shutil.copytree(SKETCH_V1, tmp_path / "bundle"))
+    bundle = open_bundle(root)
+    name = next(iter(bundle.manifest.extras))
+    value = bundle_adapter(bundle).extras[name]
+    (root / "extras.safetensors").write_bytes(safetensors.numpy.save({name: value}))
+    inputs = {n: v for n, v in read_canary(root, bundle.manifest).inputs.items()}
+    count = len(next(iter(inputs.values())))
+    (root / "reference.safetensors").write_bytes(
+        safetensors.numpy.save(reference_tensors(inputs, np.zeros(count, np.int64)))
+    )
+    words = {"[UNK]": 0, "hello": 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.save(str(root / "tokenizer.json"))
+    manifest = replace(
+        bundle.manifest,
+        base_extras="extras.safetensors",
+        reference=ReferenceSpec("reference.safetensors", count, "base", 0.5, 1.0),
+        files={**bundle.manifest.files, **dict.fromkeys(SMALL, FileEntry(0, ""))},
+    )
+    (root / "manifest.json").write_bytes(serialize_manifest(manifest))
+    return resealed(root)
+
+
+SMALL = ("extras.safetensors", "reference.safetensors", "tokenizer.json")
+
+
+def tokenizing(bundle):
+    spec = {"kind": "text", "tokenizer": "tokenizer.json", "max_length": 8, "pad_id": 0,
+            "inputs": ["input_ids"], "buckets": [8]}  # fmt: skip
+    return build_preprocessor(spec, bundle.root, bundle.manifest.files)
+
+
+@pytest.mark.parametrize(
+    ("use", "name", "change"),
+    [
+        (answering, "canary.safetensors", other_tensors),
+        (self_checking, "canary.safetensors", other_tensors),
+        (self_checking, "adapter.safetensors", other_adapter),
+        (own_adapter, "adapter.safetensors", other_adapter),
+        (blank, "adapter.safetensors", other_adapter),
+        (blank, "extras.safetensors", other_tensors),
+        (read_reference, "reference.safetensors", other_tensors),
+        (tokenizing, "tokenizer.json", other_tokenizer),
+    ],
+)
+def test_a_small_file_that_was_swapped_for_another_whole_one_is_refused(rich, use, name, change):
+    """Of the same size and format: only the digest of what is parsed tells."""
+    use(rich)
+    path = rich.path(name)
+    raw = change(path.read_bytes())
+    assert raw != path.read_bytes()
+    path.write_bytes(raw)
+    with pytest.raises(IntegrityError, match=r"altered|bytes; the manifest says") as caught:
+        use(rich)
+    assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("when", ["link", "gone", "longer"])
+def test_a_small_file_that_is_no_file_of_its_size_any_more_is_refused(rich, when):
+    path = rich.path("canary.safetensors")
+    raw = path.read_bytes()
+    path.unlink()
+    if when == "link":
+        (rich.root / "elsewhere").write_bytes(raw)
+        path.symlink_to(rich.root / "elsewhere")
+    elif when == "longer":
+        path.write_bytes(raw + b"x")
+    with pytest.raises(IntegrityError):
+        read_canary(rich.root, rich.manifest)
+
+
+def test_a_swap_between_the_check_and_the_read_is_seen(rich, monkeypatch):
+    """What is digested is what was read, once."""
+    path, real, reads = rich.path("canary.safetensors"), content.read_bounded, []
+
+    def swapped(place, limit):
+        raw = real(place, limit)
+        reads.append(place)
+        return other_tensors(raw) if place == path else raw
+
+    monkeypatch.setattr(content, "read_bounded", swapped)
+    with pytest.raises(IntegrityError, match="altered"):
+        read_canary(rich.root, rich.manifest)
+    assert reads == [path]
+
+
+def test_a_tokenizer_that_the_manifest_does_not_list_is_not_read(rich):
+    files = {name: entry for name, entry in rich.manifest.files.items() if name != "tokenizer.json"}
+    with pytest.raises(FileFormatError, match=r"'tokenizer\.json' is used but not listed"):
+        tokenizing(replace(rich, manifest=replace(rich.manifest, files=files)))

@@ -63,8 +63,8 @@ def _check_with(bundle: Path | None) -> Callable[[Adapter], None] | None:
         return None
 
     def check(adapter: Adapter) -> None:
+        from edge_tcur_runtime.examine import examine
         from edge_tcur_runtime.formats.bundle import open_bundle
-        from edge_tcur_runtime.trial import examine
 
         examine(open_bundle(bundle), adapter)
 

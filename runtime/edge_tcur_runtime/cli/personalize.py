@@ -137,6 +137,11 @@ _keeping_options = add_options(
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
 @click.option("--dry-run", is_flag=True, help="Show what would run, with memory and time; change nothing.")
 @click.option("--keep-active", is_flag=True, help="Install the adapter, but leave the active one in use.")
+@click.option(
+    "--accept-unjudged",
+    is_flag=True,
+    help="Let an adapter that nothing judged take the place of one that was (--private).",
+)
 @_training_options
 @_keeping_options
 @store_option
@@ -157,7 +162,7 @@ def personalize(
     The new adapter goes to the store and is put in use only if it is better than the one it
     started from, and than the active one, on a part of the data that was kept apart, does not fall
     behind on the bundle's reference set where it has one (edge-tcur export --reference), and
-    passes its health check.
+    passes its health check. What nothing judged (--private) takes no judged adapter's place.
 
     Killed, paused (SIGTERM, or a gate such as --mains-only: exit code 9) or stopped by the budget,
     the same command goes on from its last checkpoint and ends with the very same adapter.
@@ -168,7 +173,11 @@ def personalize(
     from edge_tcur_runtime.trial import Incumbent
 
     check_name(name)
-    keep_active, dry_run = bool(training.pop("keep_active")), bool(training.pop("dry_run"))
+    keep_active, accept, dry_run = (
+        bool(training.pop(name)) for name in ("keep_active", "accept_unjudged", "dry_run")
+    )
+    if keep_active and accept:
+        raise UsageError("--keep-active puts nothing in use", hint="leave --accept-unjudged out")
     keep = _keep(training, store / CHECKPOINTS / name)
     settings = _settings(training, budget)
     if dry_run:
@@ -176,14 +185,14 @@ def personalize(
         return
     given = _read(bundle, data, columns, (start, store), budget, sink)
     in_use = Incumbent(store, given[0])
-    ending = Ending(keep, store, name, sink, keep_active, in_use, given[0], budget)
+    ending = Ending(keep, store, name, sink, keep_active, in_use, given[0], budget, accept)
     if ending.came_before(*given, settings):
         return
     result = _run(*given, settings, ending)
-    digest = content_digest(result.adapter) if result.better else None
-    ending.put_away(
-        result.adapter if result.better else None, _payload(result, digest), _report(result, digest, name)
-    )
+    kept = result.adapter if result.better else None
+    digest = None if kept is None else content_digest(kept)
+    name = ending.settle_name(bool(result.judged_by))
+    ending.put_away(kept, _payload(result, digest, name), _report(result, digest, name))
 
 
 def _settings(training: dict[str, Any], budget: int | None) -> PersonalizeSettings:
@@ -250,13 +259,22 @@ def _run(
 
     in_use = None if ending.keep_active else ending.incumbent
     with ending.sink.steps("personalizing") as advance:
-        result = run(bundle, dataset, settings, start=begin, keep=ending.keep, in_use=in_use, on_step=advance)
+        result = run(
+            bundle,
+            dataset,
+            settings,
+            start=begin,
+            keep=ending.keep,
+            in_use=in_use,
+            accept_unjudged=ending.accept_unjudged,
+            on_step=advance,
+        )
     for note in result.notes:
         ending.sink.note(note)
     return result
 
 
-def _payload(result: PersonalizeResult, digest: str | None) -> dict[str, object]:
+def _payload(result: PersonalizeResult, digest: str | None, name: str) -> dict[str, object]:
     fields = {key: value for key, value in vars(result).items() if key != "adapter"}
     return {
         **fields,
@@ -264,6 +282,7 @@ def _payload(result: PersonalizeResult, digest: str | None) -> dict[str, object]
         "accuracy_after": result.accuracy_after,
         "accuracies": result.accuracies,
         "installed": digest,
+        "installed_as": None if digest is None else name,
         "trained_numbers": result.adapter.trained_numbers,
         "head_numbers": result.adapter.extra_numbers,
     }
@@ -301,6 +320,11 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     ]
     end = f"installed as {name!r}: {digest}" if digest else "nothing was installed"
     end = f"{result.verdict}: {end}"
+    if result.withheld is not None:
+        end += (
+            f"\nnot put in use: {result.withheld}"
+            f"\nuse it with: edge-tcur-device adapters activate {name} (--accept-unjudged would have)"
+        )
     return f"{table(('', 'value'), rows)}\n{end}"
 
 

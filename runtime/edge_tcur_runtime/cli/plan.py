@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from edge_tcur_runtime.personalize import RunPlan
     from edge_tcur_runtime.planner import Candidate
 
+_UNJUDGED = "nothing: it is installed unjudged, and put in use where no judged one is (--accept-unjudged)"
 HEADER = ("Engine", "Graph", "Samples a pass", "Peak", "Seconds an update", "In all", "")
 
 
@@ -84,7 +85,7 @@ def _promises(found: RunPlan) -> list[tuple[str, str]]:
         ("trained on", f"{found.samples} samples"),
         (
             "judged by",
-            " and ".join(filter(None, (apart, public, own))) or "nothing: it is installed unjudged",
+            " and ".join(filter(None, (apart, public, own))) or _UNJUDGED,
         ),
         ("stops early", patience),
         *privacy_rows(found.privacy),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,8 +79,8 @@ def predict(
     opened = open_bundle(bundle)
     model = _model(opened, running["provider"], store, sink, prepack=running["prepack"])
     _check_masks(model, masks)
-    used = _load(model, adapter, store, sink)
-    with model.adapter(adapter if adapter in model.loaded else None):
+    name, used = _load(model, adapter, store, sink)
+    with model.adapter(name):
         if data is None:
             _answer(model, list(texts), used, sink)
         elif streamed:
@@ -90,8 +89,8 @@ def predict(
             _answer_data(model, data, columns, masks, used, sink)
 
 
-def _load(model: Model, ref: str, store: Path, sink: Sink) -> dict[str, object]:
-    """Loads what `ref` names under that name; what the result tells of it.
+def _load(model: Model, ref: str, store: Path, sink: Sink) -> tuple[str | None, dict[str, object]]:
+    """Loads what `ref` names; under which name (None is the base), and what the result tells of it.
 
     Where the adapter in use does not work, what comes before it answers. One that was asked for by its name
     must work.
@@ -99,17 +98,20 @@ def _load(model: Model, ref: str, store: Path, sink: Sink) -> dict[str, object]:
     from edge_tcur_runtime.cli.references import load_reference
     from edge_tcur_runtime.origin import content_digest
     from edge_tcur_runtime.store import Store
-    from edge_tcur_runtime.trial import serve
+    from edge_tcur_runtime.trial import serve_with
 
     if ref == "active" and store.is_dir():
-        found = serve(Store.open(store, create=False), partial(model.load, ref))
+        found = serve_with(Store.open(store, create=False), model)
         for note in found.notes:
             sink.note(note)
-        return {"adapter": found.digest, "passed_over": [asdict(one) for one in found.passed_over]}
+        passed = [asdict(one) for one in found.passed_over]
+        return found.digest, {"adapter": found.digest, "passed_over": passed}
     chosen = load_reference(ref, model.bundle, store)
-    if chosen is not None:
-        model.load(ref, chosen)
-    return {"adapter": None if chosen is None else content_digest(chosen), "passed_over": []}
+    if chosen is None:
+        return None, {"adapter": None, "passed_over": []}
+    digest = content_digest(chosen)
+    model.load(digest, chosen)
+    return digest, {"adapter": digest, "passed_over": []}
 
 
 def _model(bundle: Bundle, provider: str, store: Path, sink: Sink, *, prepack: bool) -> Model:

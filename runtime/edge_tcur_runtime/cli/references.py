@@ -6,13 +6,14 @@ import os
 from functools import partial
 from pathlib import Path
 
+from edge_tcur_runtime.examine import trial_model, try_out
 from edge_tcur_runtime.feeds import check_fit
 from edge_tcur_runtime.formats.adapter import Adapter, read_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
 from edge_tcur_runtime.output import Sink
 from edge_tcur_runtime.personalize import bundle_adapter
 from edge_tcur_runtime.store import Store
-from edge_tcur_runtime.trial import affordable, examine, serve
+from edge_tcur_runtime.trial import affordable, serve
 
 
 def load_reference(ref: str, bundle: Bundle, store: Path) -> Adapter | None:
@@ -54,7 +55,7 @@ def load_start(
         return load_reference(ref, bundle, store)
     opened = Store.open(store, create=False)
     whole = change and opened.state.pending is not None and affordable(bundle, budget)
-    works = partial(examine, bundle) if whole else partial(check_fit, bundle.manifest)
+    works = partial(try_out, bundle, trial_model(bundle)) if whole else partial(check_fit, bundle.manifest)
     found = serve(opened, works, confirm=whole, change=change)
     for note in found.notes:
         sink.note(note)

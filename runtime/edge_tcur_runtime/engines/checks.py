@@ -22,8 +22,9 @@ import safetensors.numpy
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement, Provider, can_pin
 from edge_tcur_runtime.engines.session import error_line, open_session
 from edge_tcur_runtime.errors import EdgeError, FileFormatError, IncompatibleError
-from edge_tcur_runtime.formats.adapter import read_adapter
+from edge_tcur_runtime.formats.adapter import parse_adapter
 from edge_tcur_runtime.formats.bundle import Bundle
+from edge_tcur_runtime.formats.content import read_content
 
 METADATA = "edge_tcur.checks"  # of ``checks.onnx``; see docs/formats.md
 TARGETS = "labels"
@@ -268,9 +269,10 @@ def _pass_feeds(bundle: Bundle, session: Any) -> dict[str, np.ndarray]:
     canary, adapter = bundle.manifest.canary, bundle.manifest.adapter
     if canary is None or adapter is None:
         raise FileFormatError("the bundle has no canary or no adapter to try", where=str(bundle.root))
-    tensors = safetensors.numpy.load_file(bundle.path(canary))
+    files = bundle.manifest.files
+    tensors = safetensors.numpy.load(read_content(bundle.root, files, canary))
     known = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
-    known |= read_adapter(bundle.path(adapter)).feeds()
+    known |= parse_adapter(read_content(bundle.root, files, adapter), str(bundle.path(adapter))).feeds()
     values = [*session.get_inputs(), *session.get_overridable_initializers()]
     sizes: dict[str, int] = {}
     for value in values:

@@ -1,10 +1,10 @@
 """What a session was opened from is what was verified: a file may be swapped between the check and the use.
 
 `edge_tcur_runtime.formats.bundle.open_bundle` digests every file of a bundle; a library opens them by name
-some time later. A graph is small: its bytes are read once, verified, and handed over where the library takes
-bytes. What it opens itself (the base, and graphs in an ONNX Runtime that finds no external data for bytes) is
-digested again after it was loaded. The base stays mapped: whoever may write the file can still change it
-later, which `personalize` finds at its end.
+some time later. What is parsed here is read once (`edge_tcur_runtime.formats.content`). So is a graph, whose
+bytes are handed over where the library takes bytes. What it opens itself (the base, and graphs in an ONNX
+Runtime that finds no external data for bytes) is digested again after it was loaded. The base stays mapped:
+whoever may write the file can still change it later, which `personalize` finds at its end.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from edge_tcur_runtime.engines.engine import require_onnxruntime
-from edge_tcur_runtime.errors import IntegrityError
-from edge_tcur_runtime.formats.adapter import read_bounded
 from edge_tcur_runtime.formats.bundle import BASE_FILE, FileEntry, verify_file
-from edge_tcur_runtime.formats.digest import digest_bytes
+from edge_tcur_runtime.formats.content import read_content
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
 # 1.19.2 does not know the entry, and looks for the base in the working directory.
@@ -39,16 +37,7 @@ def graph_source(path: Path, files: Files, options: Any) -> str | bytes:
     """
     if not takes_bytes(require_onnxruntime().version):
         return str(path)
-    entry = files[path.name]
-    verify_file(path, entry)  # its size before its bytes, and that it is no link
-    raw = read_bounded(path, entry.size)
-    actual = digest_bytes(raw)
-    if actual != entry.sha256:
-        raise IntegrityError(
-            f"altered: its digest is {actual}, the manifest says {entry.sha256}",
-            where=str(path),
-            hint="copy or download the bundle again",
-        )
+    raw = read_content(path.parent, files, path.name)
     options.add_session_config_entry(_FOLDER, str(path.parent))
     return raw
 

@@ -64,7 +64,8 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class CanaryAnswers:
-    """What the adapter answers to the first canary samples: class and its raw output in thousandths."""
+    """What the adapter answers to the first canary samples: the place of each one's largest raw output (of a
+    classification its class), and that output in thousandths."""
 
     answers: tuple[int, ...]
     outputs: tuple[int, ...]

@@ -20,6 +20,7 @@ from edge_tcur_runtime.origin import (
     blank_adapter,
     bundle_adapter,
     content_digest,
+    judged_together,
     spent_together,
     start_of,
     starting_from,
@@ -100,6 +101,7 @@ def blend(new: Adapter, learnt: Learnt) -> Adapter:
         **starting_from(new),
         **PERSONAL,
         **spent_together((new, personal)),
+        **judged_together((new, personal)),
     }
     return replace(mixed, header=replace(new.header, provenance=provenance))
 

@@ -1,7 +1,8 @@
-"""Whether an adapter works on this device: the inference graph with the adapter, on the bundle's canary.
+"""Whether a published adapter works on this device: the check of every adapter, and the signed answers.
 
-The publisher computes the same outputs where it has the bundle and signs the first of them; another
-processor or ONNX Runtime differs in the last digits, so they are compared with a tolerance.
+The publisher computes the outputs of the bundle's canary where it has the bundle and signs some of them: of
+each of the first samples the largest one, and where it is. Another processor or ONNX Runtime differs in the
+last digits, so they are compared with a tolerance.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from edge_tcur_runtime.errors import (
     HealthCheckError,
     MissingEngineError,
 )
-from edge_tcur_runtime.feeds import check_fit
+from edge_tcur_runtime.examine import trial_model, try_out
 from edge_tcur_runtime.formats.adapter import Adapter
 from edge_tcur_runtime.formats.bundle import Bundle, Manifest
 from edge_tcur_runtime.formats.offer import CanaryAnswers
 
 SAMPLES = 4  # of the canary that are signed
-_NO_MEMORY = ("bad_alloc", "bad allocation", "failed to allocate memory")  # as ONNX Runtime says it
 TOLERANCE = 50  # thousandths, plus 2 % of the value
+_HINT = "the adapter before it stays in use"
 
 
 def canary_digest(bundle_root: Path, manifest: Manifest) -> str | None:
@@ -39,6 +40,8 @@ def canary_answers(bundle: Bundle, adapter: Adapter) -> CanaryAnswers | None:
     """What the adapter answers to the first `SAMPLES` samples of the bundle's canary.
 
     Returns:
+        of each sample the place of its largest output, counted through all outputs of the sample in C order
+        (of a classification that is the class), and that output in thousandths;
         None where the bundle has no canary or no inference graph.
 
     Raises:
@@ -47,8 +50,8 @@ def canary_answers(bundle: Bundle, adapter: Adapter) -> CanaryAnswers | None:
     outputs = _outputs(bundle, adapter)
     if outputs is None:
         return None
-    rows = outputs[:SAMPLES]
-    answers = rows.argmax(axis=-1)
+    rows = _rows(outputs)[:SAMPLES]
+    answers = rows.argmax(axis=1)
     values = np.rint(1000 * rows[np.arange(len(rows)), answers])
     return CanaryAnswers(tuple(int(x) for x in answers), tuple(int(x) for x in values))
 
@@ -56,7 +59,7 @@ def canary_answers(bundle: Bundle, adapter: Adapter) -> CanaryAnswers | None:
 def check_health(
     bundle: Bundle, adapter: Adapter, expected: CanaryAnswers | None, expected_inputs: str | None
 ) -> str:
-    """Loads the inference graph, feeds the adapter and compares its answers with the signed ones.
+    """The health check of every adapter, and its answers compared with the signed ones.
 
     Args:
         expected: the signed answers, None where there are none.
@@ -66,7 +69,9 @@ def check_health(
         what was checked, for people.
 
     Raises:
-        HealthCheckError: it does not fit, gives NaN or infinity, or other answers.
+        HealthCheckError: it does not fit, does not answer the canary as `edge_tcur_runtime.predict.Model`
+            asks of every adapter, or gives other answers.
+        IncompatibleError: the base itself answers otherwise here, or the graph cannot be loaded.
         BudgetError: the device has not enough memory now; that says nothing about the adapter.
     """
     outputs = _outputs(bundle, adapter)
@@ -74,48 +79,38 @@ def check_health(
         return "it fits the bundle (which has no canary to run)"
     if expected is None or canary_digest(bundle.root, bundle.manifest) != expected_inputs:
         return f"finite outputs on {len(outputs)} canary samples"
-    if len(outputs) < len(expected.answers) or max(expected.answers, default=0) >= outputs.shape[-1]:
-        raise HealthCheckError("the signed canary is of another size than this bundle's")
+    rows = _rows(outputs)
+    known = all(0 <= answer < rows.shape[1] for answer in expected.answers)
+    if len(rows) < len(expected.answers) or not known:
+        raise HealthCheckError("the signed canary is of another size than this bundle's", hint=_HINT)
     for sample, (answer, thousandths) in enumerate(zip(expected.answers, expected.outputs, strict=True)):
-        row = 1000 * outputs[sample]
+        row = 1000 * rows[sample]
         allowed = TOLERANCE + abs(thousandths) / 50
         if abs(row[answer] - thousandths) > allowed or row.max() - row[answer] > allowed:
             raise HealthCheckError(
-                f"canary sample {sample}: class {answer} gives {row[answer] / 1000:.3f} and the largest is "
+                f"canary sample {sample}: output {answer} gives {row[answer] / 1000:.3f} and the largest is "
                 f"{row.max() / 1000:.3f}; the publisher signed {thousandths / 1000:.3f}",
-                hint="the adapter before it stays in use",
+                hint=_HINT,
             )
     return f"the signed answers on {len(expected.answers)} canary samples"
 
 
-def no_memory() -> BudgetError:
-    """The error of a check that ran out of memory."""
-    hint = "nothing was changed; run it again when other programs have ended"
-    return BudgetError("not enough memory to try the adapter now", hint=hint)
+def _rows(outputs: np.ndarray) -> np.ndarray:
+    """Outputs of any shape as f32 [samples, outputs of a sample]."""
+    return outputs.reshape(len(outputs), -1)
 
 
 def _outputs(bundle: Bundle, adapter: Adapter) -> np.ndarray | None:
-    """Finite outputs f32 [samples, classes] of the whole canary; None where there is nothing to run."""
-    from edge_tcur_runtime.predict import Model
+    """Outputs f32 [samples, ...] on the whole canary; None where there is nothing to run.
 
-    canary = read_canary(bundle.root, bundle.manifest)
+    Raises:
+        IncompatibleError and others: the bundle or the ONNX Runtime here does not work, which says nothing
+            about the adapter (`edge_tcur_runtime.examine.trial_model`).
+    """
+    model = trial_model(bundle)
     try:
-        if canary is None or bundle.graph("infer") is None:
-            check_fit(bundle.manifest, adapter)
-            return None
-        model = Model(bundle, threads=1, check=False)
-        model.attach(adapter)
-        outputs = model.outputs(canary.inputs)
-    except BadInputError:
+        return try_out(bundle, model, adapter)
+    except (BadInputError, MissingEngineError, BudgetError, DiskError):
         raise
     except EdgeError as error:
-        if isinstance(error, (MissingEngineError, BudgetError, DiskError)):
-            raise
-        raise HealthCheckError(error.message, where=error.where, hint=error.hint) from error
-    except Exception as error:
-        if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _NO_MEMORY):
-            raise no_memory() from error
-        raise HealthCheckError(f"the graph cannot run with it: {error}") from error
-    if not np.isfinite(outputs).all():
-        raise HealthCheckError("it gives NaN or infinity", hint="the adapter before it stays in use")
-    return outputs
+        raise HealthCheckError(error.message, where=error.where, hint=_HINT) from error

@@ -82,6 +82,9 @@ class Situation:
         origin: what a personal adapter in use started from: a digest, ``base``, or None where not known.
         obstacle: why a personal adapter in use cannot be combined with a published one; None where it can.
         went_back: the store's state lost its last change: nobody took `committed` out of use.
+        failed: digests that were in use and did not work (a damaged file), so that what was before came back
+            by itself; nobody has chosen another one since.
+        mixed: whether one of these was a combination with a personal adapter.
     """
 
     active: str | None = None
@@ -92,6 +95,14 @@ class Situation:
     origin: str | None = None
     obstacle: str | None = None
     went_back: bool = False
+    failed: frozenset[str] = frozenset()
+    mixed: bool = False
+
+    @property
+    def lost(self) -> str | None:
+        """`committed`'s digest where it was in use until it failed; None where it was not."""
+        found = None if self.committed is None else self.committed.digest
+        return found if found in self.failed else None
 
 
 @dataclass(frozen=True)
@@ -178,9 +189,15 @@ def decide(offers: tuple[Offer, ...], device: Device, situation: Situation) -> D
             skipped[offer.entry.path] = why
     candidates = [offer for offer in fitting if offer.entry.path not in skipped]
     best = max(candidates, key=lambda offer: (offer.facts.version, offer is current), default=None)
-    if personal:
+    # A personal adapter that only came back because the published one failed was replaced by choice.
+    back = any(offer.digest == situation.lost for offer in candidates)
+    if personal and not back:
         return _with_personal(best, situation, skipped)
-    gone = situation.active if situation.active not in listed else None
+    gone = situation.active if situation.active not in listed and not personal else None
+    if best is not None and best.digest == situation.lost:
+        label = f"{best.facts.name} version {best.facts.version}"
+        reason = f"{label} was in use until it did not work; nobody took it out of use"
+        return Decision(Action.INSTALL, reason, best, gone, skipped)
     return _without_personal(best, current, gone, skipped)
 
 
@@ -202,7 +219,7 @@ def _held(offer: Offer, listed: frozenset[str], situation: Situation) -> str | N
     committed = situation.committed
     if committed is None or committed.digest == situation.active or committed.digest not in listed:
         return None
-    if situation.went_back:
+    if situation.went_back or situation.lost is not None:
         return None
     if offer.facts.name != committed.name or offer.facts.version > committed.version:
         return None
@@ -213,7 +230,7 @@ def _with_personal(best: Offer | None, situation: Situation, skipped: Mapping[st
     if best is None:
         return Decision(Action.NOTHING, "a personal adapter is in use", skipped=skipped)
     label = f"{best.facts.name} version {best.facts.version}"
-    committed = None if situation.committed is None else situation.committed.digest
+    committed = None if situation.committed is None or situation.mixed else situation.committed.digest
     combine = situation.personal is Personal.COMBINE
     known = best.digest in (committed, situation.origin)
     if situation.personal is Personal.KEEP or (combine and (known or situation.obstacle is not None)):

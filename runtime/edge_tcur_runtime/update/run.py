@@ -16,6 +16,7 @@ from pathlib import Path
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.atomic import disk_error, remove_tree
+from edge_tcur_runtime.canary import no_memory
 from edge_tcur_runtime.errors import (
     BadInputError,
     EdgeError,
@@ -31,7 +32,8 @@ from edge_tcur_runtime.formats.adapter import (
     read_bounded,
     serialize_adapter,
 )
-from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle, verify_file
+from edge_tcur_runtime.formats.bundle import MANIFEST, Bundle, open_bundle
+from edge_tcur_runtime.formats.content import read_content
 from edge_tcur_runtime.formats.offer import CHANNELS, Offer, release_of, target_place
 from edge_tcur_runtime.store import Store, check_name
 from edge_tcur_runtime.update.blend import Learnt, blend, origin_of, read_learnt
@@ -50,7 +52,7 @@ from edge_tcur_runtime.update.fetch import (
     open_transport,
 )
 from edge_tcur_runtime.update.floor import StateFile, UpdateState, check_floor, check_time
-from edge_tcur_runtime.update.health import check_health, no_memory
+from edge_tcur_runtime.update.health import check_health
 from edge_tcur_runtime.update.policy import (
     Action,
     Committed,
@@ -167,15 +169,13 @@ def read_trusted_root(bundle: Bundle, given: Path | None) -> bytes:
     """
     if given is not None:
         return read_bounded(given, MAX_ROOT_BYTES)
-    entry = bundle.manifest.files.get(ROOT_FILE)
-    if entry is None:
+    if ROOT_FILE not in bundle.manifest.files:
         raise UsageError(
             "this bundle was shipped without the publisher's root, so that nothing can be verified",
             where=str(bundle.root),
             hint="give the publisher's root with --root, or ship it ('edge-tcur publish trust BUNDLE')",
         )
-    verify_file(bundle.path(ROOT_FILE), entry)
-    return read_bounded(bundle.path(ROOT_FILE), MAX_ROOT_BYTES)
+    return read_content(bundle.root, bundle.manifest.files, ROOT_FILE, MAX_ROOT_BYTES)
 
 
 def choose_transport(settings: UpdateSettings, folder: Path) -> Place:
@@ -260,6 +260,8 @@ class _Update:
     def _was_taken_out(self) -> bool:
         """Whether the user went back from what the last update put in use (and has no adapter of his own)."""
         committed, active = self.state.committed, self.store.active_digest()
+        if committed is not None and committed.digest in self.store.state.failed:
+            return False
         own = active is not None and active not in self.state.published
         return committed is not None and committed.digest != active and not own
 
@@ -293,7 +295,8 @@ class _Update:
         )
 
     def _situation(self) -> Situation:
-        active = self.store.active_digest()
+        state = self.store.state
+        active, failed = state.in_use, frozenset(() if state.pending else state.failed)
         situation = Situation(
             active,
             self.state.committed,
@@ -301,6 +304,8 @@ class _Update:
             self.state.rejected,
             self.settings.personal,
             went_back=self._went_back(),
+            failed=failed,
+            mixed=not failed.isdisjoint(self.state.combined),
         )
         if active is None or active in situation.published or situation.personal is not Personal.COMBINE:
             return situation
@@ -446,22 +451,28 @@ class _Update:
         for digest in self.state.published:
             last = committed is not None and digest == committed.digest
             wanted = digest in listed and (last or digest in state.referenced)
-            if wanted or digest in (state.active, state.pending) or digest in starts or (last and personal):
+            needed = digest in (state.active, state.pending) or digest in starts or (last and personal)
+            if wanted or needed or not self._drop(digest, held):
                 kept.append(digest)
-            elif digest in held:
-                self.store.remove(digest)
         return tuple(kept)
+
+    def _drop(self, digest: str, held: frozenset[str]) -> bool:
+        """Removes an adapter, where it is there; False where a prediction has gone back to it meanwhile."""
+        try:
+            if digest in held:
+                self.store.remove(digest)
+        except UsageError:
+            return False
+        return True
 
     def _drop_combined(self) -> tuple[str, ...]:
         """Removes combinations that nothing refers to; returns the others."""
         referenced, held = self.store.state.referenced, self.store.digests()
-        kept = []
-        for digest in dict.fromkeys(self.state.combined):
-            if digest in referenced:
-                kept.append(digest)
-            elif digest in held:
-                self.store.remove(digest)
-        return tuple(kept)
+        return tuple(
+            digest
+            for digest in dict.fromkeys(self.state.combined)
+            if digest in referenced or not self._drop(digest, held)
+        )
 
     def _save(self, state: UpdateState) -> None:
         if state != self.state:

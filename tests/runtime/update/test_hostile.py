@@ -74,7 +74,7 @@ def test_too_little_memory_is_not_the_adapters_fault(simulator, device, second, 
         raise error
 
     healthy, device.healthy = device.healthy, _check
-    monkeypatch.setattr(Model, "outputs", fails)
+    monkeypatch.setattr(Model, "_run", fails)
     for _ in range(4):
         with pytest.raises(BudgetError) as caught:
             device.update(simulator)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from edge_tcur_runtime.errors import (
     ExitCode,
@@ -15,7 +18,12 @@ from edge_tcur_runtime.errors import (
     UsageError,
 )
 from edge_tcur_runtime.formats.adapter import parse_adapter, serialize_adapter
+from edge_tcur_runtime.formats.bundle import open_bundle
+from edge_tcur_runtime.formats.digest import digest_bytes
 from edge_tcur_runtime.origin import starting_from
+from edge_tcur_runtime.predict import Model
+from edge_tcur_runtime.store import Store
+from edge_tcur_runtime.trial import serve, serve_with
 from edge_tcur_runtime.update import run as run_module
 from edge_tcur_runtime.update.health import canary_answers, canary_digest, check_health
 from edge_tcur_runtime.update.policy import Action, Personal, bucket
@@ -343,8 +351,6 @@ def test_a_bundle_without_a_root_is_refused(simulator, device):
 
 
 def test_the_real_health_check_compares_the_signed_answers(device, adapters):
-    from edge_tcur_runtime.formats.bundle import open_bundle
-
     bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
     answers = canary_answers(bundle, adapter)
     inputs = canary_digest(bundle.root, bundle.manifest)
@@ -356,6 +362,57 @@ def test_the_real_health_check_compares_the_signed_answers(device, adapters):
     wrong = replace(answers, answers=tuple((a + 1) % 4 for a in answers.answers))
     with pytest.raises(HealthCheckError):
         check_health(bundle, adapter, wrong, inputs)
+
+
+def test_a_canary_that_holds_a_part_of_the_outputs_gives_the_same_answers(device, adapters, resealed):
+    """What is signed is counted through all outputs, whatever the file holds of them."""
+    bundle, adapter = open_bundle(device.bundle), parse_adapter(adapters[0])
+    whole, inputs = canary_answers(bundle, adapter), canary_digest(bundle.root, bundle.manifest)
+    path, places = bundle.path(bundle.manifest.canary), np.array([0, 2])
+    tensors = safetensors.numpy.load_file(path)
+    sizes = np.array(tensors["output.base"].shape)
+    for name in ("output.base", "output.adapter"):
+        tensors[name] = np.ascontiguousarray(tensors[name][:, places])
+    path.write_bytes(safetensors.numpy.save(tensors | {"output.places": places, "output.sizes": sizes}))
+    reduced = resealed(bundle.root)
+    assert canary_answers(reduced, adapter) == whole
+    assert "signed answers" in check_health(reduced, adapter, whole, inputs)
+
+
+def test_a_published_adapter_that_is_not_applied_fails_its_health_check(device, adapters, monkeypatch):
+    """The same check as at load: finite outputs alone would let it pass."""
+    bundle, adapter, run = open_bundle(device.bundle), parse_adapter(adapters[1]), Model._run
+    monkeypatch.setattr(Model, "_run", lambda self, inputs, feeds: run(self, inputs, {}))
+    with pytest.raises(HealthCheckError, match="the adapter changes nothing"):
+        check_health(bundle, adapter, None, None)
+
+
+def test_a_base_that_answers_otherwise_does_not_condemn_an_adapter(simulator, device, adapters, monkeypatch):
+    """An ONNX Runtime that computes something else: every version would be remembered as broken."""
+    offer, run = simulator.release(adapters[0]), Model._run
+    device.healthy = _check
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "_run", lambda *arguments: run(*arguments) * np.float32(1.5))
+        with pytest.raises(IncompatibleError, match="the base gives outputs that are off by") as caught:
+            device.update(simulator)
+        assert caught.value.code == "incompatible"
+    assert (device.active, device.state["rejected"]) == (None, {})
+    assert device.update(simulator).active == offer.digest
+
+
+def test_a_graph_that_cannot_run_with_the_adapter_condemns_it(simulator, device, adapters, monkeypatch):
+    offer, run = simulator.release(adapters[0]), Model._run
+
+    def fails(self, inputs, feeds):
+        if feeds:
+            raise RuntimeError("[ONNXRuntimeError] : 2 : INVALID_ARGUMENT : no such shape")
+        return run(self, inputs, feeds)
+
+    device.healthy = _check
+    monkeypatch.setattr(Model, "_run", fails)
+    with pytest.raises(HealthCheckError, match="cannot run"):
+        device.update(simulator)
+    assert offer.digest in device.state["rejected"]
 
 
 def test_an_adapter_that_gives_nan_rolls_back_by_itself(simulator, device, adapters):
@@ -384,6 +441,182 @@ def test_a_damaged_adapter_in_use_is_fetched_again(simulator, device, adapters, 
     assert "fetched again" in result.notes[0]
     assert device.store.load("active")
     assert device.active == offer.digest
+
+
+def damage_in_use(device):
+    """What a failing disk leaves, and what the next prediction makes of it."""
+    digest = device.active
+    device.store._path(digest).write_bytes(b"nothing of the kind")
+    return serve(device.store, lambda adapter: None)
+
+
+@pytest.mark.parametrize("versions", [1, 2])
+def test_what_a_prediction_took_out_as_damaged_is_fetched_again(simulator, device, adapters, versions):
+    """It is not what somebody went back from."""
+    for raw in adapters[:versions]:
+        offer = simulator.release(raw)
+        device.update(simulator)
+    found = damage_in_use(device)
+    assert [one.digest for one in found.passed_over] == [offer.digest]
+    assert (device.active is None) == (versions == 1)
+    result = device.update(simulator)
+    assert (result.action, result.changed, result.active) == (Action.INSTALL, True, offer.digest)
+    assert "was in use until it did not work" in result.decision.reason
+    assert device.store.load("active")
+    assert device.store.state.failed == ()
+    assert not device.update(simulator).changed
+
+
+def test_a_second_damage_before_the_update_forgets_nothing(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+    damage_in_use(device)
+    damage_in_use(device)
+    assert device.active is None
+    assert device.update(simulator).active == second.digest
+
+
+def test_a_newer_version_takes_the_place_of_a_damaged_one(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    damage_in_use(device)
+    second = simulator.release(adapters[1])
+    assert device.update(simulator).active == second.digest
+
+
+@pytest.mark.parametrize("choice", ["rollback first", "base after", "removed after", "other after"])
+def test_what_a_person_chose_is_kept_though_a_file_is_damaged(simulator, device, adapters, choice):
+    first = simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+    if choice == "rollback first":
+        device.store.rollback()
+        device.store._path(second.digest).write_bytes(b"damaged later")
+        assert serve(device.store, lambda adapter: None).passed_over == ()
+    else:
+        damage_in_use(device)
+    if choice == "base after":
+        device.store.activate("base")
+    elif choice == "removed after":
+        device.store.remove(second.digest)
+    elif choice == "other after":
+        device.store.activate(first.digest)
+    kept = None if choice == "base after" else first.digest
+    result = device.update(simulator)
+    assert (result.changed, result.active) == (False, kept)
+    assert "taken out of use" in result.decision.skipped[second.entry.path]
+    assert device.update(simulator, retry=True).active == second.digest
+
+
+def test_a_replaced_personal_adapter_that_came_back_gives_way_again(simulator, device, adapters):
+    own = personal(device, adapters)
+    offer = simulator.release(adapters[1])
+    device.update(simulator, personal=Personal.REPLACE)
+    assert damage_in_use(device).digest == own
+    result = device.update(simulator)
+    assert (result.active, result.decision.withdrawn) == (offer.digest, None)
+    assert device.store.rollback() == own
+    assert device.update(simulator).active == own  # this was by hand
+
+
+def test_a_damaged_combination_is_made_again(simulator, device, adapters):
+    simulator.release(adapters[0])
+    device.update(simulator)
+    own = personal(device, adapters)
+    simulator.release(adapters[1])
+    mixed = device.update(simulator, personal=Personal.COMBINE).active
+    assert damage_in_use(device).digest == own
+    assert device.update(simulator).active == own
+    result = device.update(simulator, personal=Personal.COMBINE)
+    assert (result.action, result.active) == (Action.COMBINE, mixed)
+    assert not device.update(simulator, personal=Personal.COMBINE).changed
+
+
+def test_what_fails_its_health_check_here_is_tried_once_more_and_no_more(simulator, device, adapters):
+    """Whole, but it does not work any more (another ONNX Runtime): the update's check decides."""
+    simulator.release(adapters[0])
+    device.update(simulator)
+    second = simulator.release(adapters[1])
+    device.update(simulator)
+
+    def works(adapter):
+        if serialize_adapter(adapter) == adapters[1]:
+            raise IntegrityError("NaN")
+
+    def unhealthy(*_):
+        raise HealthCheckError("NaN")
+
+    assert serve(device.store, works).passed_over[0].digest == second.digest
+    device.healthy, first = unhealthy, device.active
+    with pytest.raises(HealthCheckError):
+        device.update(simulator)
+    result = device.update(simulator)
+    assert (result.changed, result.active) == (False, first)
+    assert "failed its health check" in result.decision.skipped[second.entry.path]
+
+
+def test_threads_answer_while_updates_swap_and_bring_back_what_is_damaged(simulator, device, adapters):
+    """With the real graph: each answer is that of the adapter served, and never the base's."""
+    pytest.importorskip("onnxruntime")
+    model, stop = Model(open_bundle(device.bundle), threads=1), threading.Event()
+    inputs = {"pixel_values": np.full((1, 1, 8, 8), 0.5, np.float32)}
+    expected = {}
+    for raw in adapters:
+        model.attach(parse_adapter(raw))
+        expected[digest_bytes(raw)] = model.outputs(inputs).tobytes()
+    model.attach(None)
+    assert len({*expected.values(), model.outputs(inputs).tobytes()}) == len(adapters) + 1
+    for raw in adapters[:2]:
+        offer = simulator.release(raw)
+        device.update(simulator)
+
+    def answer():
+        found = []
+        while not stop.is_set():
+            serving = serve_with(device.store, model)
+            with model.adapter(serving.digest):
+                found.append((serving.digest, model.outputs(inputs).tobytes()))
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(answer) for _ in range(8)]
+        try:
+            for raw in adapters[2:]:
+                device.store._path(offer.digest).write_bytes(b"nothing of the kind")
+                stop.wait(0.1)
+                assert device.update(simulator).active == offer.digest  # fetched again
+                offer = simulator.release(raw)
+                assert device.update(simulator).active == offer.digest
+                stop.wait(0.1)
+        finally:
+            stop.set()
+        found = [pair for work in running for pair in work.result()]
+    assert {digest for digest, _ in found} >= set(list(expected)[2:])
+    assert all(answer == expected.get(digest) for digest, answer in found)
+
+
+def test_a_prediction_that_goes_back_to_what_an_update_drops_keeps_it(
+    simulator, device, adapters, monkeypatch
+):
+    first = simulator.release(adapters[0])
+    device.update(simulator)
+    simulator.release(adapters[1])
+    device.update(simulator)
+    simulator.withdraw(first)
+    simulator.publish()
+    real = Store.remove
+
+    def late(self, ref):
+        damage_in_use(device)
+        return real(self, ref)
+
+    monkeypatch.setattr(Store, "remove", late)
+    device.update(simulator)
+    assert device.active == first.digest
+    assert device.store.load("active")
 
 
 def test_old_published_adapters_do_not_fill_the_disk(simulator, device, adapters):
