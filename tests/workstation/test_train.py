@@ -280,7 +280,8 @@ def test_the_same_seed_gives_the_same_bytes(vit_dir, digits_npz, tmp_path):
 def test_a_base_without_a_head_for_the_labels_has_one_digest(vit_dir, tmp_path, digits_npz):
     """A checkpoint with a head has no pooler; made up weights of one must not get into the base."""
     path = tmp_path / "two.npz"
-    arrays = np.load(digits_npz)
+    with np.load(digits_npz) as data:
+        arrays = dict(data)
     keep = arrays["labels"] < 2
     np.savez(path, images=arrays["images"][keep], labels=arrays["labels"][keep])
     run = train(image_config(vit_dir, path, epochs=1), tmp_path / "run").run
@@ -296,7 +297,8 @@ def test_a_head_that_names_its_classes_decides_their_order(vit_dir, digits_npz, 
     config["label2id"] = {"two": 0, "zero": 1, "one": 2}
     (base / "config.json").write_text(json.dumps(config))
     named, foreign = tmp_path / "named.npz", tmp_path / "foreign.npz"
-    arrays = np.load(digits_npz)
+    with np.load(digits_npz) as data:
+        arrays = dict(data)
     np.savez(named, images=arrays["images"], labels=np.array(["zero", "one", "two"])[arrays["labels"]])
     np.savez(foreign, images=arrays["images"], labels=np.array(["cat", "cow", "dog"])[arrays["labels"]])
     run = train(image_config(base, named, epochs=1), tmp_path / "run").run

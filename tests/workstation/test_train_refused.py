@@ -141,7 +141,8 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 def test_data_that_cannot_be_learnt(vit_dir, bert_dir, digits_npz, tmp_path):
     out = tmp_path / "out" / "run"
     out.parent.mkdir()
-    images = np.load(digits_npz)["images"]
+    with np.load(digits_npz) as data:
+        images = data["images"]
     one = tmp_path / "one.npz"
     np.savez(one, images=images, labels=np.zeros(60, np.int64))
     refused(image_config(vit_dir, one), out, DataError, "every sample has the label '0'")
@@ -155,7 +156,8 @@ def test_data_that_cannot_be_learnt(vit_dir, bert_dir, digits_npz, tmp_path):
 
 
 def test_an_unknown_label(image_run, vit_dir, digits_npz, tmp_path):
-    arrays = np.load(digits_npz)
+    with np.load(digits_npz) as data:
+        arrays = dict(data)
     path = tmp_path / "more.npz"
     np.savez(path, images=arrays["images"][:4], labels=np.array([0, 1, 7, 2]))
     with pytest.raises(DataError, match="unknown label '7'") as caught:
@@ -168,7 +170,8 @@ def test_an_unknown_label(image_run, vit_dir, digits_npz, tmp_path):
 def test_pictures_of_another_size_and_in_folders(vit_dir, digits_npz, tmp_path):
     from PIL import Image
 
-    arrays = np.load(digits_npz)
+    with np.load(digits_npz) as data:
+        arrays = dict(data)
     for index, (image, label) in enumerate(zip(arrays["images"][:12], arrays["labels"], strict=False)):
         folder = tmp_path / "pictures" / str(label)
         folder.mkdir(parents=True, exist_ok=True)
