@@ -3,6 +3,7 @@ runtime's tests run where neither is installed."""
 
 from __future__ import annotations
 
+import gc
 import http.server
 import json
 import os
@@ -18,6 +19,50 @@ import pytest
 
 hypothesis.settings.register_profile("edge-tcur", deadline=None)  # a busy machine is no defect
 hypothesis.settings.load_profile("edge-tcur")
+
+# Files whose tests share bundles that take long to export: in one process, so that each is made once.
+SHARED = (
+    "test_precision.py", "test_step_graphs.py", "test_export.py", "test_plan.py", "test_export_coupled.py",
+    "test_budget_kept.py", "test_reference.py", "test_memory_tables.py", "test_operator_checks.py",
+    "test_stream.py", "test_webgpu.py", "test_picks.py", "test_narrow.py", "test_infer_graph.py",
+)  # fmt: skip
+# What takes longest comes first, so that no process has a long file left where the other one has none.
+FIRST = (
+    *(f"tests/export/{name}" for name in SHARED), "tests/acceptance/", "tests/readme/",
+    "tests/export/test_executorch.py", "tests/export/test_zoo.py", "tests/export/test_tasks.py",
+    "tests/packaging/", "tests/export/test_vocabulary.py", "tests/export/", "tests/publish/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((n for n, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """What is imported now stays: the collector need not look at it again and again, nor at each tensor of a
+    traced program."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """`--dist=loadfile`, with the files of `SHARED` as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class SharedFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            path = super()._split_scope(nodeid)
+            return "tests/export" if path.removeprefix("tests/export/") in SHARED else path
+
+    return SharedFiles(config, log)
+
 
 WORDS = [
     "[PAD]", "[UNK]", "[CLS]", "[SEP]", "where", "is", "my", "card", "please", "i", "lost", "the", "money",

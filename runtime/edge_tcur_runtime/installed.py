@@ -45,9 +45,11 @@ def find_onnxruntime(path: Sequence[str] | None = None) -> OnnxRuntimeInstall | 
     if package is None:
         return None
     built = _build_info(package)
-    distributions = _distributions(path)
-    name = built.get("package_name") or next(iter(distributions), MODULE)
-    version = built.get("__version__") or distributions.get(name, "unknown")
+    name, version = built.get("package_name"), built.get("__version__")
+    if not (name and version):  # reading what every distribution says takes tens of milliseconds
+        distributions = _distributions(path)
+        name = name or next(iter(distributions), MODULE)
+        version = version or distributions.get(name, "unknown")
     return OnnxRuntimeInstall(name, version, (package / "training" / "api").is_dir())
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from edge_tcur.method.adapted import DEFAULT, inject
+from edge_tcur.method.config import PRESETS
 from edge_tcur.models import load_base
 from edge_tcur.tasks import find_task
 from edge_tcur.training import TrainConfig, train
@@ -31,6 +32,7 @@ from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.formats.factors import SKETCH_PARTS, Factors, SketchFactors, factor_parts
 
 STEPS = {"step", *STEP_VARIANTS}
+VARIANTS = {"recompute": True, "last_blocks": 1}
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,19 @@ def vit(export_vit):
 def bert(bert_dir, texts_csv, tmp_path_factory):
     config = TrainConfig(str(bert_dir), str(texts_csv), rank=2, epochs=4, batch_size=4, threads=1)
     return export(config, tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def words(bert_dir, texts_csv, tmp_path_factory):
+    """`bert` after one epoch, with the step graph's variants."""
+    config = TrainConfig(str(bert_dir), str(texts_csv), rank=2, epochs=1, batch_size=4, threads=1)
+    return export(config, tmp_path_factory.mktemp("words"), **VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def paper(export_vit):
+    """The paper's preset, with the step graph's variants."""
+    return export_vit("paper", {**PRESETS["paper"], "targets": "*.k_proj,*.v_proj,*.fc2"}, **VARIANTS)
 
 
 def without_torch(code, *arguments):
@@ -195,8 +210,8 @@ def check_personalisation(exported, data, path, rate, start):
 def check_parity(exported):
     """Every graph agrees with torch."""
     parity = exported.report.parity
-    assert set(parity) == {"infer", *STEPS & set(exported.bundle.manifest.graphs)}
-    for role in STEPS & set(parity):
+    assert set(parity) == {"infer", *(STEPS | {"train"}) & set(exported.bundle.manifest.graphs)}
+    for role in set(parity) - {"infer"}:
         gives = {value.name for value in exported.graph(role).graph.output}
         # Of a large vocabulary a step gives no outputs (`vocabulary.py`).
         assert set(parity[role]) == set(TOLERANCES) - ({"outputs"} if "logits" not in gives else set())

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from edge_tcur_export.bundle import export_run
-from edge_tcur_export.settings import ExportSettings
-
 MIB = 2**20
 CGROUPS = Path("/sys/fs/cgroup")
 NAME = f"edge-tcur-test-{os.getpid()}"
@@ -32,12 +29,9 @@ def tool():
 
 
 @pytest.fixture(scope="module")
-def root(bert, tmp_path_factory):
+def root(words):
     """A bundle with tables and the graph that recomputes."""
-    path = tmp_path_factory.mktemp("kept") / "bundle"
-    settings = ExportSettings(("onnx", "step", "ort-training"), verify=False, recompute=True)
-    export_run(bert.run, path, settings)
-    return path
+    return words.bundle.root
 
 
 def kept(found, budget):

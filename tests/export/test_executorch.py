@@ -65,11 +65,11 @@ def block(bert_dir, texts_csv, tmp_path_factory, kit):
 
 @pytest.fixture(scope="session")
 def vit(vit_dir, digits_npz, tmp_path_factory, kit):
-    """Two blocks, sketches, and its own head."""
+    """Two blocks, sketches of two weights of each, and its own head."""
     settings = {"task": "image-classification", "rank": 2, "epochs": 1, "threads": 1, "batch_size": 8}
-    config = TrainConfig(str(vit_dir), str(digits_npz), selection="gradient", frame="sketch", **settings)
-    programs = ProgramSettings(("xnnpack",))
-    return kit.export(config, tmp_path_factory.mktemp("vit-executorch"), ("onnx", "executorch"), programs)
+    settings |= {"selection": "gradient", "frame": "sketch", "targets": "*.q_proj,*.fc1"}
+    config, root = TrainConfig(str(vit_dir), str(digits_npz), **settings), tmp_path_factory.mktemp("vit-et")
+    return kit.export(config, root, ("onnx", "executorch"), ProgramSettings(("xnnpack",)))
 
 
 @pytest.fixture(scope="session")

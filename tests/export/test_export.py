@@ -208,9 +208,8 @@ def test_nothing_fed_is_the_base_and_the_adapter_fed_is_the_adapter(exported, ki
 
 
 def test_a_base_of_few_tokens(bert_dir, texts_csv, tmp_path, kit):
-    config = TrainConfig(
-        str(bert_dir), str(texts_csv), rank=2, epochs=1, batch_size=4, threads=1, max_length=8
-    )
+    settings = {"epochs": 1, "batch_size": 4, "layers_to_transform": "1", "max_length": 8}
+    config = TrainConfig(str(bert_dir), str(texts_csv), rank=2, threads=1, **settings)
     exported = kit.export(config, tmp_path, ("onnx", "step"))
     inputs = kit.inputs_of(exported, 3, 8)
     found = exported.session().run(["logits"], inputs)[0]

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from edge_tcur.method.config import PRESETS
-
 SAVED = {f"module.{name}.{part}" for name in ("classifier", "vit.layernorm") for part in ("weight", "bias")}
 BIASES = {
     f"module.vit.layers.{layer}.{name}.bias" for layer in range(2) for name in ("attention.q_proj", "mlp.fc2")
@@ -21,11 +19,6 @@ GROUPS = {
     "saved": {"16x16": (4, 2, 2), "32x16": (2, 2, 3)},
     "biases": {"attention.q_proj": (2, 2, 2), "mlp.fc1": (2, 2, 2)},
 }
-
-
-@pytest.fixture(scope="session")
-def paper(export_vit):
-    return export_vit("paper", {**PRESETS["paper"], "targets": "*.k_proj,*.v_proj,*.fc2"})
 
 
 @pytest.fixture(scope="session")

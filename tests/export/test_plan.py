@@ -10,7 +10,6 @@ import onnx.parser
 import pytest
 
 from edge_tcur.cli.plan import describe
-from edge_tcur.training import TrainConfig, train
 from edge_tcur_devices import list_profiles, load_profile
 from edge_tcur_export import operator_checks
 from edge_tcur_export import plan as plans
@@ -77,12 +76,12 @@ def test_the_files_are_those_that_an_export_writes(vit):
     assert content["memory"]["step"]["estimate"]["total"] == plan.memory["step"].estimate.total
 
 
-def test_a_plan_and_an_export_agree_on_the_operators_checks(vit, tmp_path, monkeypatch):
+def test_a_plan_and_an_export_agree_on_the_operators_checks(train_module, tmp_path, monkeypatch):
     """Without ONNX Runtime neither has them."""
     monkeypatch.setattr(operator_checks, "find_onnxruntime", lambda: None)
-    settings = ExportSettings(("onnx",), verify=False)
-    plan = plan_run(vit.run, settings, PlanRequest())
-    export_run(vit.run, tmp_path / "bundle", settings)
+    settings, run = ExportSettings(("onnx",), verify=False), train_module(MODEL, "plan_models", "Net")
+    plan = plan_run(run, settings, PlanRequest())
+    export_run(run, tmp_path / "bundle", settings)
     written = set(open_bundle(tmp_path / "bundle").manifest.files)
     assert {*plan.files, *plan.open_files} == written
     assert CHECKS not in written
@@ -119,13 +118,8 @@ def test_the_largest_batch(batch, budget):
     assert found.largest_batch == min(max(0, budget - 100), 4096)
 
 
-def test_operators_without_a_gradient_are_named_with_a_replacement(tmp_path, monkeypatch):
-    (tmp_path / "plan_models.py").write_text(MODEL)
-    images = np.random.default_rng(0).integers(0, 255, (30, 4, 4)).astype(np.uint8)
-    np.savez(tmp_path / "pictures.npz", images=images, labels=np.arange(30) % 3)
-    monkeypatch.chdir(tmp_path)
-    settings = {"task": "image-classification", "rank": 2, "epochs": 1, "threads": 1}
-    run = train(TrainConfig("plan_models:Net", "pictures.npz", **settings), tmp_path / "run").run
+def test_operators_without_a_gradient_are_named_with_a_replacement(train_module, monkeypatch):
+    run = train_module(MODEL, "plan_models", "Net")
     monkeypatch.setattr(plans, "require_executorch", _missing)
     plan = plan_run(run, ExportSettings(("onnx", "ort-training", "executorch")), PlanRequest())
     assert [(node.operator, node.module) for node in plan.no_gradient] == [("Softplus", "module.between")] * 2

@@ -244,7 +244,8 @@ def test_masks_are_written_for_a_segmentation_alone(cases, tmp_path):
     answered = case.device(
         "predict", case.bundle.root, "--data", case.data, "--masks", out, "--adapter", "bundle"
     )
-    masks = np.load(out)["masks"]
+    with np.load(out) as data:
+        masks = data["masks"]
     assert masks.shape == (12, 4, 6)
     assert masks.dtype == np.uint8
     for mask, answer in zip(masks, answered["predictions"], strict=True):

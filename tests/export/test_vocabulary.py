@@ -250,7 +250,7 @@ def language_model(kit, tmp_path_factory):
     (root / "data.csv").write_text("text\n" + "".join(f"abc{n} def{n}\n" for n in range(6)))
     config = TrainConfig(
         str(root / "base"), str(root / "data.csv"), task="causal-lm", rank=2, epochs=1, selection="norm",
-        threads=1,
+        threads=1, targets="*.q_proj,*.down_proj",
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "PIECE_BYTES", 150 * ROW)

@@ -102,7 +102,8 @@ def test_a_10_mb_line_takes_bounded_time_and_memory(cli, text_bundle, tmp_path):
 
 
 def arrays(**changes):
-    values = dict(np.load(USER))
+    with np.load(USER) as data:
+        values = dict(data)
     return {**values, **changes}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import re
 import shutil
@@ -32,19 +31,12 @@ from edge_tcur_runtime.personalize import RunPlan, personalize, plan_personalize
 from edge_tcur_runtime.planner import Candidate, Footprint, Passes, Plan, room
 from edge_tcur_runtime.privacy import plan_privacy
 from edge_tcur_runtime.settings import KeepSettings, PrivacySettings
+from referring import tensors_of, with_reference
+from short_runs import ENGINE, INSTALLED, Quadratic, quadratic_trainer, quick
 
-
-def neighbour(name):
-    """A test module of this folder, for what it makes."""
-    spec = importlib.util.spec_from_file_location(f"{name}_parts", Path(__file__).with_name(f"{name}.py"))
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
-
-
-parts = neighbour("test_personalize")
-ENGINE, INSTALLED, MIB, USER, V1 = parts.ENGINE, parts.INSTALLED, parts.MIB, parts.USER, parts.V1
-Quadratic, quadratic_trainer, quick = parts.Quadratic, parts.quadratic_trainer, parts.quick
+DATA = Path(__file__).parents[1] / "data"
+V1, USER = DATA / "bundle-v1", DATA / "user.npz"
+MIB = 2**20
 pytestmark = pytest.mark.skipif(INSTALLED is None, reason="ONNX Runtime is not installed")
 SAMPLES = (1, 2, 64)
 
@@ -169,9 +161,8 @@ def test_a_guard_does_not_change_a_private_update(user, bundle):
 
 def test_the_reference_set_is_planned_for_and_scored_within_the_plan(user, tmp_path, monkeypatch):
     """Twice as large a pass as the budget has room for is never run, on the reference set either."""
-    neighbours = neighbour("test_reference")
-    tensors = neighbours.tensors_of(open_bundle(V1), user, own_answers=False)
-    found = neighbours.with_reference(tmp_path / "b", tensors, score=0.0, loss=3.0)
+    tensors = tensors_of(open_bundle(V1), user, own_answers=False)
+    found = with_reference(tmp_path / "b", tensors, score=0.0, loss=3.0)
     tables = replace(TABLES, graphs={"step": replace(table(each=MIB), base=0)})
     found = replace(found, manifest=replace(found.manifest, memory=tables))
     monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)

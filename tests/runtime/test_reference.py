@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save
 
 from edge_tcur_runtime import budget as budget_module
 from edge_tcur_runtime import fitting as fitting_module
@@ -27,52 +26,25 @@ from edge_tcur_runtime.errors import BudgetError, ConfigError, FileFormatError, 
 from edge_tcur_runtime.formats.adapter import serialize_adapter
 from edge_tcur_runtime.formats.bundle import (
     MANIFEST,
-    FileEntry,
     ReferenceSpec,
     open_bundle,
     parse_manifest,
     serialize_manifest,
 )
-from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.installed import find_onnxruntime
 from edge_tcur_runtime.personalize import bundle_adapter, personalize
 from edge_tcur_runtime.predict import Model
 from edge_tcur_runtime.preprocess import build_preprocessor
-from edge_tcur_runtime.reference import ReferenceSet, read_reference, reference_tensors
+from edge_tcur_runtime.reference import ReferenceSet, read_reference
 from edge_tcur_runtime.settings import KeepSettings, PersonalizeSettings
 from edge_tcur_runtime.tasks import find_device_task
+from referring import FILE, tensors_of, with_reference
 
 DATA = Path(__file__).parents[1] / "data"
 V1, USER = DATA / "bundle-v1", DATA / "user.npz"
-FILE = "reference.safetensors"
 TASK = find_device_task("image-classification")
 QUICK = PersonalizeSettings(epochs=4, threads=1, engine="ort-step")
 pytestmark = pytest.mark.skipif(find_onnxruntime() is None, reason="ONNX Runtime is not installed")
-
-
-def with_reference(root, tensors, **spec):
-    """The committed bundle with a reference set."""
-    shutil.copytree(V1, root)
-    (root / FILE).write_bytes(save(tensors))
-    manifest = open_bundle(V1).manifest
-    entry = FileEntry((root / FILE).stat().st_size, digest_file(root / FILE))
-    reference = ReferenceSpec(**{"file": FILE, "samples": 32, "measure": "base", **spec})
-    manifest = replace(manifest, files={**manifest.files, FILE: entry}, reference=reference)
-    (root / MANIFEST).write_bytes(serialize_manifest(manifest))
-    return open_bundle(root)
-
-
-def tensors_of(bundle, user, own_answers):
-    """32 pictures and their labels: the user's, or what the bundle's own adapter answers (the user's differ
-    from them in every picture)."""
-    part = user.select(np.arange(32))
-    inputs = build_preprocessor(bundle.manifest.preprocessing, bundle.root)(part.samples)
-    model = Model(bundle, threads=1)
-    model.attach(bundle_adapter(bundle))
-    answers = model.outputs(inputs).argmax(axis=1)
-    targets = np.array([bundle.manifest.labels.index(label) for label in part.labels])
-    assert not (answers == targets).any()
-    return reference_tensors(inputs, answers if own_answers else targets)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""The store: pure transitions against a model, and a device that fails or is cut at every call."""
+"""The store of adapters: content addressing, names, states in two copies, several processes."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import json
@@ -10,13 +9,8 @@ import os
 import stat
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from edge_tcur_runtime import state as state_module
 from edge_tcur_runtime import store as store_module
@@ -29,39 +23,8 @@ from edge_tcur_runtime.errors import (
     IntegrityError,
     UsageError,
 )
-from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, parse_adapter, serialize_adapter
-from edge_tcur_runtime.formats.digest import digest_bytes
-from edge_tcur_runtime.formats.factors import Factors, GroupSpec
-from edge_tcur_runtime.store import State, Store, parse_state, serialize_state
-
-BASE = "sha256:" + "b" * 64
-OTHER_BASE = "sha256:" + "c" * 64
-DIGESTS = [f"sha256:{letter * 64}" for letter in "0123456789"]
-CALLS = ("open", "write", "fsync", "replace", "unlink", "mkdir")
-
-
-def adapter_bytes(seed, base=BASE):
-    """A valid adapter file of rank 2 over two 4 x 5 weights."""
-    core = np.random.default_rng(seed).normal(size=(2, 2, 2)).astype(np.float32)
-    factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
-    header = AdapterHeader(base, {"q": GroupSpec(("q.0", "q.1"), 4, 5)}, "text-classification", ("a", "b"))
-    return serialize_adapter(Adapter(header, {"q": factors}, {"head": np.ones(3, np.float32)}))
-
-
-A, B, C, UNUSED = (adapter_bytes(seed) for seed in range(4))
-DA, DB, DC = (digest_bytes(raw) for raw in (A, B, C))
-HEX = DA.removeprefix("sha256:")
-
-
-def core_of(raw):
-    """The trained numbers of an adapter file, as bytes."""
-    return parse_adapter(raw).factors["q"].core.tobytes()
-
-
-def loaded(store, ref="active"):
-    """Which of A, B, C a reference loads."""
-    core = store.load(ref).factors["q"].core.tobytes()
-    return next(raw for raw in (A, B, C) if core_of(raw) == core)
+from edge_tcur_runtime.store import Store
+from stored import BASE, CALLS, DA, DB, DC, HEX, OTHER_BASE, A, B, C, adapter_bytes, loaded
 
 
 @pytest.fixture
@@ -73,179 +36,6 @@ def store(tmp_path):
     opened.activate("b")
     opened.activate("a")
     return opened
-
-
-# --- the pure core -------------------------------------------------------------------------------
-
-digests = st.sampled_from(DIGESTS)
-optional_digests = st.none() | digests
-names = st.from_regex(r"[g-z][a-z._-]{0,8}", fullmatch=True)
-states = st.builds(
-    State,
-    active=optional_digests,
-    previous=optional_digests,
-    pending=st.none(),
-    names=st.dictionaries(names, digests, max_size=5),
-)
-
-
-@given(states, digests)
-def test_a_confirmed_trial_is_an_activation(state, digest):
-    trial = state.activate(digest, pending=True)
-    assert trial.in_use == digest
-    assert trial.confirm() == state.activate(digest)
-
-
-@given(states, digests, st.booleans())
-def test_what_failed_is_remembered_until_anybody_chooses(state, other, pending):
-    state = replace(state, active=DA, previous=None, failed=())
-    failed = state.settle(None)
-    assert (failed.active, failed.previous, failed.failed) == (None, None, (DA,))
-    assert parse_state(serialize_state(failed, 3), "x") == (failed, 3)
-    assert b"failed" not in serialize_state(state, 3)  # as before this field was
-    trial = failed.activate(other, pending=True)
-    assert trial.failed == trial.recover().failed == (DA,)
-    assert trial.settle(None).failed == (DA,)  # a trial that failed was no choice that holds
-    assert (trial.confirm() if pending else failed.activate(other)).failed == ()
-    assert failed.activate(None).failed == failed.remove(DA).failed == ()
-    assert replace(failed, active=DB).rollback().failed == ()
-    assert replace(failed, active=DB).settle(None).failed == (DA, DB)
-
-
-@given(states, digests)
-def test_an_unconfirmed_trial_leaves_no_trace(state, digest):
-    trial = state.activate(digest, pending=True)
-    assert trial.recover() == state
-    assert trial.pending is None or trial.rollback() == state
-
-
-@given(states, optional_digests)
-def test_rollback_undoes_an_activation(state, digest):
-    after = state.activate(digest)
-    if digest == state.active:
-        assert after == state
-    else:
-        assert after.fallback == state.active
-        assert after.rollback().in_use == state.active
-        assert after.rollback().rollback() == after
-
-
-@given(states, digests, names)
-def test_a_name_belongs_to_one_digest_and_a_digest_has_one_name(state, digest, name):
-    after = state.install(digest, name)
-    assert after.names[name] == digest
-    assert list(after.names.values()).count(digest) == 1
-    assert state.install(digest) == state
-
-
-@given(states, st.integers(1, 2**53))
-def test_a_state_reads_back(state, generation):
-    assert parse_state(serialize_state(state, generation), "state") == (state, generation)
-
-
-@given(states, st.integers(1, 2**53), st.data())
-def test_no_changed_byte_of_a_state_is_accepted_as_another_state(state, generation, data):
-    raw = serialize_state(state, generation)
-    place = data.draw(st.integers(0, len(raw) - 1))
-    changed = raw[:place] + bytes([raw[place] ^ (1 << data.draw(st.integers(0, 7)))]) + raw[place + 1 :]
-    with contextlib.suppress(EdgeError):
-        assert parse_state(changed, "state") == (state, generation)  # white space
-
-
-def test_nothing_to_go_back_to():
-    with pytest.raises(UsageError, match="no previous"):
-        State().rollback()
-
-
-@pytest.mark.parametrize(
-    "name", ["", "base", "active", "pending", "abcdef", "ABCDEF12", "../x", "a/b", ".a", "a" * 65]
-)
-def test_names_that_could_mean_something_else_are_refused(name):
-    with pytest.raises(UsageError, match="cannot be the name"):
-        State().install(DA, name)
-
-
-def test_the_number_of_names_is_bounded_and_the_state_file_with_it():
-    state = State()
-    for number in range(state_module.MAX_NAMES):
-        digest = digest_bytes(str(number).encode())
-        state = State(names={**state.names, f"{number:04}".rjust(64, "n"): digest})
-    assert len(serialize_state(state, 1)) < store_module.MAX_STATE_BYTES
-    with pytest.raises(UsageError, match="1024 names"):
-        state.install(DA, "one-more")
-
-
-class Transitions(RuleBasedStateMachine):
-    """State against a model that keeps what is in use as a history of choices."""
-
-    def __init__(self):
-        super().__init__()
-        self.state = State()
-        self.installed, self.trial, self.current, self.back = set(), None, None, None
-
-    @rule(digest=digests, name=st.none() | names)
-    def install(self, digest, name):
-        self.state = self.state.install(digest, name)
-        self.installed.add(digest)
-
-    @precondition(lambda self: self.installed)
-    @rule(data=st.data(), pending=st.booleans())
-    def activate(self, data, pending):
-        digest = data.draw(st.sampled_from([None, *sorted(self.installed)]))
-        self.state = self.state.activate(digest, pending=pending)
-        self.trial = None
-        if digest != self.current:
-            if pending and digest is not None:
-                self.trial = digest
-            else:
-                self.current, self.back = digest, self.current
-
-    @rule()
-    def confirm(self):
-        self.state = self.state.confirm()
-        if self.trial is not None:
-            self.current, self.back, self.trial = self.trial, self.current, None
-
-    @rule()
-    def recover(self):
-        self.state = self.state.recover()
-        self.trial = None
-
-    @rule()
-    def rollback(self):
-        if self.trial is None and self.current == self.back:
-            with pytest.raises(UsageError):
-                self.state.rollback()
-            return
-        self.state = self.state.rollback()
-        if self.trial is None:
-            self.current, self.back = self.back, self.current
-        self.trial = None
-
-    @precondition(lambda self: self.installed)
-    @rule(data=st.data())
-    def remove(self, data):
-        digest = data.draw(st.sampled_from(sorted(self.installed)))
-        if digest in (self.trial, self.current):
-            with pytest.raises(UsageError):
-                self.state.remove(digest)
-            return
-        self.state = self.state.remove(digest)
-        self.installed.discard(digest)
-        self.back = None if self.back == digest else self.back
-
-    @invariant()
-    def agrees_with_the_model(self):
-        assert self.state.in_use == (self.trial or self.current)
-        assert self.state.fallback == (self.current if self.trial else self.back)
-        assert self.state.referenced <= self.installed
-        assert parse_state(serialize_state(self.state, 1), "state")[0] == self.state
-
-
-TestTransitions = Transitions.TestCase
-
-
-# --- the store -----------------------------------------------------------------------------------
 
 
 def test_a_new_store_uses_the_base(tmp_path):
@@ -573,129 +363,6 @@ def test_a_state_that_may_not_be_read_does_not_fall_back(store, monkeypatch):
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(BadInputError, match="Permission denied"):
         Store.open(store.root)
-
-
-# --- a device that fails -------------------------------------------------------------------------
-
-
-class Cut(BaseException):
-    """The process is killed: no handler of the code under test runs."""
-
-
-class Faults:
-    """Counts the calls of `os` and fails the one with the given number, before or after its effect."""
-
-    def __init__(self, patch, number=0, error=None, *, after=False):
-        self.count = 0
-        for name in CALLS:
-            patch.setattr(os, name, self.wrap(getattr(os, name), number, error, after))
-
-    def wrap(self, real, number, error, after):
-        def call(*arguments, **options):
-            self.count += 1
-            hit = self.count == number
-            if hit and not after:
-                raise error
-            result = real(*arguments, **options)
-            if hit:
-                raise error
-            return result
-
-        return call
-
-
-def actions():
-    return {
-        "install": lambda store: store.install(C, name="c"),
-        "rename": lambda store: store.install(B, name="better"),
-        "activate": lambda store: store.activate("b"),
-        "trial": lambda store: store.activate("b", pending=True),
-        "rollback": lambda store: store.rollback(),
-        "remove": lambda store: store.remove("b"),
-        "gc": lambda store: store.gc(),
-    }
-
-
-def fresh(root):
-    store = Store.open(root)
-    store.install(A, name="a")
-    store.install(B, name="b")
-    store.install(UNUSED)
-    (root / ".state-1.json.0123456789ab.tmp").write_bytes(b"half")
-    store.activate("b")
-    store.activate("a")
-    return store
-
-
-def seen(store):
-    """All that a store shows."""
-    return store.state, tuple(store.list())
-
-
-def faults():
-    disk = [pytest.param(lambda n=n: OSError(n, os.strerror(n)), False, id=errno.errorcode[n]) for n in (
-        errno.ENOSPC, errno.EIO, errno.EROFS)]  # fmt: skip
-    return [*disk, pytest.param(Cut, False, id="killed-before"), pytest.param(Cut, True, id="killed-after")]
-
-
-@pytest.mark.parametrize("action", sorted(actions()))
-@pytest.mark.parametrize(("make_error", "after"), faults())
-def test_a_fault_at_any_call_leaves_a_working_store_that_is_old_or_new(tmp_path, action, make_error, after):
-    act = actions()[action]
-    store = fresh(tmp_path / "count")
-    old = seen(store)
-    with pytest.MonkeyPatch.context() as patch:
-        counter = Faults(patch)
-        act(store)
-    new = seen(store)
-    assert counter.count >= 3
-    for number in range(1, counter.count + 1):
-        store = fresh(tmp_path / str(number))
-        with pytest.MonkeyPatch.context() as patch:
-            Faults(patch, number, make_error(), after=after)
-            with contextlib.suppress(EdgeError, Cut):
-                act(store)
-        check_after_a_fault(Store.open(store.root), old, new)
-
-
-def check_after_a_fault(store, old, new):
-    state, lines = seen(store)
-    assert state in (old[0], new[0])
-    # An adapter that is there without its name yet, or no longer named but still there: files come
-    # before the state that refers to them, and go after it.
-    assert {line.digest for line in lines} in (
-        {line.digest for line in old[1]},
-        {line.digest for line in new[1]},
-    )
-    assert state.referenced <= {line.digest for line in lines}
-    assert all(line.problem is None for line in lines)
-    assert store.warnings == ()
-    assert loaded(store) in (A, B)
-    store.install(C, name="next")
-    assert store.activate("next") == DC
-    store.activate("base")
-    assert store.rollback() == DC
-    store.gc()
-    assert not [path for path in store.root.rglob("*.tmp")]
-
-
-def test_a_first_install_cut_anywhere_can_be_run_again(tmp_path):
-    def first(root):
-        store = Store.open(root)
-        store.install(A, name="a")
-        store.activate("a")
-
-    with pytest.MonkeyPatch.context() as patch:
-        counter = Faults(patch)
-        first(tmp_path / "count")
-    for number in range(1, counter.count + 1):
-        root = tmp_path / str(number) / "store"
-        with pytest.MonkeyPatch.context() as patch:
-            Faults(patch, number, Cut(), after=number % 2 == 0)
-            with contextlib.suppress(Cut):
-                first(root)
-        first(root)
-        assert Store.open(root, create=False).active_digest() == DA
 
 
 def test_a_state_that_cannot_be_read_just_now_is_not_written_over(store):

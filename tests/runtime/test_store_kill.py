@@ -1,7 +1,7 @@
 """A process that is killed at any call of an install or an activation: the store is old or new, and works.
 
-`test_store.py` raises an exception at each call, through which `finally` and `with` still run. Here the
-process ends at once, with its locks and open files, as at a kill or a loss of power of the process.
+`test_store_faults.py` raises an exception at each call, through which `finally` and `with` still run. Here
+the process ends at once, with its locks and open files, as at a kill or a loss of power of the process.
 """
 
 from __future__ import annotations
@@ -9,28 +9,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from edge_tcur_runtime.formats.adapter import Adapter, AdapterHeader, serialize_adapter
-from edge_tcur_runtime.formats.digest import digest_bytes
-from edge_tcur_runtime.formats.factors import Factors, GroupSpec
 from edge_tcur_runtime.store import Store
+from stored import DA, DC, A, B, C
 
 KILLED, DONE = 9, 0
-
-
-def adapter_bytes(seed):
-    core = np.random.default_rng(seed).normal(size=(2, 2, 2)).astype(np.float32)
-    factors = Factors(core, np.array([[0, 3]], np.int32), np.array([[1, 4]], np.int32))
-    header = AdapterHeader(
-        "sha256:" + "b" * 64, {"q": GroupSpec(("q.0", "q.1"), 4, 5)}, "text-classification", ("a", "b")
-    )
-    return serialize_adapter(Adapter(header, {"q": factors}))
-
-
-A, B, C = (adapter_bytes(seed) for seed in range(3))
-DA, DB, DC = map(digest_bytes, (A, B, C))
 ACTIONS = {
     "install": lambda root: Store.open(root).install(C, name="c"),
     "activate": lambda root: Store.open(root).activate("b"),

@@ -8,64 +8,21 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 
 from edge_tcur import __version__
-from edge_tcur.cli import COMMANDS, edge_tcur
+from edge_tcur.cli import COMMANDS
 from edge_tcur.cli.progress import stage_bar
-from edge_tcur_export import bundle as bundles
-from edge_tcur_export.executorch import ProgramReport
-from edge_tcur_export.quantization import QuantizationReport
-from edge_tcur_export.settings import ExportSettings, ProgramSettings
-from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.errors import ExitCode
-from edge_tcur_runtime.formats.adapter import read_adapter, write_adapter
-from edge_tcur_runtime.formats.bundle import (
-    BundleGroup,
-    FileEntry,
-    Manifest,
-    ProgramSpec,
-    TensorPlace,
-    serialize_manifest,
-)
-from edge_tcur_runtime.formats.digest import digest_file
 from edge_tcur_runtime.output import Mode, Sink
-
-GROUP_KEYS = {
-    "name", "slices", "n1", "n2", "rank", "trained_numbers", "core_norm", "blocks", "rows", "cols",
-    "parameters",
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+from training_runs import GROUP_KEYS, train_arguments
 
 
 def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-
-
-def train_arguments(vit_dir, digits_npz, out, *more):
-    return (
-        "train", "--base", vit_dir, "--data", digits_npz, "--task", "image-classification", "--rank", "2",
-        "--epochs", "2", "--threads", "1", "--out", out, *more,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def trained(vit_dir, digits_npz, tmp_path_factory):
-    """A run that the tests read and do not change."""
-    root = tmp_path_factory.mktemp("cli") / "run"
-    with pytest.raises(SystemExit) as caught:
-        run(edge_tcur, list(map(str, train_arguments(vit_dir, digits_npz, root, "--quiet"))))
-    assert caught.value.code == 0
-    return root
 
 
 def test_help_imports_nothing_heavy():
@@ -231,32 +188,6 @@ def test_eval(cli, trained, digits_npz, tmp_path):
     assert cli("eval", trained, "--data", digits_npz, "--adapter", tmp_path / "none")[0] == 3
 
 
-def test_inspect_an_adapter_and_a_run(cli, trained):
-    path = trained / "adapter.safetensors"
-    code, payload, err = cli("inspect", path, "--json")
-    assert (code, err, payload["kind"]) == (0, "", "adapter")
-    assert payload["bytes"] == path.stat().st_size
-    assert payload["digest"] == digest_file(path)
-    assert payload["labels"] == ["0", "1", "2"]
-    assert set(payload["groups"][0]) == GROUP_KEYS
-    assert all(group["core_norm"] > 0 for group in payload["groups"])
-    for group in payload["groups"]:  # uncoupled: rows and columns of their own for each of the two layers
-        assert group["blocks"] == group["slices"] == 2
-        for name, size in (("rows", group["n1"]), ("cols", group["n2"])):
-            assert [len(indices) for indices in group[name]] == [2, 2]
-            assert all(0 <= low < high < size for low, high in group[name])
-    assert payload["provenance"]["selection"] == "gradient"
-    code, whole, _ = cli("inspect", trained, "--json")
-    assert (code, whole["kind"]) == (0, "run")
-    assert {key: value for key, value in payload.items() if key != "schema_version"} == whole["adapter"]
-    assert whole["config"]["rank"] == 2
-    assert isinstance(whole["metrics"]["accuracy"], float)
-    code, text, _ = cli("inspect", trained)
-    assert code == 0
-    for part in ("attention.q_proj", payload["base_digest"], payload["digest"], "labels", "0, 1, 2"):
-        assert part in text
-
-
 def test_train_along_other_axes(cli, vit_dir, digits_npz, tmp_path):
     """Every setting of the method from the command line, and a file that holds sketches."""
     out = tmp_path / "sketch"
@@ -290,172 +221,6 @@ def test_train_along_other_axes(cli, vit_dir, digits_npz, tmp_path):
     other = tmp_path / "run" / "adapter.safetensors"
     code, payload, _ = cli("eval", out, "--data", digits_npz, "--adapter", other, "--json")
     assert (code, payload["error"]["code"]) == (4, "incompatible")
-
-
-def test_inspect_escapes_what_a_terminal_would_obey(cli, tmp_path):
-    own = read_adapter(Path(__file__).parents[1] / "data" / "adapter-v1.safetensors")
-    header = replace(own.header, task="im\x1b[2J", provenance={"tool": "x\x1b[31m\ndigest  sha256:0"})
-    write_adapter(tmp_path / "hostile.safetensors", replace(own, header=header))
-    code, text, _ = cli("inspect", tmp_path / "hostile.safetensors")
-    assert code == 0
-    assert "\x1b" not in text
-    assert r"im\x1b[2J" in text
-    assert len([line for line in text.splitlines() if line.startswith("digest")]) == 1
-    assert cli("inspect", tmp_path / "hostile.safetensors", "--json")[1]["task"] == header.task
-
-
-def test_inspect_refuses(cli, trained, tmp_path):
-    assert cli("inspect", tmp_path)[0] == 3
-    assert cli("inspect", tmp_path / "none")[0] == 3
-    noise = tmp_path / "noise.safetensors"
-    noise.write_bytes(b"not an adapter")
-    assert cli("inspect", noise)[0] == 3
-    noise.write_bytes((trained / "adapter.safetensors").read_bytes()[:-1] + b"\x7f")
-    assert cli("inspect", noise)[0] == 6
-
-
-@pytest.fixture
-def bundle(tmp_path):
-    """A bundle of two files, whose content nobody reads here."""
-    root = tmp_path / "bundle"
-    root.mkdir()
-    (root / "base.bin").write_bytes(b"\0" * 80)
-    (root / "infer.onnx").write_bytes(b"graph")
-    files = {path.name: FileEntry(path.stat().st_size, digest_file(path)) for path in sorted(root.iterdir())}
-    manifest = Manifest(
-        base_digest="sha256:" + "b" * 64, files=files, graphs={"infer": "infer.onnx"}, inputs={},
-        groups={"q": BundleGroup(("q.weight",), 4, 5, 2)},
-        tensors={"q.weight": TensorPlace(0, "float32", (5, 4), True)}, extras={}, task="text-classification",
-        labels=tuple(f"label {n}" for n in range(9)), preprocessing={}, opset=20, ir_version=10,
-    )  # fmt: skip
-    (root / "manifest.json").write_bytes(serialize_manifest(manifest))
-    return root
-
-
-def test_inspect_a_bundle(cli, bundle):
-    code, payload, err = cli("inspect", bundle, "--json")
-    assert (code, err, payload["kind"]) == (0, "", "bundle")
-    assert payload["digests_match"] is True
-    assert payload["bytes"] == 85
-    assert payload["files"]["base.bin"]["bytes"] == 80
-    assert payload["groups"] == {"q": {"slices": 1, "n1": 4, "n2": 5, "rank": 2}}
-    assert payload["graphs"] == {"infer": "infer.onnx"}
-    text = cli("inspect", bundle)[1]
-    assert payload["precision"] == "fp32"
-    for part in ("all match", "label 5, ... (9)", "base.bin", "80 B", "4x5", "stored as fp32"):
-        assert part in text
-
-
-def test_inspect_a_damaged_bundle(cli, bundle):
-    (bundle / "base.bin").write_bytes(b"\1" * 80)
-    code, payload, _ = cli("inspect", bundle, "--json")
-    assert (code, payload["digests_match"], list(payload["damaged"])) == (6, False, ["base.bin"])
-    (bundle / "infer.onnx").unlink()
-    code, text, _ = cli("inspect", bundle)
-    assert code == 6
-    assert "2 files do not match" in text
-    (bundle / "manifest.json").write_text("{")
-    assert cli("inspect", bundle)[0] == 3
-
-
-@dataclass(frozen=True)
-class Report:
-    """Stands for `ExportReport` where only the command is under test."""
-
-    parity: dict = field(default_factory=lambda: {"onnx": {"logits": 1e-7}})
-    seconds: float = 1.5
-    graph_bytes: dict = field(default_factory=lambda: {"infer.onnx": 2048})
-    base_bytes: int = 4096
-    executorch: ProgramReport = field(default_factory=ProgramReport)
-    quantization: QuantizationReport = field(default_factory=QuantizationReport)
-    not_run: dict = field(default_factory=lambda: {"infer-vulkan": "no such backend"})
-    converted: dict = field(default_factory=lambda: {"bfloat16": 3})
-
-    def to_dict(self):
-        return {"bundle": "b", "base_bytes": self.base_bytes, "graph_bytes": self.graph_bytes}
-
-
-@pytest.fixture
-def exported(monkeypatch):
-    """Calls that reached `export_run`, which is tested in tests/export."""
-    calls = []
-    program = ProgramSpec("train-xnnpack.pte", (), (), {"batch": 4}, 2**20)
-    programs = ProgramReport(
-        {"train-xnnpack": program}, {"train.pte": 2048}, {"train-xnnpack": {"mm": 2, "erf": 1}}
-    )
-
-    scored = QuantizationReport(
-        "int4", 4096, 1024, {"a.weight": 0.01, "b.weight": 0.125}, {"base": 0.25, "adapter": 0.5},
-        {"fp32": 0.875, "int4": 0.75, "samples": 8.0},
-    )  # fmt: skip
-    changes = [scored, replace(scored, accuracy=None, note="the data are gone")]
-
-    def export_run(run, out, settings, *, on_stage, **options):
-        on_stage("tracing")
-        calls.append((run.root, out, settings, options))
-        if settings.precision != "fp32":
-            return Report(quantization=changes[len(calls) - 1])
-        return Report(executorch=programs) if "executorch" in settings.targets else Report()
-
-    monkeypatch.setattr(bundles, "export_run", export_run)
-    return calls
-
-
-def test_export_passes_everything_on(cli, trained, tmp_path, exported):
-    out = tmp_path / "bundle"
-    code, payload, err = cli("export", trained, "--out", out, "--json")
-    assert (code, err) == (0, "")
-    assert payload["base_bytes"] == 4096
-    targets = ("--target", "step", "--target", "onnx", "--target", "step")
-    code, text, _ = cli("export", trained, "--out", out, *targets, "--no-verify", "--force", "--device", "x")
-    assert code == 0
-    for part in ("4.0 KiB", "infer.onnx", "1.0e-07", "1.5 s", "infer-vulkan: not compared: no such backend"):
-        assert part in text
-    everything = ExportSettings(("onnx", "ort-training", "step"))
-    chosen = ExportSettings(("step", "onnx"), "x", verify=False)
-    assert exported == [(trained, out, everything, {"force": False}), (trained, out, chosen, {"force": True})]
-
-
-def test_export_to_executorch_passes_its_settings_on(cli, trained, tmp_path, exported):
-    options = ("--target", "executorch", "--backend", "xnnpack", "--max-batch", "4", "--max-length", "16")
-    code, text, _ = cli("export", trained, "--out", tmp_path / "bundle", *options)
-    assert code == 0
-    assert exported[0][2].targets == ("executorch",)
-    assert exported[0][2].programs == ProgramSettings(("xnnpack",), 4, 16)
-    for part in (
-        "train.pte",
-        "2.0 KiB",
-        "train-xnnpack",
-        "1.0 MiB",
-        "4 batch",
-        "outside its delegates 3",
-        "mm 2",
-    ):
-        assert part in text
-
-
-def test_export_says_what_a_precision_changed(cli, trained, tmp_path, exported):
-    options = ("export", trained, "--out", tmp_path / "bundle", "--precision", "int4")
-    code, text, _ = cli(*options)
-    assert code == 0
-    assert exported[0][2].precision == "int4"
-    for part in (
-        "fp32 -> int4", "4.0 KiB -> 1.0 KiB", "1.2e-01 (b.weight)", "base 2.5e-01, adapter 5.0e-01",
-        "87.5% -> 75.0% (8 samples)",
-    ):  # fmt: skip
-        assert part in text
-    assert "the data are gone" in cli(*options)[1]
-    code, _, err = cli(*options, "--target", "executorch")
-    assert code == 2
-    assert "float32 base" in err
-    assert len(exported) == 2
-
-
-def test_export_refuses(cli, trained, tmp_path, exported):
-    assert cli("export", tmp_path, "--out", tmp_path / "b")[0] == 3
-    assert cli("export", trained, "--out", tmp_path / "b", "--target", "tflite")[0] == 2
-    assert cli("export", trained)[0] == 2
-    assert exported == []
 
 
 class Terminal(io.StringIO):
