@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edge_tcur_runtime.canary import NOT_FINITE, departs, read_canary
+from edge_tcur_runtime.cores import within
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.readable import require_readable
@@ -65,7 +66,7 @@ class Model:
         self.task = find_device_task(bundle.manifest.task)
         files = bundle.manifest.files
         require_readable(bundle, graph)
-        self._session = open_session(graph, threads=threads, files=files, placement=placement)
+        self._session = open_session(graph, threads=within(threads), files=files, placement=placement)
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)
         require_names(graph, "default for", names, bundle.manifest.inputs)
