@@ -29,6 +29,9 @@ WARM_BYTES = {"step": 11 * 2**20, "step_last": 11 * 2**20, "step_recompute": 15 
 THREAD_BYTES = 2**19  # of each thread after the first: its stack and scratch, 0.1 to 0.45 MiB were measured
 # Of a core's speed, what each further thread adds, before it was measured (tests/benchmarks/engine_time.py).
 THREAD_GAIN = 0.45
+# Of a pass over its work, before it was measured: the graph that recomputes runs without ONNX Runtime's
+# optimiser and its reuse of buffers (`edge_tcur_runtime.engines.ort_step`).
+SLOWNESS = {"step_recompute": 1.9}
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
@@ -95,7 +98,8 @@ class Footprint:
         operators is worth, which no other thread helps with."""
         line = self._line(self.table.work, length)
         shared = 1 + THREAD_GAIN * (self.threads - 1)
-        return interpolate(self.samples, line, samples) / shared + NODE_WORK * self.table.nodes
+        work = interpolate(self.samples, line, samples) / shared + NODE_WORK * self.table.nodes
+        return SLOWNESS.get(self.graph, 1.0) * work
 
     def seconds(self, samples: int, length: int) -> float:
         """Time of such a pass."""
