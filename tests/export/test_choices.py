@@ -1,4 +1,5 @@
-"""Which base to export: what is planned of a form is what an export of it has; the fastest that fits is taken."""
+"""Which base to export: what is planned of a form is what an export of it has; the fastest that fits is
+taken."""
 
 from __future__ import annotations
 
