@@ -233,7 +233,7 @@ def _fit(site: Site, make: Make, budget: Budget, progress: Progress | None) -> t
     if not search.footprints:
         return _unlimited(site, make, progress), None
     trainer, plan = search.run()
-    chosen = plan.require(search.advice(plan))
+    chosen = plan.require()
     trainer.passes = chosen.passes
     trainer.guard = Guard(max(room(budget.limit), chosen.peak), chosen.footprint)
     return trainer, plan
@@ -289,7 +289,7 @@ class _Search:
         """
         while True:
             plan = self._plan()
-            chosen = plan.require(self.advice(plan))
+            chosen = plan.chosen or plan.require(self.advice(plan))
             micro = chosen.passes.micro_batch
             if (chosen.way, micro) not in self._tried and len(self._tried) < _MOST_TRIED:
                 self._measure(chosen.way, micro)

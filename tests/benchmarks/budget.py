@@ -261,7 +261,7 @@ def main() -> None:
                         sys.stdout.write(
                             f"{head}  {found['engine']:13}{found['graph']:15}{found['micro_batch']:3}"
                             f"{found['predicted'] / MIB:8.1f}{found['peak'] / MIB:8.1f}{ratios[-1]:7.3f}"
-                            f"{found['step_seconds']:8.3f} s  {found['threads']} thr.  {len(found['notes'])}\n"
+                            f"{found['step_seconds']:8.3f} s  x{found['threads']}  {len(found['notes'])}\n"
                         )
                     sys.stdout.flush()
     sys.stdout.write(
