@@ -390,7 +390,7 @@ def _consent(site: Site, plan: Plan, tables: MemoryTables, resident: int) -> lis
         return []
     would = make_plan(partial, site.load, plan.limit)
     least = would.chosen or would.smallest
-    if least.peak >= plan.smallest.peak:
+    if least.peak >= plan.smallest.peak or (would.chosen is None and would.named >= plan.named):
         return []
     budget = "this budget" if would.chosen is not None else f"--budget {would.named}MiB"
     return [
