@@ -15,10 +15,12 @@ from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import PATH, output_options
 from edge_tcur_runtime.errors import ExitCode
 from edge_tcur_runtime.output import Sink, table
+from edge_tcur_runtime.planner import room
 from edge_tcur_runtime.units import format_size
 
 if TYPE_CHECKING:
     from edge_tcur.training.run import Run
+    from edge_tcur_export.choices import Choice
     from edge_tcur_export.plan import Plan, PlanRequest
     from edge_tcur_export.providers import Unsupported
     from edge_tcur_export.settings import ExportSettings
@@ -98,6 +100,7 @@ def describe(found: Plan) -> str:
         *_gradients(found),
         *(_kernels(name, roles) for name, roles in found.no_kernel.items()),
         _memory(found),
+        choices(found),
         "\n".join(
             [f"CANNOT WORK: {target}: {reason}" for target, reason in found.impossible.items()]
             + [f"note: {note}" for note in found.notes]
@@ -139,6 +142,55 @@ def _kernels(provider: str, roles: dict[str, list[Unsupported]]) -> str:
         more = len(counts) - _SHOWN
         lines += [f"    and {more} more operators (--json has all)"] if more > 0 else []
     return "\n".join(lines)
+
+
+def choices(found: Plan) -> str:
+    """What to export for the memory that there is, and how fast that trains.
+
+    Of each form the fastest that fits, or the smallest where none does; without a budget the whole batch at
+    once and one sample.
+    """
+    made = found.choices
+    if not made.rows:
+        return ""
+    rows = [
+        (
+            row.form.precision,
+            row.form.graph,
+            str(row.micro_batch),
+            format_size(row.form.base_bytes),
+            format_size(row.peak),
+            f"{row.seconds:.3g}",
+            row.verdict,
+        )
+        for row in _worth_showing(found)
+    ]
+    tokens = f" of {found.length} tokens" if found.length else ""
+    whose = "of one thread of this machine, from one pass here" if made.measured else "of a common core"
+    header = ("Precision", "Graph", "Samples a pass", "Base", "Peak", "Seconds an update", "")
+    lines = [
+        f"ways to train {found.batch} samples{tokens} an update with ort-step (--json has all); peaks are\n"
+        f"what a device begins with, seconds are {whose}:\na device's differ, their order hardly does",
+        table(header, rows),
+    ]
+    if made.chosen is not None:
+        lines.append(f"taken: {made.chosen.options}, {made.chosen.micro_batch} samples a pass")
+    elif found.budget is not None:
+        lines.append(f"NOTHING FITS: the least is --budget {made.named}MiB with {made.smallest.options}")
+    return "\n".join([*lines, *(f"not planned: {text}" for text in made.lacking)])
+
+
+def _worth_showing(found: Plan) -> list[Choice]:
+    budget, rows = found.budget, found.choices.rows  # the fastest first
+    shown = []
+    for form in dict.fromkeys((row.form.precision, row.form.graph) for row in rows):
+        own = [row for row in rows if (row.form.precision, row.form.graph) == form]
+        least = min(own, key=lambda row: row.peak)
+        if budget is None:
+            shown += [max(own, key=lambda row: row.micro_batch), least][: 1 + (found.batch > 1)]
+        else:
+            shown.append(next((row for row in own if row.peak <= room(budget)), least))
+    return sorted(shown, key=lambda row: row.seconds)
 
 
 def _memory(found: Plan) -> str:

@@ -14,22 +14,27 @@ from typing import Any
 import onnx
 
 from edge_tcur.errors import ExportError
+from edge_tcur.models import Base
 from edge_tcur.training.evaluate import load_run_base
 from edge_tcur.training.run import Run
 from edge_tcur.training.train import set_threads
 from edge_tcur_devices import DeviceProfile, load_profile
 from edge_tcur_export.bundle import BundleWriter
+from edge_tcur_export.choices import STEP, Choices, FormMaker, calibrate, choose, forms_of_bundle, stand_in
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.kernels import kernel_instead, modules_of_weights
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
 from edge_tcur_export.operator_checks import CHECKS, can_write_checks
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
 from edge_tcur_export.ort_training import require_training
+from edge_tcur_export.precision import planned_weights
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
+from edge_tcur_export.quantized_graph import WeightTable
 from edge_tcur_export.report import Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import BASE_FILE, STEP_VARIANTS, Bundle, BundleGroup, InputSpec
+from edge_tcur_runtime.formats.weights import FP32, PRECISIONS
 
 _ENGINES = {"step": "ort-step", "train": "ort-training"}  # role of a graph -> the engine that runs it
 _PLANNED = ("infer", *_ENGINES, *STEP_VARIANTS)
@@ -93,6 +98,7 @@ class Plan:
         device, budget: what the memory is compared with, if anything.
         impossible: target -> why it cannot work at all.
         notes: what else should be known.
+        choices: precision, recompute and micro-batch of the step graph, with peaks and times.
     """
 
     groups: dict[str, dict[str, int]]
@@ -107,6 +113,7 @@ class Plan:
     budget: int | None = None
     impossible: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    choices: Choices = field(default_factory=Choices)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; sizes in bytes."""
@@ -125,6 +132,7 @@ class Plan:
             }
             for name, roles in self.no_kernel.items()
         }
+        content["choices"] = self.choices.to_dict()
         content["sources"] = {name: PROVIDERS[name].source for name in self.no_kernel}
         return content
 
@@ -151,6 +159,7 @@ def plan_run(
     with TemporaryDirectory() as work:
         root = Path(work)
         writer = BundleWriter(run, base, run.adapter(), root, stages, settings)
+        weights, unquantised = _weights(base, run)
         model, forward, converted = writer.convert()
         lacking = find_undifferentiable(converted, writer.trained) if _TRAINING in targets else []
         if lacking:
@@ -159,7 +168,9 @@ def plan_run(
         impossible |= _missing_libraries(targets)
         if _TRAINING in impossible and _TRAINING in targets:
             targets.remove(_TRAINING)
-        counted = writer.base_file(write=False)
+        counted, length = writer.base_file(write=False), _length(base.preprocessing, request)
+        maker = FormMaker(weights, base.inputs, writer.groups, length, root)
+        writer.steps.on_step = maker
         roles = writer.write_graphs(model, forward, converted, counted, targets)
         stages.begin("estimating memory")
         files = {path.name: path.stat().st_size for path in root.iterdir()} | {BASE_FILE: counted.size}
@@ -169,8 +180,22 @@ def plan_run(
             if role in _PLANNED
         }
         modules = {role: writer.sources[role].modules for role in found}
-        plan = _plan(found, base.inputs, writer.groups, _length(base.preprocessing, request), request, device)
+        plan = _plan(found, base.inputs, writer.groups, length, request, device)
         plan = _look_up(plan, found, modules, request, device)
+        stages.begin("comparing precisions")
+        rate = None
+        if maker.forms:
+            stand_in(root, counted.size)
+            own = next(form for form in maker.forms if form.precision == settings.precision)
+            rate = calibrate(root / roles[STEP], own, base.inputs, writer.groups, length)
+        choices = choose(
+            maker.forms,
+            request.batch,
+            length,
+            plan.budget,
+            rate=rate,
+            lacking=(*unquantised, *maker.lacking),
+        )
     stages.begin(None)
     lowered = EXECUTORCH in targets
     later = (*(_PROGRAM_FILES if lowered else ()), *((CHECKS,) if can_write_checks() else ()))
@@ -180,6 +205,7 @@ def plan_run(
         open_files=later,
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
+        choices=choices,
         notes=(*plan.notes, *(_program_notes(model) if lowered else ())),
     )
 
@@ -200,7 +226,38 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     length = _length(manifest.preprocessing, request)
     plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
     plan = _look_up(plan, found, {}, request, device)
-    return replace(plan, files={name: entry.size for name, entry in sorted(manifest.files.items())})
+    files = {name: entry.size for name, entry in sorted(manifest.files.items())}
+    return replace(plan, files=files, choices=_choices_of(bundle, plan, request))
+
+
+def _choices_of(bundle: Bundle, plan: Plan, request: PlanRequest) -> Choices:
+    """Of a bundle, which has one precision."""
+    manifest = bundle.manifest
+    tables = manifest.memory
+    if tables is None or STEP not in tables.graphs:
+        return Choices()
+    size = manifest.files[BASE_FILE].size
+    forms = forms_of_bundle(tables, manifest.precision, size, plan.length)
+    path, own = bundle.graph(STEP), next(form for form in forms if form.graph == STEP)
+    rate = None
+    if path is not None:
+        rate = calibrate(path, own, manifest.inputs, manifest.groups, plan.length, tables.samples)
+    return choose(forms, request.batch, plan.length, plan.budget, samples=tables.samples, rate=rate)
+
+
+def _weights(base: Base, run: Run) -> tuple[dict[str, WeightTable], tuple[str, ...]]:
+    """Precision -> the weights of the base in it, and what cannot be quantised."""
+    trained = base.extra_parameters(run.config.method().modules_to_save)
+    found: dict[str, WeightTable] = {}
+    for precision in PRECISIONS:
+        try:
+            table = planned_weights(base, precision, trained)
+        except ExportError as error:
+            return found, (f"--precision {precision}: {error.message}",)
+        if precision != FP32 and not table:
+            return found, (f"--precision {precision}: the base has no large linear weight in float32",)
+        found[precision] = table
+    return found, ()
 
 
 _PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")

@@ -96,11 +96,38 @@ def quantize_base(base: Base, precision: str, trained: Collection[str]) -> Quant
     """
     if precision == FP32:
         return QuantizedBase()
+    weights, errors = {}, {}
+    for name, stored, quantised in _quantise(base, precision, trained):
+        weights[name], errors[name] = quantised, relative_error(stored.numpy(), quantised)
+        stored.copy_(torch.from_numpy(quantised.dequantize()))
+    if not weights:
+        raise ExportError(
+            "no float32 weight of a linear layer or embedding to quantise", where=base.reference
+        )
+    return QuantizedBase(precision, weights, errors)
+
+
+def planned_weights(base: Base, precision: str, trained: Collection[str]) -> WeightTable:
+    """What `quantize_base` would make of a base, which stays as it is; for graphs that hold its weights."""
+    if precision == FP32:
+        return WeightTable(())
+    return WeightTable.of(
+        (stored.contiguous().numpy(), quantised)
+        for _, stored, quantised in _quantise(base, precision, trained)
+    )
+
+
+def _quantise(
+    base: Base, precision: str, trained: Collection[str]
+) -> Iterator[tuple[str, Tensor, Quantized]]:
+    """Name, values in the orientation of the graphs, and quantised form of each large weight.
+
+    Tables first: a head that is tied to one reads what its rows dequantise to.
+    """
     quantize_linear = quantize_int8 if precision == INT8 else quantize_int4
-    weights, errors, done = {}, {}, set()
+    done = set()
     names = {id(value): name for name, value in base.model.named_parameters(remove_duplicate=False)}
     heads = {id(module.weight) for _, module in _linears(base.model, trained)}
-    # Tables first: a head that is tied to one reads what its rows dequantise to.
     for _, module in (*_tables(base.model, trained), *_linears(base.model, trained)):
         weight = cast("Tensor", module.weight)
         if id(weight) in done:
@@ -116,13 +143,7 @@ def quantize_base(base: Base, precision: str, trained: Collection[str]) -> Quant
         else:
             stored = LINEAR.matrix(module).detach().T if type(module) is nn.Linear else weight.detach()
             quantised = quantize_linear(stored.contiguous().numpy(), _AXES[precision], name)
-        weights[name], errors[name] = quantised, relative_error(stored.numpy(), quantised)
-        stored.copy_(torch.from_numpy(quantised.dequantize()))
-    if not weights:
-        raise ExportError(
-            "no float32 weight of a linear layer or embedding to quantise", where=base.reference
-        )
-    return QuantizedBase(precision, weights, errors)
+        yield name, stored, quantised
 
 
 def _linears(model: nn.Module, trained: Collection[str]) -> Iterator[tuple[str, nn.Module]]:

@@ -38,6 +38,13 @@ class WeightTable:
     def __init__(self, weights: Iterable[Quantized]) -> None:
         self._weights = {_key(weight.dequantize()): weight for weight in weights}
 
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[np.ndarray, Quantized]]) -> WeightTable:
+        """A table that finds weights by their content as it is before it is quantised."""
+        table = cls(())
+        table._weights = {_key(array): weight for array, weight in pairs}
+        return table
+
     def find(self, value: ir.Value) -> Quantized | None:
         """The quantised form of an initializer, or None."""
         tensor = value.const_value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,6 +59,7 @@ class StepGraphs:
         learning: what learns in ``step_last``; None without that graph.
         cases: what torch computes where the last blocks alone learn.
         sources: role -> what the graph was converted from.
+        on_step: called with the plain step graph while it still holds its weights; None is not.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class StepGraphs:
         self.learning: LastBlocks | None = None
         self.cases: list[Case] = []
         self.sources: dict[str, Source] = {}
+        self.on_step: Callable[[ir.Model], None] | None = None
 
     def write(self, forward: Traced, example: Example, base_file: BaseFile) -> dict[str, str]:
         """The plain step graph and, where it is asked for, the one that recomputes.
@@ -91,6 +94,8 @@ class StepGraphs:
         self._write_loss(model)
         split_stacks(model)
         picked = pick_by_index(model)
+        if self.on_step is not None:
+            self.on_step(model)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
         roles = {"step": STEP}

@@ -1,4 +1,4 @@
-"""The memory limits that control groups set to this process, versions 1 and 2.
+"""The limits that control groups set to this process, versions 1 and 2.
 
 A group's limit holds for all groups in it, so the tightest one on the way to the root counts. Where the
 groups lie says ``/proc/self/mountinfo``: Android mounts the memory controller of version 1 at ``/dev/memcg``,
@@ -39,44 +39,62 @@ class _Mount:
     old: bool
 
 
-_USUAL = (_Mount("/", "/sys/fs/cgroup", old=False), _Mount("/", "/sys/fs/cgroup/memory", old=True))
+def group_folders(controller: str, root: Path = Path("/")) -> Iterator[tuple[bool, Path]]:
+    """The folders of this process's groups that may limit something, and of those above them.
+
+    Args:
+        controller: ``memory`` or ``cpu``.
+        root: where /proc and /sys are found.
+
+    Returns:
+        whether it is a group of version 1, and its folder.
+    """
+    mounts = list(_mounts(_text(root / "proc/self/mountinfo"), controller))
+    for names, group in _groups(_text(root / "proc/self/cgroup"), controller):
+        old = bool(names)
+        known = [mount for mount in mounts if mount.old is old]
+        for mount in known or _usual(names, controller):
+            for folder in _way_up(mount, group):
+                yield old, root / folder.relative_to("/")
 
 
 def read_limits(root: Path = Path("/")) -> Limits:
-    """The tightest limits on the way from this process's groups to the root.
+    """The tightest limits of memory on the way from this process's groups to the root.
 
     Args:
         root: where /proc and /sys are found.
     """
     most, high = list[str](), list[str]()
-    mounts = list(_mounts(_text(root / "proc/self/mountinfo")))
-    for old, group in _groups(_text(root / "proc/self/cgroup")):
-        known = [mount for mount in mounts if mount.old is old]
-        for mount in known or [mount for mount in _USUAL if mount.old is old]:
-            for folder in _way_up(mount, group):
-                place = root / folder.relative_to("/")
-                most.append(_text(place / (_OLD if old else _MAX)))
-                high.append("" if old else _text(place / _HIGH))
+    for old, folder in group_folders("memory", root):
+        most.append(_text(folder / (_OLD if old else _MAX)))
+        high.append("" if old else _text(folder / _HIGH))
     return Limits(_least(most), _least(high))
 
 
-def _groups(text: str) -> Iterator[tuple[bool, str]]:
-    """(whether it is version 1, path) of this process's groups that may limit memory."""
+def _usual(names: str, controller: str) -> list[_Mount]:
+    """Where the hierarchies lie on most systems."""
+    if not names:
+        return [_Mount("/", "/sys/fs/cgroup", old=False)]
+    return [_Mount("/", f"/sys/fs/cgroup/{name}", old=True) for name in dict.fromkeys((names, controller))]
+
+
+def _groups(text: str, controller: str) -> Iterator[tuple[str, str]]:
+    """(controllers of version 1, none of version 2; path) of this process's groups with that controller."""
     for line in text.splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if path.startswith("/") and (not controllers or "memory" in controllers.split(",")):
-            yield bool(controllers), path
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        if path.startswith("/") and (not names or controller in names.split(",")):
+            yield names, path
 
 
-def _mounts(text: str) -> Iterator[_Mount]:
-    """The hierarchies with a memory controller (proc_pid_mountinfo(5))."""
+def _mounts(text: str, controller: str) -> Iterator[_Mount]:
+    """The hierarchies with a controller (proc_pid_mountinfo(5))."""
     for line in text.splitlines():
         before, _, after = line.partition(" - ")
         first, last = before.split(), after.split()
         if len(first) < 5 or len(last) < 3:
             continue
         top, place = (_unescape(word) for word in first[3:5])
-        if last[0] == "cgroup2" or (last[0] == "cgroup" and "memory" in last[2].split(",")):
+        if last[0] == "cgroup2" or (last[0] == "cgroup" and controller in last[2].split(",")):
             yield _Mount(top, place, old=last[0] == "cgroup")
 
 

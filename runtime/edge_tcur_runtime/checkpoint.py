@@ -50,6 +50,7 @@ _MAX_LINE = 160  # bytes of the first line
 _KEY = "edge_tcur_checkpoint"
 _ARRAYS = ("values", "first", "second", "best")
 _NUMBERS = ("losses", "scores", "held_out_losses", "before", "after", "reference_before")
+_WHOLE = ("predicted", "threads")  # numbers that may be absent, for 0
 ENGINE = "engine"  # of an identity: engine and provider
 _FREE = ("budget",)  # settings that may change between a run and its continuation
 
@@ -70,6 +71,7 @@ class Progress:
         micro_batch: samples per pass; limits: of each length in tokens, where they differ.
         engine: that ran, empty where it is not said; graph: role of the bundle's graph that it ran.
         predicted: bytes at the peak that the run was accepted under a budget with; 0 where none was planned.
+        threads: CPU threads that it ran on; 0 where it is not said.
     """
 
     steps: int
@@ -89,6 +91,7 @@ class Progress:
     limits: Mapping[int, int] = field(default_factory=dict)
     engine: str = ""
     predicted: int = 0
+    threads: int = 0
 
 
 def identify(
@@ -132,7 +135,7 @@ def serialize_checkpoint(progress: Progress, identity: Mapping[str, str], genera
         "graph": progress.graph,
         "engine": progress.engine,
         "limits": {str(length): samples for length, samples in progress.limits.items()},
-        **({"predicted": progress.predicted} if progress.predicted else {}),
+        **{key: getattr(progress, key) for key in _WHOLE if getattr(progress, key)},
         # As text, so that every bit comes back and a loss that is no number is no bad JSON.
         **{key: [value.hex() for value in getattr(progress, key) or ()] for key in _NUMBERS},
     }
@@ -188,9 +191,14 @@ def _parse_progress(fields: Fields, tensors: Mapping[str, np.ndarray]) -> Progre
         graph=fields.text("graph"),
         limits=_limits(fields),
         engine=fields.optional_text("engine") or "",
-        predicted=0 if fields.is_null("predicted") else fields.integer("predicted"),
+        predicted=_whole(fields, "predicted"),
+        threads=_whole(fields, "threads"),
         **arrays,
     )
+
+
+def _whole(fields: Fields, key: str) -> int:
+    return 0 if fields.is_null(key) else fields.integer(key)
 
 
 def _limits(fields: Fields) -> dict[int, int]:

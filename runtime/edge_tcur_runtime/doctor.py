@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from edge_tcur_runtime import __version__
 from edge_tcur_runtime.cgroups import read_limits
+from edge_tcur_runtime.cores import usable_cores
 from edge_tcur_runtime.errors import EdgeError
 from edge_tcur_runtime.installed import (
     OnnxRuntimeInstall,
@@ -135,7 +136,7 @@ class Report:
     platform: str
     machine: str
     cores: int
-    usable_cores: int  # what this process may run on (affinity)
+    usable_cores: int  # what this process may run on: its affinity, and its control group's quota
     memory: MemoryReport
     onnxruntime: OrtReport | None
     conflicts: tuple[str, ...]  # distributions that overwrite each other's onnxruntime
@@ -167,9 +168,7 @@ def examine(store: Path, bundle: Path | None = None) -> Report:
         platform=platform.platform(),
         machine=platform.machine(),
         cores=os.cpu_count() or 1,
-        usable_cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        usable_cores=usable_cores(),
         memory=read_memory(),
         onnxruntime=runtime,
         conflicts=tuple(find_conflicts()),

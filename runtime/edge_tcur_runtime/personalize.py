@@ -22,7 +22,7 @@ from edge_tcur_runtime.checkpoint import ENGINE, Checkpoints, Progress, identify
 from edge_tcur_runtime.coordinates import Coordinates, read_coordinates, still_parts
 from edge_tcur_runtime.data import Dataset, check_trainable, encode_targets, split
 from edge_tcur_runtime.engines import choose_engine, open_engine
-from edge_tcur_runtime.engines.graphs import engine_for, graph_to_try
+from edge_tcur_runtime.engines.graphs import LAST, engine_for, graph_to_try
 from edge_tcur_runtime.engines.providers import AUTO, CPU
 from edge_tcur_runtime.engines.selfcheck import Choice, choose_again, choose_for_training
 from edge_tcur_runtime.errors import EdgeError, IncompatibleError, IntegrityError, UsageError
@@ -85,7 +85,7 @@ class PersonalizeResult:
         training: scores on what was trained on, where nothing was held out. in_use: score of the adapter in
             use on the held-out part, or there; None where it is the start.
         engine, engine_reason: which engine ran, and why.
-        graph: role of the bundle's graph that it ran.
+        graph: role of the bundle's graph that it ran; threads: CPU threads that it ran on.
         provider, provider_reason: which execution provider ran it, and why.
         micro_batch: samples per pass that the budget allowed.
         step_seconds: median seconds of an update.
@@ -131,6 +131,7 @@ class PersonalizeResult:
     privacy: dict[str, Any] | None
     provider: str = CPU
     provider_reason: str = ""
+    threads: int = 0
     training: dict[str, Any] | None = None
     in_use: dict[str, Any] | None = None
 
@@ -267,10 +268,11 @@ def personalize(
         graph=trainer.graph,
         resumed_from=0 if progress is None else progress.steps,
         predicted_peak_bytes=trainer.predicted or None,
-        notes=(*chosen.notes, *keeper.notes, *trainer.notes, *_notes(site, outcome)),
+        notes=(*chosen.notes, *keeper.notes, *trainer.notes, *_notes(site, outcome, trainer)),
         privacy=site.spent(),
         provider=chosen.placement.provider.name,
         provider_reason=chosen.reason,
+        threads=trainer.threads,
     )
 
 
@@ -283,7 +285,7 @@ def _run(
 ) -> tuple[Trainer, Outcome]:
     """The updates from `progress` on, and the judgement on them."""
     (kept, held_out), settings = site.data, site.settings
-    trainer, _ = fit(site, partial(_open_trainer, site, settings, budget, keeper), budget, progress)
+    trainer, _ = fit(site, partial(_open_trainer, site, budget, keeper), budget, progress)
     if site.privacy is not None and settings.privacy is not None:
         key = "" if progress is None else progress.noise_key
         trainer.protect(site.privacy, key or new_key(settings.privacy))
@@ -330,7 +332,7 @@ def plan_personalize(
     budget = Budget(settings.budget)
     _refuse_early(bundle, dataset, budget)
     site, _ = _prepare(bundle, dataset, settings, start or blank_adapter(bundle))
-    make = partial(_open_trainer, site, settings, budget, Keeper())
+    make = partial(_open_trainer, site, budget, Keeper())
     plan, advice = preview(site, make, budget)
     trained, held_out = (len(part.targets) for part in site.data)
     return RunPlan(
@@ -378,7 +380,7 @@ def _prepare(
 def _coordinates(bundle: Bundle, start: Adapter, graph: str) -> Coordinates:
     """Of the adapter to start from; what the graph gives no gradient stands still."""
     coordinates = read_coordinates(bundle, start)
-    if graph != "step_last":
+    if graph != LAST:
         return coordinates
     return replace(coordinates, still=still_parts(bundle.manifest))
 
@@ -393,9 +395,13 @@ def _provenance(site: Site, outcome: Outcome) -> dict[str, str]:
     return result if outcome.judged_by else result | UNJUDGED
 
 
-def _notes(site: Site, outcome: Outcome) -> list[str]:
-    """What the user should know about how the new adapter was judged, and about privacy."""
-    notes, plan = [], site.privacy
+def _notes(site: Site, outcome: Outcome, trainer: Trainer) -> list[str]:
+    """What the user should know about what was trained, how the new adapter was judged, and about privacy."""
+    notes, plan, last = [], site.privacy, site.bundle.manifest.last_blocks
+    if trainer.graph == LAST and not site.settings.last_blocks and last is not None:
+        notes.append(
+            f"nothing else fits the budget: the last {last.count} blocks alone learned (--allow-last-blocks)"
+        )
     if outcome.before is None:
         reason = "of a class with one sample none is" if site.settings.held_out_part else "nothing was"
         named = {"reference": "the bundle's reference set", "training": "the samples that it was trained on"}
@@ -428,14 +434,11 @@ def _went_on(keep: KeepSettings, identity: Mapping[str, str], settings: Personal
     return None
 
 
-def _open_trainer(
-    site: Site, settings: PersonalizeSettings, budget: Budget, keeper: Keeper, name: str, graph: str
-) -> Trainer:
+def _open_trainer(site: Site, budget: Budget, keeper: Keeper, name: str, graph: str, threads: int) -> Trainer:
     bundle = site.bundle
-    engine = open_engine(name, bundle, threads=settings.threads, graph=graph, placement=site.chosen.placement)
-    return Trainer(
-        engine, _coordinates(bundle, site.start, graph), site.data[0], settings, budget, keeper, graph
-    )
+    engine = open_engine(name, bundle, threads=threads, graph=graph, placement=site.chosen.placement)
+    coordinates = _coordinates(bundle, site.start, graph)
+    return Trainer(engine, coordinates, site.data[0], site.settings, budget, keeper, graph, threads)
 
 
 def _refuse_early(bundle: Bundle, dataset: Dataset, budget: Budget) -> None:

@@ -1,8 +1,10 @@
-"""The plan of a run under a memory budget: engine, graph and micro-batches. Pure: no file or process is read.
+"""The plan of a run under a memory budget: engine, graph, threads and micro-batches. Pure: no file or process
+is read.
 
 A pass of n samples of t tokens takes ``held + factor * values(n, t)`` bytes and ``rate * work(n, t)``
 seconds: `values` and `work` are the bundle's tables, `held`, `factor` and `rate` are of this process
-(`Footprint`). The fastest candidate whose passes stay under the limit is taken.
+(`Footprint`). The fastest candidate whose passes stay under the limit is taken; one that trains a part of the
+model alone only where no other does (`Footprint.resort`).
 """
 
 from __future__ import annotations
@@ -20,10 +22,16 @@ from edge_tcur_runtime.units import format_size
 
 # Before anything was measured: bytes for each byte of the table's values, and of a session for each node
 # (tests/benchmarks/budget.py).
-FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 1.3, "train": 1.3}
+FACTORS = {"step": 1.3, "step_last": 1.3, "step_recompute": 1.15, "train": 1.3}
 NODE_BYTES = {"step": 9 * 2**10, "step_last": 9 * 2**10, "step_recompute": 5.5 * 2**10, "train": 12 * 2**10}
 # Code, buffers and small values that stay after the first pass.
-WARM_BYTES = {"step": 11 * 2**20, "step_last": 11 * 2**20, "step_recompute": 15 * 2**20, "train": 11 * 2**20}
+WARM_BYTES = {"step": 11 * 2**20, "step_last": 14 * 2**20, "step_recompute": 18 * 2**20, "train": 11 * 2**20}
+THREAD_BYTES = 2**19  # of each thread after the first: its stack and scratch, 0.1 to 0.45 MiB were measured
+# Of a core's speed, what each further thread adds, before it was measured (tests/benchmarks/engine_time.py).
+THREAD_GAIN = 0.45
+# Of a pass over its work, before it was measured: the graph that recomputes runs without ONNX Runtime's
+# optimiser and its reuse of buffers (`edge_tcur_runtime.engines.ort_step`).
+SLOWNESS = {"step_recompute": 1.9}
 NODE_WORK = 50_000  # operations that starting one operator is worth: a few microseconds
 RATE = 2e-11  # seconds an operation, before anything was measured
 WINDOW = 2**16  # bytes of a mapped file that Linux makes resident around one that is read
@@ -31,6 +39,8 @@ UNKNOWN = 1.12  # of what was measured, for a pass that is larger
 _SPARE = 32  # part of a budget that is left free: two runs of the same passes differ by a percent
 _RESERVE = 1.04  # of the smallest peak, for the budget that is named
 _SIMULATED = 64  # updates that the time of one is averaged over
+
+Way = tuple[str, str, int]  # engine, role of the graph, threads
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ class Footprint:
         rate: seconds an operation.
         measured: whether `held`, `factor` and `rate` were measured here.
         proven: bytes of the table's values up to which `factor` was measured.
+        threads: CPU threads.
+        resort: whether it trains a part of the model alone, and is taken only where nothing else fits.
     """
 
     engine: str
@@ -57,6 +69,13 @@ class Footprint:
     rate: float = RATE
     measured: bool = False
     proven: int = 0
+    threads: int = 1
+    resort: bool = False
+
+    @property
+    def way(self) -> Way:
+        """Engine, graph and threads."""
+        return self.engine, self.graph, self.threads
 
     def values(self, samples: int, length: int) -> int:
         """Bytes of the table's values in a pass of so many samples of so many tokens."""
@@ -75,9 +94,12 @@ class Footprint:
         return self.held + self.growth(samples, length)
 
     def work(self, samples: int, length: int) -> float:
-        """Operations of such a pass, with those that starting its operators is worth."""
+        """Operations of such a pass that one thread has time for meanwhile, with those that starting its
+        operators is worth, which no other thread helps with."""
         line = self._line(self.table.work, length)
-        return interpolate(self.samples, line, samples) + NODE_WORK * self.table.nodes
+        shared = 1 + THREAD_GAIN * (self.threads - 1)
+        work = interpolate(self.samples, line, samples) / shared + NODE_WORK * self.table.nodes
+        return SLOWNESS.get(self.graph, 1.0) * work
 
     def seconds(self, samples: int, length: int) -> float:
         """Time of such a pass."""
@@ -187,7 +209,7 @@ class Candidate:
     """One way to run.
 
     Attributes:
-        footprint: engine, graph, and what they take.
+        footprint: engine, graph, threads, and what they take.
         passes: the micro-batches.
         peak: predicted bytes at the peak of the process.
         seconds: predicted, of an update.
@@ -205,11 +227,17 @@ class Candidate:
         """Engine and graph."""
         return self.footprint.engine, self.footprint.graph
 
+    @property
+    def way(self) -> Way:
+        """Engine, graph and threads."""
+        return self.footprint.way
+
     def to_dict(self, updates: int) -> dict[str, object]:
         """JSON values; sizes in bytes, `updates` of the whole run."""
         return {
             "engine": self.footprint.engine,
             "graph": self.footprint.graph,
+            "threads": self.footprint.threads,
             "micro_batch": self.passes.micro_batch,
             "by_length": {str(length): count for length, count in sorted(self.passes.limits.items())},
             "predicted_peak_bytes": self.peak,
@@ -270,10 +298,11 @@ def room(limit: int) -> int:
 
 
 def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, floor: int = 0) -> Plan:
-    """All candidates, and the fastest whose predicted peak is within the limit (`room`).
+    """All candidates, and the fastest whose predicted peak is within the limit (`room`): one of the last
+    resort where no other's is.
 
     Args:
-        footprints: of every engine and graph that may be used, at least one.
+        footprints: of every engine, graph and number of threads that may be used, at least one.
         limit: bytes; None for no limit.
         floor: peak of this process so far, which no plan can lower.
     """
@@ -283,7 +312,8 @@ def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, fl
     ranked = sorted(found, key=lambda candidate: candidate.seconds)
     # Passes that are kept were planned with room; what two processes differ by may take of what was left.
     most = None if limit is None else limit if load.passes is not None else room(limit)
-    place = next((place for place, c in enumerate(ranked) if most is None or c.peak <= most), None)
+    fitting = [place for place, c in enumerate(ranked) if most is None or c.peak <= most]
+    place = min(fitting, key=lambda place: (ranked[place].footprint.resort, place), default=None)
     chosen = None if place is None else ranked[place]
     told = tuple(replace(c, verdict=_verdict(c, chosen, limit)) for c in ranked)
     return Plan(told, None if place is None else told[place], limit)
@@ -291,9 +321,13 @@ def make_plan(footprints: Sequence[Footprint], load: Load, limit: int | None, fl
 
 def _verdict(candidate: Candidate, chosen: Candidate | None, limit: int | None) -> str:
     if candidate is chosen:
+        if candidate.footprint.resort:
+            return "chosen: a part alone, as nothing else fits"
         return "chosen: the fastest" + (" that fits" if limit is not None else "")
     if limit is not None and candidate.peak > room(limit):
         return f"{format_size(candidate.peak - room(limit))} too much"
+    if candidate.footprint.resort and chosen is not None and not chosen.footprint.resort:
+        return "a part alone: only where nothing else fits"
     return "slower" if chosen is not None and candidate.seconds > chosen.seconds else "as fast"
 
 
@@ -364,10 +398,27 @@ def resident_rows(tables: Sequence[RowTable], picked: Mapping[str, np.ndarray]) 
 
 
 def footprint_of(
-    tables: MemoryTables, role: str, engine: str, held: int, factor: float, rate: float = RATE
+    tables: MemoryTables, way: Way, held: int, factor: float, *, rate: float = RATE, resort: bool = False
 ) -> Footprint:
-    """The footprint of one of the bundle's graphs."""
-    return Footprint(engine, role, tables.graphs[role], tables.samples, tables.lengths, held, factor, rate)
+    """The footprint of one of the bundle's graphs, before anything was measured.
+
+    Args:
+        held: bytes between passes on one thread.
+    """
+    engine, role, threads = way
+    held += THREAD_BYTES * (threads - 1)
+    return Footprint(
+        engine,
+        role,
+        tables.graphs[role],
+        tables.samples,
+        tables.lengths,
+        held,
+        factor,
+        rate,
+        threads=threads,
+        resort=resort,
+    )
 
 
 def session_bytes(role: str, nodes: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from edge_tcur_runtime.canary import NOT_FINITE, departs, no_memory, ran_out_of_memory, read_canary
+from edge_tcur_runtime.cores import within
 from edge_tcur_runtime.data import Dataset, encode_targets
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement
 from edge_tcur_runtime.engines.readable import require_readable
@@ -74,7 +75,7 @@ class Model:
         files = bundle.manifest.files
         require_readable(bundle, graph)
         self._session = open_session(
-            graph, threads=threads, files=files, placement=placement, prepack=prepack
+            graph, threads=within(threads), files=files, placement=placement, prepack=prepack
         )
         names = [value.name for value in self._session.get_inputs()]
         require_names(graph, "input", bundle.manifest.inputs, names)

@@ -131,11 +131,13 @@ class PersonalizeSettings:
         budget: peak resident memory of the whole process in bytes; None for no limit.
         engine: ``auto``, ``ort-training``, ``ort-step`` or ``executorch``.
         provider: what runs the graph: ``auto``, or a name of `edge_tcur_runtime.engines.providers`.
-        threads: CPU threads; 0 takes all that this process may use.
+        threads: CPU threads; 0 takes all that this process may use, or with a budget what was measured to be
+            the fastest that fits it.
         seed: of the split and the order of the data.
         recompute: ``on`` runs the step graph that keeps only each block's input (less memory, more time),
             ``off`` the plain one, ``auto`` the former where the latter might not fit the budget.
         last_blocks: train the last blocks alone, with the step graph that was exported for it.
+        allow_last_blocks: consent to that, where nothing else fits the budget.
         privacy: train with differential privacy; None does not.
     """
 
@@ -152,6 +154,7 @@ class PersonalizeSettings:
     seed: int = 0
     recompute: str = "auto"
     last_blocks: bool = False
+    allow_last_blocks: bool = False
     privacy: PrivacySettings | None = None
 
     def __post_init__(self) -> None:

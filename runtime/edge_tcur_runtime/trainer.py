@@ -31,6 +31,7 @@ from edge_tcur_runtime.reference import ReferenceSet
 from edge_tcur_runtime.settings import PersonalizeSettings
 from edge_tcur_runtime.tasks import mean_by_weight
 
+_TIMED = 2  # more passes that are timed where the choice hangs on it
 _MARGIN = 1.02  # of what a pass took, for what the next one may take
 
 
@@ -44,7 +45,7 @@ class Trainer:
         settings: see `PersonalizeSettings`.
         budget: checked after every pass.
         keeper: told of every update; may end the run after any pass.
-        graph: role of the graph that the engine runs.
+        graph: role of the graph that the engine runs; threads: how many it runs on, 0 where it is not said.
     """
 
     def __init__(
@@ -56,9 +57,10 @@ class Trainer:
         budget: Budget,
         keeper: Keeper | None = None,
         graph: str = "step",
+        threads: int = 0,
     ) -> None:
         self._engine = engine
-        self.graph = graph
+        self.graph, self.threads = graph, threads
         self._keeper = keeper or Keeper()
         self._coordinates = coordinates
         self._data = data
@@ -148,6 +150,17 @@ class Trainer:
             proven = max(found.proven, found.values(count, length))
             found = replace(found, rate=rate, factor=factor, proven=proven)
         return found
+
+    def time(self, footprint: Footprint, micro: int) -> Footprint:
+        """`footprint` with the speed of the fastest of a few passes of `micro` of the longest samples."""
+        longest = self._longest()
+        count, length = min(micro, len(longest)), int(self._data.lengths[longest[0]])
+        rates = [footprint.rate]
+        for _ in range(_TIMED):
+            started = time.perf_counter()
+            self._measure(longest[:count])
+            rates.append((time.perf_counter() - started) / footprint.work(count, length))
+        return replace(footprint, rate=min(rates))
 
     def protect(self, plan: PrivacyPlan, key: str) -> None:
         """Trains with differential privacy from here on: sample by sample, as each one's gradient is bounded.
@@ -329,6 +342,7 @@ class Trainer:
             engine=self._engine.name,
             graph=self.graph,
             predicted=self.predicted,
+            threads=self.threads,
         )
         self._keeper.reached(progress)
 

@@ -2,9 +2,10 @@
 ``python tests/benchmarks/budget.py [--models bert vit conv minilm] [--precisions fp32 int8] [--keep DIR]``,
 or over a bundle that is there: ``--bundle DIR --data FILE --runs executorch:auto``.
 
-Each row is `edge_tcur_runtime.personalize` in a fresh process on one thread, two epochs, the base without
-torch. For each model, precision, engine and graph the first budget is 1 MiB, which must be refused; then the
-smallest that the refusal names, 1.1, 1.3 and 1.8 of it. Peaks are VmHWM. ``--heap`` leaves glibc's heap as it
+Each row is `edge_tcur_runtime.personalize` in a fresh process on one thread (``--threads 0``: on those that
+the plan takes), two epochs, the base without torch. For each model, precision, engine and graph the first
+budget is 1 MiB, which must be refused; then the smallest that the refusal names, 1.1, 1.3 and 1.8 of it.
+Peaks are VmHWM. ``--heap`` leaves glibc's heap as it
 is, for comparison.
 """
 
@@ -78,7 +79,7 @@ from edge_tcur_runtime.errors import BudgetError
 from edge_tcur_runtime.formats.bundle import open_bundle
 from edge_tcur_runtime.personalize import personalize
 from edge_tcur_runtime.settings import PersonalizeSettings
-root, data, budget, engine, recompute, epochs, heap = sys.argv[1:8]
+root, data, budget, engine, recompute, epochs, heap, threads = sys.argv[1:9]
 if heap == "heap":
     fitting.give_back_at_once = lambda: False
 bundle = open_bundle(Path(root))
@@ -86,7 +87,7 @@ spec = bundle.manifest.preprocessing
 size = {} if spec["kind"] == "text" else {"image_size": (spec["height"], spec["width"]), "channels": 1}
 dataset = load_dataset(Path(data), spec["kind"], **size)
 settings = PersonalizeSettings(
-    epochs=int(epochs), threads=1, budget=int(budget) or None, engine=engine, recompute=recompute
+    epochs=int(epochs), threads=int(threads), budget=int(budget) or None, engine=engine, recompute=recompute
 )
 started = time.perf_counter()
 try:
@@ -98,7 +99,7 @@ else:
     print(json.dumps({
         "peak": read_memory().peak, "predicted": result.predicted_peak_bytes, "engine": result.engine,
         "graph": result.graph, "micro_batch": result.micro_batch, "step_seconds": result.step_seconds,
-        "seconds": time.perf_counter() - started, "notes": result.notes,
+        "seconds": time.perf_counter() - started, "notes": result.notes, "threads": result.threads,
     }))
 """
 
@@ -112,6 +113,7 @@ def run_child(
     *,
     epochs: int = 2,
     heap: str = "",
+    threads: int = 1,
     before: tuple[str, ...] = (),
 ) -> dict[str, object]:
     """What one personalisation says.
@@ -121,7 +123,8 @@ def run_child(
         before: a command that runs the command given to it.
     """
     command = [sys.executable, "-c", CHILD, str(bundle), str(data), str(budget), engine, recompute]
-    done = subprocess.run([*before, *command, str(epochs), heap], capture_output=True, text=True, check=False)
+    command += [str(epochs), heap, str(threads)]
+    done = subprocess.run([*before, *command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"ended with {done.returncode}: {done.stderr[-2000:]}")
     found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -213,14 +216,14 @@ def make_bundles(name: str, precisions: list[str], root: Path) -> tuple[Path, di
     return data, bundles
 
 
-def rows_of(bundle: Path, data: Path, heap: str, runs: list[str]):  # type: ignore[no-untyped-def]
+def rows_of(bundle: Path, data: Path, runs: list[str], **options: Any):  # type: ignore[no-untyped-def]
     """(engine, recompute, budget, what the run said) of all runs over one bundle."""
     for engine, recompute in (run.split(":") for run in runs):
-        first = run_child(bundle, data, MIB, engine, recompute, heap=heap)
+        first = run_child(bundle, data, MIB, engine, recompute, **options)
         assert "refused" in first, first
         for share in SHARES:
             budget = int(named(first) * share)
-            yield engine, recompute, budget, run_child(bundle, data, budget, engine, recompute, heap=heap)
+            yield engine, recompute, budget, run_child(bundle, data, budget, engine, recompute, **options)
 
 
 def main() -> None:
@@ -232,10 +235,13 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="where models and bundles stay")
     parser.add_argument("--bundle", type=Path, help="measure this one")
     parser.add_argument("--data", type=Path, help="with --bundle")
+    parser.add_argument("--threads", type=int, default=1, help="0: those that the plan takes")
+    parser.add_argument("--epochs", type=int, default=2, help="many: threads are tried")
     parser.add_argument("--heap", action="store_const", const="heap", default="")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     ratios, refused, crossed = [], 0, 0
+    given = {"heap": options.heap, "threads": options.threads, "epochs": options.epochs}
     with TemporaryDirectory() as work:
         for name in [options.bundle.name] if options.bundle else options.models:
             if options.bundle:
@@ -244,7 +250,7 @@ def main() -> None:
                 precisions = ["fp32"] if name == "conv" else options.precisions  # linear layers are quantised
                 data, bundles = make_bundles(name, precisions, (options.keep or Path(work)) / name)
             for precision, bundle in bundles.items():
-                for engine, recompute, budget, found in rows_of(bundle, data, options.heap, options.runs):
+                for engine, recompute, budget, found in rows_of(bundle, data, options.runs, **given):
                     head = f"{name:10}{precision:5} {engine:13}{recompute:5}{budget / MIB:7.0f}"
                     if "refused" in found:
                         refused, crossed = refused + bool(found["before"]), crossed + (not found["before"])
@@ -255,7 +261,7 @@ def main() -> None:
                         sys.stdout.write(
                             f"{head}  {found['engine']:13}{found['graph']:15}{found['micro_batch']:3}"
                             f"{found['predicted'] / MIB:8.1f}{found['peak'] / MIB:8.1f}{ratios[-1]:7.3f}"
-                            f"{found['step_seconds']:8.3f} s  {len(found['notes'])}\n"
+                            f"{found['step_seconds']:8.3f} s  x{found['threads']}  {len(found['notes'])}\n"
                         )
                     sys.stdout.flush()
     sys.stdout.write(

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ from edge_tcur_runtime.checkpoint import parse_checkpoint
 from edge_tcur_runtime.cli import device
 from edge_tcur_runtime.cli.framework import run
 from edge_tcur_runtime.cli.plan import shown
-from edge_tcur_runtime.engines import open_engine
-from edge_tcur_runtime.errors import BudgetError, IncompatibleError, PausedError
-from edge_tcur_runtime.formats.bundle import open_bundle, serialize_manifest
+from edge_tcur_runtime.engines import open_engine, session
+from edge_tcur_runtime.engines.graphs import LAST
+from edge_tcur_runtime.errors import BudgetError, ConfigError, IncompatibleError, PausedError
+from edge_tcur_runtime.formats.bundle import LastBlocks, open_bundle, serialize_manifest
 from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables
 from edge_tcur_runtime.guard import Guard
 from edge_tcur_runtime.personalize import RunPlan, personalize, plan_personalize
@@ -171,6 +173,218 @@ def test_the_reference_set_is_planned_for_and_scored_within_the_plan(user, tmp_p
     assert result.judged_by == ["held-out", "reference"]
     assert max(state["passes"]) == result.micro_batch == 4
     assert state["peak"] <= limit
+
+
+# --- threads ---------------------------------------------------------------------------------------------
+
+
+def timed(monkeypatch, seconds, opening=0.5, long=1):
+    """A clock that only opening an engine and its passes move: `seconds` by the number of threads."""
+    monkeypatch.setattr(fitting, "_LONG", long)
+    state = {"clock": 0.0, "opened": [], "passes": []}
+    real = open_engine
+
+    def opened(*arguments, threads, **options):
+        engine = real(*arguments, threads=threads, **options)
+        state["clock"] += opening
+        state["opened"].append(threads)
+        step = engine.step
+
+        def counted(*fed):
+            state["clock"] += seconds[threads]
+            state["passes"].append(threads)
+            return step(*fed)
+
+        engine.step = counted
+        return engine
+
+    monkeypatch.setattr(module, "open_engine", opened)
+    monkeypatch.setattr(fitting, "thread_counts", lambda asked: (asked,) if asked else tuple(seconds))
+    for part in ("fitting", "trainer"):
+        clock = SimpleNamespace(perf_counter=lambda: state["clock"])
+        monkeypatch.setattr(f"edge_tcur_runtime.{part}.time", clock)
+    return state
+
+
+@pytest.fixture
+def one_graph(bundle):
+    return replace(
+        bundle, manifest=replace(bundle.manifest, memory=replace(TABLES, graphs={"step": table()}))
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken", "order"),
+    [
+        ({1: 1.0, 2: 2.0}, 1, [2, 1]),
+        ({1: 2.0, 2: 1.0}, 2, [2, 1, 2]),
+        ({1: 1.0, 3: 0.5, 4: 0.6}, 3, [4, 1, 3]),
+    ],
+)
+def test_threads_are_those_that_were_measured_to_be_the_fastest(
+    one_graph, user, monkeypatch, seconds, taken, order
+):
+    """Whatever was believed before: all cores are tried first."""
+    state = timed(monkeypatch, seconds)
+    plan = plan_personalize(one_graph, user, quick(budget=roomy(), threads=0)).plan
+    assert state["opened"][: len(seconds)] == order[: len(seconds)]
+    assert plan.chosen.footprint.threads == taken
+    assert plan.chosen.seconds == pytest.approx(seconds[taken], rel=0.01)
+    assert {c.footprint.threads for c in plan.candidates} == set(seconds)
+    state["opened"].clear()
+    result = personalize(one_graph, user, quick(budget=roomy(), threads=0))
+    assert (state["opened"], result.threads) == (order, taken)
+    assert set(state["passes"][-16:]) == {taken}
+
+
+def test_a_run_of_a_few_seconds_is_not_held_up_by_measuring_threads(one_graph, user, monkeypatch):
+    """80 updates of 0.1 s are worth opening no second session, which takes half a second."""
+    state = timed(monkeypatch, {1: 0.01, 2: 0.1}, long=fitting._LONG)
+    result = personalize(one_graph, user, quick(budget=roomy(), epochs=20, threads=0))
+    assert (state["opened"], result.threads) == ([2], 2)
+
+
+def test_what_trying_threads_takes_is_a_small_part_of_the_run(one_graph, user, monkeypatch):
+    """It begins where the run is 40 times as long as opening and measuring, a third time for the last one."""
+    spent, long = {}, fitting._LONG
+    for epochs in (80, 800):
+        state = timed(monkeypatch, {1: 0.2, 2: 0.1}, long=long)
+        plan_personalize(one_graph, user, quick(budget=roomy(), threads=0, epochs=epochs))
+        spent[epochs] = state["clock"], state["opened"]
+    assert spent[80][1] == [2]  # 320 updates of 0.1 s
+    assert spent[800][1] == [2, 1, 2]
+    assert spent[800][0] - spent[80][0] < 320 / 20
+
+
+def test_a_number_of_threads_that_is_asked_for_is_an_order(one_graph, user, monkeypatch):
+    state = timed(monkeypatch, {1: 1.0, 2: 2.0})
+    result = personalize(one_graph, user, quick(budget=roomy(), threads=2))
+    assert (state["opened"], result.threads) == ([2], 2)
+
+
+def test_threads_are_not_tried_where_the_budget_has_nothing_over_for_it(one_graph, user, monkeypatch):
+    """What a closed session leaves in the heap must not refuse a run that fits."""
+    state = timed(monkeypatch, {1: 1.0, 2: 2.0})
+    peak = plan_personalize(one_graph, user, quick(budget=roomy(), threads=0)).plan.chosen.peak
+    monkeypatch.setattr(fitting, "_TRIAL_BYTES", room(roomy()) - peak + MIB)
+    state["opened"].clear()
+    result = personalize(one_graph, user, quick(budget=roomy(), threads=0))
+    assert (state["opened"], result.threads) == ([2], 2)
+
+
+def test_a_run_goes_on_with_its_threads_whatever_would_be_faster_now(one_graph, user, tmp_path, monkeypatch):
+    """Even with more than there are cores now."""
+    settings = quick(budget=roomy(), threads=0)
+    timed(monkeypatch, {1: 2.0, 3: 1.0})
+    whole = personalize(one_graph, user, settings)
+    done = []
+    monkeypatch.setattr("edge_tcur_runtime.keeper.GATE_SECONDS", 0.0)
+    keep = KeepSettings(tmp_path, 1e9, gates=(partial(enough, done),))
+    with pytest.raises(PausedError):
+        personalize(one_graph, user, settings, keep=keep, on_step=lambda *_: done.append(1))
+    kept = parse_checkpoint(next(tmp_path.iterdir()).read_bytes(), "c")[0]
+    assert kept.threads == whole.threads == 3
+    state = timed(monkeypatch, {1: 1.0, 2: 2.0, 3: 9.0})
+    monkeypatch.setattr(fitting, "thread_counts", lambda _: (1, 2))
+    for budget in (settings.budget, None):
+        copy = shutil.copytree(tmp_path, tmp_path.with_name(f"copy{budget}"))
+        state["opened"].clear()
+        result = personalize(one_graph, user, replace(settings, budget=budget), keep=KeepSettings(copy))
+        assert result.resumed_from == 3
+        assert (state["opened"], result.threads) == ([3], 3)
+        assert result.losses == whole.losses
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_session_has_the_threads_that_were_chosen(bundle, name):
+    for threads in (1, 3):
+        found = session.session_options(threads)
+        assert found.intra_op_num_threads == threads
+        assert open_engine(name, bundle, threads=threads)
+
+
+# --- the last blocks alone, with consent -------------------------------------------------------------------
+
+
+@pytest.fixture
+def partial_bundle(bundle):
+    """Its graph of the last blocks is the whole one, and takes a MiB a sample by its table, the other 8."""
+    manifest = bundle.manifest
+    last = LastBlocks(1, {name: (len(g.parameters) - 1,) for name, g in manifest.groups.items()}, ())
+    graphs = {"step": replace(table(each=8 * MIB), base=0), LAST: replace(table(each=MIB), base=0)}
+    return replace(
+        bundle,
+        manifest=replace(
+            manifest,
+            graphs={**manifest.graphs, LAST: manifest.graphs["step"]},
+            last_blocks=last,
+            memory=replace(TABLES, graphs=graphs),
+        ),
+    )
+
+
+def between(monkeypatch, samples):
+    """A budget for passes of so many samples of the last blocks, too small for one of the whole model."""
+    monkeypatch.setattr(fitting, "FACTORS", dict.fromkeys(fitting.FACTORS, 1.0))
+    monkeypatch.setattr(fitting, "session_bytes", lambda *_: 0)
+    faked(monkeypatch, MIB // 2)
+    return int((100 + samples) * MIB * 32 / 31) + MIB // 8
+
+
+def test_without_consent_the_refusal_tells_that_it_would_do(partial_bundle, user, monkeypatch):
+    budget = between(monkeypatch, 4)
+    with pytest.raises(BudgetError, match="cannot be met") as caught:
+        personalize(partial_bundle, user, quick(budget=budget))
+    assert re.match(r"give at least --budget 11[23]MiB; ", caught.value.hint)
+    assert (
+        "this budget does with --allow-last-blocks: the last 1 blocks alone learn then, which takes about "
+        "104.0 MiB" in caught.value.hint
+    )
+    with pytest.raises(BudgetError) as caught:
+        personalize(partial_bundle, user, quick(budget=90 * MIB))
+    found = re.search(r"--budget (\d+)MiB does with --allow-last-blocks", caught.value.hint)
+    named = int(found.group(1)) * MIB
+    result = personalize(partial_bundle, user, quick(budget=named, allow_last_blocks=True))
+    assert result.graph == LAST
+
+
+def test_with_consent_the_last_blocks_learn_where_nothing_else_fits(partial_bundle, user, monkeypatch):
+    budget, own = between(monkeypatch, 6), module.bundle_adapter(partial_bundle)
+    settings = quick(budget=budget, allow_last_blocks=True, engine="auto")
+    plan = plan_personalize(partial_bundle, user, settings, start=own).plan
+    assert plan.chosen.verdict == "chosen: a part alone, as nothing else fits"
+    result = personalize(partial_bundle, user, settings, start=own)
+    assert (result.engine, result.graph, result.micro_batch) == ("ort-step", LAST, 4)
+    assert (
+        "nothing else fits the budget: the last 1 blocks alone learned (--allow-last-blocks)" in result.notes
+    )
+    assert result.peak_rss_bytes <= budget
+    for group, part in own.factors.items():
+        moved = result.adapter.factors[group].core != part.core
+        assert moved[-1].all()
+        assert not moved[:-1].any()
+
+
+def test_with_consent_the_whole_model_learns_where_it_fits_slower_or_not(partial_bundle, user, monkeypatch):
+    budget = between(monkeypatch, 9)
+    settings = quick(budget=budget, allow_last_blocks=True)
+    found = plan_personalize(partial_bundle, user, settings).plan
+    assert found.chosen.runs == ("ort-step", "step")
+    others = [c for c in found.candidates if c.runs[1] == LAST and c.peak <= room(budget)]
+    assert others[0].seconds < found.chosen.seconds
+    assert {c.verdict for c in others} == {"a part alone: only where nothing else fits"}
+    result = personalize(partial_bundle, user, settings)
+    assert (result.graph, result.micro_batch) == ("step", 1)
+    assert not any("last" in note for note in result.notes)
+
+
+def test_consent_that_the_bundle_or_engine_cannot_use(bundle, user):
+    with pytest.raises(BudgetError) as caught:
+        personalize(bundle, user, quick(budget=MIB, allow_last_blocks=True))
+    assert "edge-tcur export --last-blocks K" in caught.value.hint
+    with pytest.raises(ConfigError, match="--allow-last-blocks is of the step graph") as found:
+        personalize(bundle, user, quick(allow_last_blocks=True, engine="ort-training"))
+    assert found.value.hint == "use --engine ort-step, or leave --allow-last-blocks out"
 
 
 # --- the guard, and going on -----------------------------------------------------------------------------
@@ -377,6 +591,40 @@ def test_a_dry_run_shows_what_is_taken_where_a_faster_one_would_fill_what_is_lef
     plan = Plan(candidates, candidates[1], 93 * MIB)
     run_plan = RunPlan(plan, 1, (), 1, 0, 0, 0, None)
     assert [c.passes.micro_batch for c in shown(run_plan)] == [16, 8]
+
+
+def test_a_dry_run_tells_what_it_hides_and_shows_it_when_asked(cli):
+    short, whole = (cli("--engine", "ort-step", *more)[1] for more in ((), ("--all",)))
+    assert "4 more that one above makes pointless: --all shows them, --json has them" in short
+    assert "makes pointless" not in whole
+    assert (short.count("ort-step"), whole.count("ort-step")) == (1, 5)
+
+
+def test_all_is_of_the_dry_run(capsys, tmp_path):
+    command = ["personalize", str(V1), "--data", str(USER), "--store", str(tmp_path / "store"), "--all"]
+    with pytest.raises(SystemExit) as caught:
+        run(device, command)
+    assert caught.value.code == 2
+    assert "add --dry-run" in capsys.readouterr().err
+
+
+def test_the_text_has_no_passes_twice_that_do_not_fit_on_any_number_of_threads():
+    def found(threads, micro, peak):
+        line = ((1, 2, 3),)
+        table = GraphTable(1, 0, (), line, line)
+        footprint = Footprint("e", "g", table, (1, 2, 3), (0,), peak * MIB, 0.0, threads=threads)
+        return Candidate(footprint, Passes(micro), peak * MIB, 1 / micro / threads)
+
+    rows = [(2, 16, 200), (1, 16, 199), (2, 8, 102), (1, 8, 101), (2, 4, 60), (1, 4, 59)]
+    candidates = tuple(found(*row) for row in rows)
+    for limit, expected in (
+        (100, [(2, 16), (2, 8), (2, 4), (1, 4)]),
+        (50, [(2, 16), (2, 8), (2, 4), (1, 4)]),
+    ):
+        chosen = candidates[4] if limit == 100 else None
+        run_plan = RunPlan(Plan(candidates, chosen, limit * MIB), 1, (), 1, 0, 0, 0, None)
+        kept = [(c.footprint.threads, c.passes.micro_batch) for c in shown(run_plan)]
+        assert kept == expected
 
 
 def test_a_dry_run_tells_how_the_adapter_will_be_judged_and_when_the_run_may_end(cli):

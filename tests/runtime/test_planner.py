@@ -4,6 +4,7 @@ budget that will do. The guard between passes shrinks what would cross."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ from hypothesis import strategies as st
 
 from edge_tcur_runtime.budget import Memory
 from edge_tcur_runtime.errors import BudgetError
-from edge_tcur_runtime.formats.memory import GraphTable, RowTable
+from edge_tcur_runtime.formats.memory import GraphTable, MemoryTables, RowTable
 from edge_tcur_runtime.guard import Guard, taken
 from edge_tcur_runtime.planner import (
+    THREAD_BYTES,
     WINDOW,
     Footprint,
     Load,
     Passes,
+    footprint_of,
     interpolate,
     make_plan,
     resident_rows,
@@ -138,6 +141,38 @@ def test_the_fastest_that_fits_is_taken_and_the_others_say_why_not():
     assert verdicts["step", 16] == "15.5 MiB too much"
     assert verdicts["step_recompute", 2] == "chosen: the fastest that fits"
     assert verdicts["step_recompute", 1] == "slower"
+
+
+def test_another_thread_is_faster_and_takes_memory_until_it_was_measured():
+    def way(threads):
+        tables = MemoryTables(SAMPLES, LENGTHS, {"step": footprint().table})
+        return footprint_of(tables, ("ort-step", "step", threads), 50 * MIB, 1.0, rate=1e-9)
+
+    load = Load(np.full(16, 8), 16)
+    plan = make_plan([way(1), way(4)], load, None)
+    assert plan.chosen.way == ("ort-step", "step", 4)
+    one, four = (next(c for c in plan.candidates if c.footprint.threads == n) for n in (1, 4))
+    assert one.seconds > four.seconds > one.seconds / 4
+    assert four.peak - one.peak == 3 * THREAD_BYTES
+    tight = make_plan([way(1), way(4)], load, with_spare(50 * MIB + 17 * MIB // 16))
+    assert (tight.chosen.way[2], tight.chosen.passes) == (1, Passes(1))
+    slower = replace(way(4), rate=1e-8, measured=True)
+    assert make_plan([way(1), slower], load, None).chosen.way[2] == 1
+
+
+@settings(max_examples=40)
+@given(FOOTPRINTS, FOOTPRINTS, LOADS, LIMITS)
+def test_a_last_resort_is_taken_only_where_nothing_else_fits(whole, part, load, limit):
+    part = replace(part, graph="step_last", resort=True)
+    both, alone = (make_plan(found, load, limit) for found in ([whole, part], [whole]))
+    if alone.chosen is not None:
+        assert (both.chosen.footprint, both.chosen.passes) == (whole, alone.chosen.passes)
+    else:
+        without = make_plan([part], load, limit).chosen
+        assert (both.chosen is None) == (without is None)
+        if without is not None:
+            assert both.chosen.passes == without.passes
+            assert both.chosen.verdict == "chosen: a part alone, as nothing else fits"
 
 
 def test_a_peak_that_was_reached_already_cannot_be_taken_back():

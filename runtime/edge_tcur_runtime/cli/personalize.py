@@ -76,7 +76,7 @@ _OPTIONS = (
         click.Choice(RECOMPUTE),
         "Less memory for more time; auto: if needed.",
     ),
-    ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all."),
+    ("--threads", _DEFAULT.threads, int, "CPU threads; 0 takes all, with --budget the fastest that fit."),
     ("--seed", _DEFAULT.seed, int, "Seed of the split and of the order."),
 )
 _PRIVACY = (
@@ -132,10 +132,12 @@ _keeping_options = add_options(
 @data_options(required=True)
 @click.option("--budget", type=SIZE, help="Peak memory of this whole process, e.g. 256MiB.")
 @click.option("--last-blocks", is_flag=True, help="Train the last blocks alone (export --last-blocks).")
+@click.option("--allow-last-blocks", is_flag=True, help="Do so where nothing else fits the budget.")
 @click.option("--start", default="active", show_default=True, metavar="REF",
               help="Start from: base, bundle, active, a file, or a name or digest in the store.")  # fmt: skip
 @click.option("--name", default="personal", show_default=True, help="Name in the store.")
 @click.option("--dry-run", is_flag=True, help="Show what would run, with memory and time; change nothing.")
+@click.option("--all", "every", is_flag=True, help="With --dry-run: every candidate, pointless ones too.")
 @click.option("--keep-active", is_flag=True, help="Install the adapter, but leave the active one in use.")
 @click.option(
     "--accept-unjudged",
@@ -173,15 +175,17 @@ def personalize(
     from edge_tcur_runtime.trial import Incumbent
 
     check_name(name)
-    keep_active, accept, dry_run = (
-        bool(training.pop(name)) for name in ("keep_active", "accept_unjudged", "dry_run")
+    keep_active, accept, dry_run, every = (
+        bool(training.pop(key)) for key in ("keep_active", "accept_unjudged", "dry_run", "every")
     )
     if keep_active and accept:
         raise UsageError("--keep-active puts nothing in use", hint="leave --accept-unjudged out")
+    if every and not dry_run:
+        raise UsageError("--all is of the candidates that --dry-run shows", hint="add --dry-run")
     keep = _keep(training, store / CHECKPOINTS / name)
     settings = _settings(training, budget)
     if dry_run:
-        show_plan(bundle, data, columns, (start, store), settings, sink)
+        show_plan(bundle, data, columns, (start, store), settings, sink, every=every)
         return
     given = _read(bundle, data, columns, (start, store), budget, sink)
     in_use = Incumbent(store, given[0])
@@ -304,6 +308,7 @@ def _report(result: PersonalizeResult, digest: str | None, name: str) -> str:
     rows = [
         ("engine", f"{result.engine} ({result.engine_reason})"),
         ("graph", result.graph),
+        ("threads", str(result.threads)),
         ("provider", f"{result.provider} ({result.provider_reason})"),
         (f"held-out {metric.name}", f"{show(result.score_before)} -> {show(result.score_after)}"),
         ("held-out loss", f"{_number(result.loss_before)} -> {_number(result.loss_after)}"),

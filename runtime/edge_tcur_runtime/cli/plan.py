@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edge_tcur_runtime.planner import Candidate
 
 _UNJUDGED = "nothing: it is installed unjudged, and put in use where no judged one is (--accept-unjudged)"
-HEADER = ("Engine", "Graph", "Samples a pass", "Peak", "Seconds an update", "In all", "")
+HEADER = ("Engine", "Graph", "Threads", "Samples a pass", "Peak", "Seconds an update", "In all", "")
 
 
 def show_plan(
@@ -28,11 +28,14 @@ def show_plan(
     start: tuple[str, Path],
     settings: PersonalizeSettings,
     sink: Sink,
+    *,
+    every: bool = False,
 ) -> None:
     """Prints the plan of a run; ends with exit code 5 where nothing fits the budget.
 
     Args:
         start: the reference of the adapter to start from, and the store that it may lie in.
+        every: show all candidates in the text.
     """
     from edge_tcur_runtime.cli.inputs import load_for
     from edge_tcur_runtime.cli.references import load_start
@@ -43,27 +46,33 @@ def show_plan(
     dataset = load_for(bundle, data, columns, require_labels=True)
     begin = load_start(start[0], bundle, start[1], sink, change=False)
     found = plan_personalize(bundle, dataset, settings, start=begin)
-    sink.result(found.to_dict(), describe(found))
+    sink.result(found.to_dict(), describe(found, every=every))
     if found.plan.chosen is None:
         click.get_current_context().exit(ExitCode.BUDGET)
 
 
-def describe(found: RunPlan) -> str:
-    """A plan as text: of each engine and graph the fastest that fits, and what is faster and does not."""
+def describe(found: RunPlan, *, every: bool = False) -> str:
+    """A plan as text: of each engine, graph and number of threads the fastest that fits, and what is faster
+    and does not; `every` shows all candidates."""
+    candidates = list(found.plan.candidates) if every else shown(found)
     rows = [
         (
             candidate.footprint.engine,
             candidate.footprint.graph,
+            str(candidate.footprint.threads),
             micro_batches(candidate),
             format_size(candidate.peak),
             f"{candidate.seconds:.3f}",
             duration(candidate.seconds * found.updates),
             candidate.verdict,
         )
-        for candidate in shown(found)
+        for candidate in candidates
     ]
+    hidden = len(found.plan.candidates) - len(candidates)
     limit = "no budget" if found.plan.limit is None else f"budget {format_size(found.plan.limit)}"
     lines = [f"{limit}, {found.updates} updates; nothing was changed", table(HEADER, rows)]
+    if hidden:
+        lines.append(f"{hidden} more that one above makes pointless: --all shows them, --json has them")
     lines += [f"{what}: {value}" for what, value in _promises(found)]
     if found.plan.chosen is None:
         lines += [
@@ -106,17 +115,23 @@ def privacy_rows(found: Mapping[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def shown(found: RunPlan) -> list[Candidate]:
-    """Without those that a faster one makes pointless: of the same engine and graph, with no less memory."""
+    """Without those that a faster one makes pointless: of the same engine, graph and threads, with no less
+    memory. Where that one fits, slower ones with less memory are pointless too; where neither does, so are
+    the same passes on other threads, which take about as much."""
     from edge_tcur_runtime.planner import room
 
-    plan, kept = found.plan, list[tuple[tuple[str, str], int]]()
-    rows = []
+    plan, kept = found.plan, list[tuple[tuple[str, str, int], int]]()
+    rows: list[Candidate] = []
+    least = plan.smallest
     for candidate in plan.candidates:  # the fastest first
-        known = [peak for runs, peak in kept if runs == candidate.runs]
+        large = plan.limit is not None and candidate.peak > room(plan.limit) and candidate is not least
+        if large and any(c.runs == candidate.runs and c.passes == candidate.passes for c in rows):
+            continue
+        known = [peak for way, peak in kept if way == candidate.way]
         fitted = plan.limit is None or any(peak <= room(plan.limit) for peak in known)
         if known and (fitted or candidate.peak >= min(known)):
             continue
-        kept.append((candidate.runs, candidate.peak))
+        kept.append((candidate.way, candidate.peak))
         rows.append(candidate)
     return rows
 

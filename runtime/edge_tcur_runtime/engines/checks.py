@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from edge_tcur_runtime.cores import within
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement, Provider, can_pin
 from edge_tcur_runtime.engines.session import error_line, open_session
 from edge_tcur_runtime.errors import EdgeError, FileFormatError, IncompatibleError
@@ -108,7 +109,7 @@ def examine(
         roles: of the graphs that are to run; the first one is run as a whole.
         opener: opens a session, as `open_session`.
     """
-    checked = 0
+    checked, threads = 0, within(threads)
     faults: tuple[Fault, ...] = ()
     try:
         path = bundle.graph("checks")

@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from edge_tcur_runtime.cores import usable_cores
 from edge_tcur_runtime.engines.engine import StepResult, require_executorch, require_program, trained_names
-from edge_tcur_runtime.engines.session import require_names, usable_cores
+from edge_tcur_runtime.engines.session import require_names
 from edge_tcur_runtime.engines.verified import require_unchanged
 from edge_tcur_runtime.errors import ConfigError, IncompatibleError, MissingEngineError
 from edge_tcur_runtime.formats.bundle import BASE_PTD, Bundle, ProgramSpec
@@ -50,9 +51,8 @@ class ExecutorchEngine:
         program = program or require_program(bundle)
         self._path = bundle.path(program.file)
         self._torch, library, portable_lib = import_training()
-        cores = usable_cores()
         with _closed_stderr():
-            portable_lib._unsafe_reset_threadpool(min(threads or cores, cores))
+            portable_lib._unsafe_reset_threadpool(threads or usable_cores())
         try:
             module = load_program(bundle, program)
             with _quietly():

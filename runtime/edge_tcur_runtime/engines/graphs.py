@@ -7,6 +7,7 @@ from edge_tcur_runtime.errors import ConfigError
 from edge_tcur_runtime.formats.bundle import Bundle
 from edge_tcur_runtime.settings import PersonalizeSettings
 
+LAST = "step_last"  # role of the graph in which the last blocks alone learn
 _STEP = "ort-step"
 
 
@@ -16,8 +17,13 @@ def engine_for(settings: PersonalizeSettings) -> str:
     Raises:
         ConfigError: they ask for a variant and for another engine.
     """
-    variant = "--last-blocks" if settings.last_blocks else "--recompute on"
-    if not settings.last_blocks and settings.recompute != "on":
+    asked = {
+        "--last-blocks": settings.last_blocks,
+        "--recompute on": settings.recompute == "on",
+        "--allow-last-blocks": settings.allow_last_blocks,
+    }
+    variant = next((name for name, given in asked.items() if given), None)
+    if variant is None or (variant == "--allow-last-blocks" and settings.engine == "auto"):
         return settings.engine
     if settings.engine not in ("auto", _STEP):
         raise ConfigError(
@@ -41,7 +47,7 @@ def graph_to_try(engine: str, bundle: Bundle, settings: PersonalizeSettings) -> 
         return "train"
     role = "step"
     if settings.last_blocks:
-        role = "step_last"
+        role = LAST
     elif settings.recompute == "on" or _may_be_needed(bundle, settings):
         role = "step_recompute"
     require_graph(bundle, role, engine)

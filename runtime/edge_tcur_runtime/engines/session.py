@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import types
@@ -11,6 +10,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from edge_tcur_runtime.cores import usable_cores
 from edge_tcur_runtime.engines.engine import require_onnxruntime
 from edge_tcur_runtime.engines.providers import ON_CPU, Placement, session_providers
 from edge_tcur_runtime.engines.verified import Files, graph_source, require_session_unchanged
@@ -21,13 +21,6 @@ _TRAINING = "onnxruntime.training"
 _LONGEST_REASON = 240  # characters of ONNX Runtime's message that are shown
 _STATUS = re.compile(r"^.*\[ONNXRuntimeError\] : \d+ : \w+ : ", re.DOTALL)
 _SOURCE = re.compile(r"\S*/?\w+\.cc:\d+ ")  # where in ONNX Runtime's sources the error came up
-
-
-def usable_cores() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def import_onnxruntime() -> Any:
@@ -74,7 +67,7 @@ def session_options(threads: int, *, prepack: bool = False) -> Any:
     would keep a transposed copy of each weight that the backward pass reads.
 
     Args:
-        threads: of an operator; 0 takes every core that the process may use.
+        threads: of the session, as many as are given; 0 takes all cores that this process may use.
         prepack: hold each weight of a product packed as well. Otherwise each product packs it anew, which of
             few samples takes more time than the product.
 
@@ -84,8 +77,7 @@ def session_options(threads: int, *, prepack: bool = False) -> Any:
     if threads < 0:
         raise ConfigError(f"{threads}; expected 0 or more", where="threads")
     options = import_onnxruntime().SessionOptions()
-    cores = usable_cores()  # more threads than cores only wait for each other
-    options.intra_op_num_threads = min(threads or cores, cores)
+    options.intra_op_num_threads = threads or usable_cores()
     options.inter_op_num_threads = 1
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
