@@ -26,12 +26,14 @@ from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.dtypes import to_float32
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
+from edge_tcur_export.held_out import HeldOut, held_out_example
 from edge_tcur_export.infer_graph import split_stacks, take_rows_of_products
 from edge_tcur_export.memory_tables import make_tables
 from edge_tcur_export.operator_checks import can_write_checks, write_checks
 from edge_tcur_export.ort_training import check_gradients, require_training, write_artifacts
 from edge_tcur_export.parity import Case
 from edge_tcur_export.precision import QuantizedBase
+from edge_tcur_export.program_divergence import ProgramSource
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.reference import write_reference
 from edge_tcur_export.report import ExportReport, Stages
@@ -107,7 +109,14 @@ def export_run(
         manifest = writer.write(None if profile is None else profile.name)
         if settings.verify:
             stages.begin("comparing with torch in fresh processes")
-            outcome = settle(work, manifest, writer.cases, writer.sources, writer.steps.cases)
+            outcome = settle(
+                work,
+                manifest,
+                writer.cases,
+                {**writer.sources, **writer.program_sources},
+                writer.steps.cases,
+                inputs=writer.held_out.inputs,
+            )
         else:
             outcome = unverified(work, manifest)
         stages.begin("moving the bundle into place")
@@ -128,6 +137,7 @@ def export_run(
         executorch=writer.programs,
         quantization=writer.quantization,
         converted=writer.converted,
+        held_out=writer.held_out,
     )
 
 
@@ -183,12 +193,16 @@ class BundleWriter:
         self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
         self.sources: dict[str, Source] = {}
+        self.program_sources: dict[str, ProgramSource] = {}
+        self.held_out = HeldOut()
 
     def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages, targets = self._stages, self._settings.targets
         limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
         model, forward, converted = self.convert()
+        if self._settings.verify:
+            self._add_held_out(model, limits)
         self.cases = [make_case(model, test) for test in self._tests]
         if "ort-training" in targets:
             check_gradients(converted, self.trained)
@@ -206,6 +220,12 @@ class BundleWriter:
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
+
+    def _add_held_out(self, model: FactorModel, limits: Mapping[str, int]) -> None:
+        """Samples that the run held out, to what is compared."""
+        self.held_out = held_out_example(model, self._base, self._run, self._adapter, self._tests[0], limits)
+        if self.held_out.example is not None:
+            self._tests.append(self.held_out.example)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -290,6 +310,7 @@ class BundleWriter:
             directory=self._work,
         )
         self.programs = writer.write(self._settings.programs.backends, self._stages.begin)
+        self.program_sources = writer.sources
         content = tensor_file(self._adapter.feeds())
         (self._work / ADAPTER_PTD).write_bytes(content)
         self.programs.bytes[ADAPTER_PTD] = len(content)
