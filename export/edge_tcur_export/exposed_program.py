@@ -16,7 +16,9 @@ from edge_tcur_runtime.engines.executorch import import_training
 
 
 def output_errors(program: Path, reference: Path) -> list[float]:
-    """How far each output of a program is from the reference, relative to its largest entry.
+    """How far each output of a program is from the reference, relative to its largest entry: the worst of two
+    runs. Values that are outputs share no memory, and it is zero at first: a kernel that adds to what lies
+    there (the backward pass of max pooling in ExecuTorch 1.5.1) is right in a first run.
 
     Args:
         program: a ``.pte`` file with its weights.
@@ -29,8 +31,12 @@ def output_errors(program: Path, reference: Path) -> list[float]:
         for kind in (FEED, VALUE)
     )
     module = portable_lib._load_for_executorch(str(program))
-    outputs = module.run_method("forward", [torch.from_numpy(value) for value in feeds])
-    return [distance(found.numpy(), value) for found, value in zip(outputs, values, strict=True)]
+    errors = [0.0] * len(values)
+    for _ in range(2):
+        outputs = module.run_method("forward", [torch.from_numpy(value) for value in feeds])
+        found = [distance(output.numpy(), value) for output, value in zip(outputs, values, strict=True)]
+        errors = [max(pair) for pair in zip(errors, found, strict=True)]
+    return errors
 
 
 if __name__ == "__main__":
