@@ -67,7 +67,7 @@ from edge_tcur_runtime.installed import version_of
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
-_SAMPLES = 3  # of the example that is traced
+SAMPLES = 3  # of the example that is traced
 
 
 def export_run(
@@ -181,9 +181,9 @@ class BundleWriter:
             )
 
         # Sizes of 1 are taken as constants by the tracer, so it is shown larger ones.
-        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), _SAMPLES, 0)
+        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), SAMPLES, 0)
         self._tests = [
-            make(rank, _SAMPLES, 0),
+            make(rank, SAMPLES, 0),
             make(lambda group: max(1, rank(group) // 2), 5, 1),
             make(rank, 1, 2),
         ]
@@ -199,7 +199,7 @@ class BundleWriter:
     def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages, targets = self._stages, self._settings.targets
-        limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
+        limits = self._settings.programs.limits(self._run, self._base, batch=SAMPLES)
         model, forward, converted = self.convert()
         if self._settings.verify:
             self._add_held_out(model, limits)
@@ -277,6 +277,10 @@ class BundleWriter:
             training = graphs.inputs_to_initializers(converted, values)
             roles |= write_artifacts(training, values, base_file, self._work, self._settings.optimizer)
         return roles
+
+    def write_step_alone(self, forward: Traced) -> str:
+        """The step graph without its base: the file's name. For a plan of other targets."""
+        return self.steps.write(forward, self._example, self.base_file(write=False))["step"]
 
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))

@@ -5,7 +5,7 @@ Graphs are made as an export makes them, in a temporary directory; the base is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,18 +18,29 @@ from edge_tcur.training.evaluate import load_run_base
 from edge_tcur.training.run import Run
 from edge_tcur.training.train import set_threads
 from edge_tcur_devices import DeviceProfile, load_profile
-from edge_tcur_export.bundle import BundleWriter
+from edge_tcur_export.bundle import SAMPLES, BundleWriter
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.kernels import kernel_instead, modules_of_weights
+from edge_tcur_export.lowering import VULKAN
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
 from edge_tcur_export.operator_checks import CHECKS, can_write_checks
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
 from edge_tcur_export.ort_training import require_training
+from edge_tcur_export.program_memory import GRAPHS, LIBRARY_BYTES, expected_program, written_program
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
 from edge_tcur_export.report import Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
+from edge_tcur_export.trace import FactorModel, Traced
 from edge_tcur_runtime.errors import UsageError
-from edge_tcur_runtime.formats.bundle import BASE_FILE, STEP_VARIANTS, Bundle, BundleGroup, InputSpec
+from edge_tcur_runtime.formats.bundle import (
+    BASE_FILE,
+    STEP_VARIANTS,
+    Bundle,
+    BundleGroup,
+    InputSpec,
+    Manifest,
+)
+from edge_tcur_runtime.units import format_size
 
 _ENGINES = {"step": "ort-step", "train": "ort-training"}  # role of a graph -> the engine that runs it
 _PLANNED = ("infer", *_ENGINES, *STEP_VARIANTS)
@@ -88,8 +99,9 @@ class Plan:
         open_files: files whose size is known only when an export writes them.
         no_gradient: nodes that ONNX Runtime Training cannot differentiate.
         no_kernel: provider -> role of a graph -> nodes without a kernel in it.
-        memory: role of a graph -> its peak.
-        batch, length: that `memory` is for; a length of 0 where the base has none.
+        memory: role of a graph, or name of an ExecuTorch program -> its peak.
+        batch, length: that `memory` of the graphs is for; a length of 0 where the base has none. Programs
+            take their limits.
         device, budget: what the memory is compared with, if anything.
         impossible: target -> why it cannot work at all.
         notes: what else should be known.
@@ -171,6 +183,11 @@ def plan_run(
         modules = {role: writer.sources[role].modules for role in found}
         plan = _plan(found, base.inputs, writer.groups, _length(base.preprocessing, request), request, device)
         plan = _look_up(plan, found, modules, request, device)
+        if EXECUTORCH in targets:
+            limits = settings.programs.limits(run, base, batch=SAMPLES)
+            graphs = {**found, **({} if "step" in found else _step_graph(writer, forward, root))}
+            frozen = _frozen_bytes(model)
+            plan = _with_programs(plan, graphs, base.inputs, limits, settings.programs.backends, frozen)
     stages.begin(None)
     lowered = EXECUTORCH in targets
     later = (*(_PROGRAM_FILES if lowered else ()), *((CHECKS,) if can_write_checks() else ()))
@@ -180,7 +197,7 @@ def plan_run(
         open_files=later,
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
-        notes=(*plan.notes, *(_program_notes(model) if lowered else ())),
+        notes=(*plan.notes, *(_program_notes(frozen) if lowered else ())),
     )
 
 
@@ -200,7 +217,21 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     length = _length(manifest.preprocessing, request)
     plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
     plan = _look_up(plan, found, {}, request, device)
+    plan = _with_written(plan, manifest)
     return replace(plan, files={name: entry.size for name, entry in sorted(manifest.files.items())})
+
+
+def _with_written(plan: Plan, manifest: Manifest) -> Plan:
+    """The plan with the memory of the programs of a bundle."""
+    memory = dict(plan.memory)
+    programs = {n: spec for n, spec in manifest.programs.items() if not n.endswith(f"-{VULKAN}")}
+    for name, program in programs.items():
+        estimate = written_program(manifest, name)
+        fits = None if plan.budget is None else estimate.total <= plan.budget
+        largest = None if fits is None else program.limits["batch"] * fits
+        memory[name] = GraphMemory(estimate, fits, largest)
+    limits = next((program.limits for program in programs.values()), None)
+    return plan if limits is None else _noted(replace(plan, memory=memory), limits)
 
 
 _PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")
@@ -218,12 +249,59 @@ def _missing_libraries(targets: Collection[str]) -> dict[str, str]:
     return missing
 
 
-def _program_notes(model: Any) -> tuple[str, ...]:
-    frozen = {value.data_ptr(): value.nbytes for _, value in model.named_buffers()}
+def _frozen_bytes(model: FactorModel) -> int:
+    return sum({value.data_ptr(): value.nbytes for _, value in model.named_buffers()}.values())
+
+
+def _program_notes(frozen: int) -> tuple[str, ...]:
     return (
-        f"base.ptd will hold about {sum(frozen.values())} bytes of frozen tensors; the sizes of programs, "
-        "and the memory that they reserve, are known after their lowering, which an export does",
+        f"base.ptd will hold about {frozen} bytes of frozen tensors; the sizes of programs, and exactly what "
+        "they reserve, are known after their lowering, which an export does",
     )
+
+
+def _step_graph(writer: BundleWriter, forward: Traced, root: Path) -> dict[str, onnx.ModelProto]:
+    """The step graph of a plan without that target, for what a training program keeps of the forward pass;
+    empty where the model's backward pass has no ONNX form."""
+    try:
+        path = root / writer.write_step_alone(forward)
+        return {"step": onnx.load(str(path), load_external_data=False)}
+    except ExportError:
+        return {}
+
+
+def _with_programs(
+    plan: Plan,
+    graphs: Mapping[str, onnx.ModelProto],
+    inputs: Mapping[str, InputSpec],
+    limits: Mapping[str, int],
+    backends: Sequence[str],
+    frozen: int,
+) -> Plan:
+    """The plan with the memory of ExecuTorch's programs, which are not lowered for it."""
+    ranks = {name: group["rank"] for name, group in plan.groups.items()}
+
+    def at(kind: str, batch: int) -> MemoryEstimate:
+        model = graphs[GRAPHS[kind]]
+        shapes = input_shapes(model, inputs, batch, limits.get("sequence", 0), ranks)
+        return expected_program(model, shapes, kind, frozen)
+
+    memory = {
+        f"{kind}-{backend}": measure(lambda batch, kind=kind: at(kind, batch), limits["batch"], plan.budget)  # type: ignore[misc]
+        for kind, graph in GRAPHS.items()
+        for backend in backends
+        if backend != VULKAN and graph in graphs
+    }
+    return _noted(replace(plan, memory={**plan.memory, **memory}), limits)
+
+
+def _noted(plan: Plan, limits: Mapping[str, int]) -> Plan:
+    most = f"{limits['batch']} samples" + (f" of {limits['sequence']} tokens" if "sequence" in limits else "")
+    note = (
+        f"ExecuTorch's programs reserve memory for at most {most} at once, whatever the batch; "
+        f"{format_size(LIBRARY_BYTES)} of their peak are Python and torch, which an app does not have"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _length(preprocessing: Mapping[str, Any], request: PlanRequest) -> int:
