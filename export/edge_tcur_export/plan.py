@@ -188,6 +188,7 @@ def plan_run(
             graphs = {**found, **({} if "step" in found else _step_graph(writer, forward, root))}
             frozen = _frozen_bytes(model)
             plan = _with_programs(plan, graphs, base.inputs, limits, settings.programs.backends, frozen)
+            plan = _look_for_engine(plan, EXECUTORCH, EXECUTORCH, request, device)
     stages.begin(None)
     lowered = EXECUTORCH in targets
     later = (*(_PROGRAM_FILES if lowered else ()), *((CHECKS,) if can_write_checks() else ()))
@@ -217,7 +218,8 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     length = _length(manifest.preprocessing, request)
     plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
     plan = _look_up(plan, found, {}, request, device)
-    plan = _with_written(plan, manifest)
+    if manifest.programs:
+        plan = _look_for_engine(_with_written(plan, manifest), EXECUTORCH, EXECUTORCH, request, device)
     return replace(plan, files={name: entry.size for name, entry in sorted(manifest.files.items())})
 
 
@@ -399,16 +401,23 @@ def _look_up(
         name: {role: find_unsupported(model, PROVIDERS[name], known[role]) for role, model in found.items()}
         for name in names
     }
-    impossible = {}
+    plan = replace(plan, no_kernel=no_kernel, notes=tuple(notes))
     for role, engine in _ENGINES.items():
-        if device is not None and role in found and engine not in device.engines:
-            target = role if role == "step" else _TRAINING
-            reason = f"{device.name} has no package of the engine {engine}"
-            if target in request.required:
-                impossible[target] = reason
-            else:
-                notes.append(reason)
-    return replace(plan, no_kernel=no_kernel, impossible=impossible, notes=tuple(notes))
+        if role in found:
+            plan = _look_for_engine(plan, engine, role if role == "step" else _TRAINING, request, device)
+    return plan
+
+
+def _look_for_engine(
+    plan: Plan, engine: str, target: str, request: PlanRequest, device: DeviceProfile | None
+) -> Plan:
+    """The plan with what is to be said where a device has no package of a target's engine."""
+    if device is None or engine in device.engines:
+        return plan
+    reason = f"{device.name} has no package of the engine {engine}"
+    if target in request.required:
+        return replace(plan, impossible={**plan.impossible, target: reason})
+    return replace(plan, notes=(*plan.notes, reason))
 
 
 def _providers(request: PlanRequest, device: DeviceProfile | None) -> tuple[Collection[str], list[str]]:

@@ -1,8 +1,8 @@
 """Predicted against measured peak memory: ``python tests/benchmarks/memory_model.py BUNDLE [BATCH...]``.
 
-Each row is a fresh process that loads a graph of the bundle, or a program of ExecuTorch, through the runtime's
-own engine and runs it once (a training program twice) at the batch, with ``--length`` tokens where the base
-has any. Peaks are VmHWM. A program is run up to the largest batch that it reserves memory for.
+Each row is a fresh process that loads a graph of the bundle, or a program of ExecuTorch, through the
+runtime's own engine and runs it once (a training program twice) at the batch, with ``--length`` tokens where
+the base has any. Peaks are VmHWM. A program is run up to the largest batch that it reserves memory for.
 """
 
 from __future__ import annotations
