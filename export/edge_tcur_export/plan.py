@@ -219,21 +219,22 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
     plan = _look_up(plan, found, {}, request, device)
     if manifest.programs:
-        plan = _look_for_engine(_with_written(plan, manifest), EXECUTORCH, EXECUTORCH, request, device)
+        plan = _look_for_engine(_with_written(plan, found, manifest), EXECUTORCH, EXECUTORCH, request, device)
     return replace(plan, files={name: entry.size for name, entry in sorted(manifest.files.items())})
 
 
-def _with_written(plan: Plan, manifest: Manifest) -> Plan:
+def _with_written(plan: Plan, graphs: Mapping[str, onnx.ModelProto], manifest: Manifest) -> Plan:
     """The plan with the memory of the programs of a bundle."""
-    memory = dict(plan.memory)
+    memory, ranks = dict(plan.memory), {name: group.rank for name, group in manifest.groups.items()}
     programs = {n: spec for n, spec in manifest.programs.items() if not n.endswith(f"-{VULKAN}")}
     for name, program in programs.items():
-        estimate = written_program(manifest, name)
+        model, limits = graphs.get(GRAPHS[name.partition("-")[0]], graphs["infer"]), program.limits
+        shapes = input_shapes(model, manifest.inputs, limits["batch"], limits.get("sequence", 0), ranks)
+        estimate = written_program(manifest, name, model, shapes)
         fits = None if plan.budget is None else estimate.total <= plan.budget
-        largest = None if fits is None else program.limits["batch"] * fits
-        memory[name] = GraphMemory(estimate, fits, largest)
-    limits = next((program.limits for program in programs.values()), None)
-    return plan if limits is None else _noted(replace(plan, memory=memory), limits)
+        memory[name] = GraphMemory(estimate, fits, None if fits is None else limits["batch"] * fits)
+    found = next((program.limits for program in programs.values()), None)
+    return plan if found is None else _noted(replace(plan, memory=memory), found)
 
 
 _PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")
@@ -283,16 +284,20 @@ def _with_programs(
     """The plan with the memory of ExecuTorch's programs, which are not lowered for it."""
     ranks = {name: group["rank"] for name, group in plan.groups.items()}
 
-    def at(kind: str, batch: int) -> MemoryEstimate:
-        model = graphs[GRAPHS[kind]]
+    def at(name: str, batch: int) -> MemoryEstimate:
+        model = graphs[GRAPHS[name.partition("-")[0]]]
         shapes = input_shapes(model, inputs, batch, limits.get("sequence", 0), ranks)
-        return expected_program(model, shapes, kind, frozen)
+        return expected_program(model, shapes, name, frozen)
 
-    memory = {
-        f"{kind}-{backend}": measure(lambda batch, kind=kind: at(kind, batch), limits["batch"], plan.budget)  # type: ignore[misc]
+    names = [
+        f"{kind}-{backend}"
         for kind, graph in GRAPHS.items()
         for backend in backends
         if backend != VULKAN and graph in graphs
+    ]
+    memory = {
+        name: measure(lambda batch, name=name: at(name, batch), limits["batch"], plan.budget)  # type: ignore[misc]
+        for name in names
     }
     return _noted(replace(plan, memory={**plan.memory, **memory}), limits)
 

@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import onnx
+
     from edge_tcur_export.memory_model import MemoryEstimate
+    from edge_tcur_runtime.formats.bundle import Manifest
 
 CHILD = """
 import json, sys
@@ -71,40 +74,43 @@ def measure(root: Path, role: str, batch: int, length: int) -> list[int]:
 
 
 def predict(root: Path, role: str, batch: int, length: int) -> MemoryEstimate:
-    """The estimate of `edge_tcur_export.memory_model` for the same run."""
-    import onnx
-
-    from edge_tcur_export.memory_model import estimate_memory, input_shapes
+    """What `edge-tcur plan` says of a graph, or of a program at its limits."""
+    from edge_tcur_export.memory_model import estimate_memory
     from edge_tcur_export.program_memory import written_program
-    from edge_tcur_runtime.formats.bundle import open_bundle
 
-    bundle = open_bundle(root, verify=False)
-    if role in bundle.manifest.programs:
-        return written_program(bundle.manifest, role)
-    model = onnx.load(str(bundle.graph(role)), load_external_data=False)
-    ranks = {name: group.rank for name, group in bundle.manifest.groups.items()}
-    shapes = input_shapes(model, bundle.manifest.inputs, batch, length, ranks)
+    manifest, model, shapes = _graph_of(root, role, batch, length)
+    if role in manifest.programs:
+        return written_program(manifest, role, model, shapes)
     return estimate_memory(model, shapes, role=role)
 
 
-def before_lowering(root: Path, name: str) -> MemoryEstimate | None:
-    """What a plan says of a program before it is written, where the bundle has the graph that it goes by."""
+def before_lowering(root: Path, name: str) -> MemoryEstimate:
+    """What a plan says of a program before it is written."""
+    from edge_tcur_export.program_memory import expected_program
+    from edge_tcur_runtime.formats.bundle import BASE_PTD
+
+    manifest, model, shapes = _graph_of(root, name, 0, 0)
+    return expected_program(model, shapes, name, manifest.files[BASE_PTD].size)
+
+
+def _graph_of(
+    root: Path, role: str, batch: int, length: int
+) -> tuple[Manifest, onnx.ModelProto, dict[str, list[int]]]:
+    """Manifest, graph and shapes of its inputs; of a program at its limits."""
     import onnx
 
     from edge_tcur_export.memory_model import input_shapes
-    from edge_tcur_export.program_memory import GRAPHS, expected_program
-    from edge_tcur_runtime.formats.bundle import BASE_PTD, open_bundle
+    from edge_tcur_export.program_memory import GRAPHS
+    from edge_tcur_runtime.formats.bundle import open_bundle
 
     bundle = open_bundle(root, verify=False)
-    manifest, kind = bundle.manifest, name.partition("-")[0]
-    graph = bundle.graph(GRAPHS[kind])
-    if name not in manifest.programs or graph is None:
-        return None
-    model = onnx.load(str(graph), load_external_data=False)
-    ranks = {group: spec.rank for group, spec in manifest.groups.items()}
-    limits = manifest.programs[name].limits
-    shapes = input_shapes(model, manifest.inputs, limits["batch"], limits.get("sequence", 0), ranks)
-    return expected_program(model, shapes, kind, manifest.files[BASE_PTD].size)
+    manifest = bundle.manifest
+    if role in manifest.programs:
+        limits, role = manifest.programs[role].limits, GRAPHS[role.partition("-")[0]]
+        batch, length = limits["batch"], limits.get("sequence", 0)
+    model = onnx.load(str(bundle.graph(role) or bundle.graph("infer")), load_external_data=False)
+    ranks = {name: group.rank for name, group in manifest.groups.items()}
+    return manifest, model, input_shapes(model, manifest.inputs, batch, length, ranks)
 
 
 def roles_of(root: Path) -> list[str]:
@@ -136,8 +142,8 @@ def main() -> None:
                 f"{role:<15}{batch:>6}{imported / mib:>8.1f}{loaded / mib:>8.1f}{peak / mib:>10.1f}"
                 f"{found.total / mib:>11.1f}{found.total / peak:>7.2f}  ({parts})"
             )
-            planned = before_lowering(options.bundle, role) if "-" in role else None
-            if planned is not None:
+            if "-" in role:
+                planned = before_lowering(options.bundle, role)
                 sys.stdout.write(f" before lowering {planned.total / mib:.1f} {planned.total / peak:.2f}")
             sys.stdout.write("\n")
 

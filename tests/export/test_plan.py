@@ -109,7 +109,7 @@ def test_executorchs_programs_have_a_predicted_peak_before_they_are_lowered(vit)
         kind, found = name.partition("-")[0], plan.memory[name]
         model = vit.graph(GRAPHS[kind])
         shapes = input_shapes(model, manifest.inputs, 64, 0, ranks)
-        assert found.estimate == expected_program(model, shapes, kind, found.estimate.base)
+        assert found.estimate == expected_program(model, shapes, name, found.estimate.base)
         assert found.fits is True
         assert 64 < found.largest_batch < 4096
     train, infer = (plan.memory[f"{kind}-xnnpack"].estimate.activations for kind in ("train", "infer"))

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.onnx._internal.exporter import _onnx_program
 
+from edge_tcur.models import load_base
+from edge_tcur.tasks import find_task
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.convolution import Updates
 from edge_tcur_export.lowering import vulkan
@@ -99,6 +101,28 @@ def test_importing_the_partitioner_for_vulkan_makes_the_root_logger_talk():
         assert root.level == logging.INFO
     finally:
         root.setLevel(before)
+
+
+class Doubled(nn.Linear):
+    """A layer that computes something else than its weights say, as an adapted one does."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_torchs_fused_transformer_layer_passes_a_layers_own_forward_by(vit_dir):
+    layer, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.ones(2, 3, 8)
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(True)
+        with torch.no_grad():
+            plain = layer(x)
+            layer.linear1.__class__ = Doubled
+            torch.testing.assert_close(layer(x), plain)
+            load_base(str(vit_dir), find_task("image-classification"), ("0", "1", "2"), {})  # switches it off
+            assert (layer(x) - plain).abs().max() > 1e-3
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 MAPPED = """
