@@ -21,7 +21,7 @@ from edge_tcur_runtime.formats.bundle import BASE_PTD, Manifest
 LIBRARY_BYTES = 225 * 2**20
 LOADED_BYTES = {"infer": 7 * 2**20, "train": 9 * 2**20}
 WORKSPACE = {"infer": 1.5, "train": 3.0}
-# Before it is written: bytes that a program reserves for each byte alive in the ONNX graph of the same passes.
+# Before it is written: bytes that it reserves for each byte alive in the ONNX graph of the same passes.
 RESERVED = {"infer": 1.5, "train": 1.1}
 GRAPHS = {"infer": "infer", "train": "step"}  # kind of a program -> role of that graph
 
