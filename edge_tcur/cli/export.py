@@ -13,7 +13,7 @@ from edge_tcur.cli.plan import make_request, plan_export
 from edge_tcur.cli.progress import stage_bar
 from edge_tcur_runtime.cli.framework import COUNT, DIRECTORY, EXISTING_PATH, PATH, output_options
 from edge_tcur_runtime.errors import UsageError
-from edge_tcur_runtime.formats.bundle import ADAMW, OPTIMIZERS
+from edge_tcur_runtime.formats.bundle import ADAMW, HELD_OUT, OPTIMIZERS
 from edge_tcur_runtime.output import Sink, table
 from edge_tcur_runtime.units import format_size
 
@@ -195,12 +195,22 @@ def _describe(report: ExportReport, out: Path) -> str:
             ),
             *_quantised(report.quantization),
             parity,
+            *_compared_on(report),
             *(f"{name}: not compared: {reason}" for name, reason in report.not_run.items()),
             "",
             f"wrote {out} in {report.seconds:.1f} s",
             f"next: edge-tcur-device doctor --bundle {out}",
         ]
     )
+
+
+def _compared_on(report: ExportReport) -> list[str]:
+    """What inputs the graphs were compared on."""
+    if not report.parity:
+        return []
+    held_out, note = report.held_out.inputs == HELD_OUT, report.held_out.note
+    text = "compared on samples that the run held out, and on random inputs"
+    return [(text if held_out else "compared on random inputs alone") + (f": {note}" if note else "")]
 
 
 def _outside(report: ExportReport) -> list[str]:

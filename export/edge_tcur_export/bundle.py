@@ -26,6 +26,7 @@ from edge_tcur_export.cases import make_canary, make_case
 from edge_tcur_export.divergence import Source
 from edge_tcur_export.dtypes import to_float32
 from edge_tcur_export.executorch import ProgramReport, ProgramWriter, require_executorch, tensor_file
+from edge_tcur_export.held_out import HeldOut, held_out_example
 from edge_tcur_export.infer_graph import multiply_cores_first, split_stacks
 from edge_tcur_export.memory_tables import make_tables
 from edge_tcur_export.operator_checks import can_write_checks, write_checks
@@ -33,6 +34,7 @@ from edge_tcur_export.ort_training import check_gradients, require_training, wri
 from edge_tcur_export.parity import Case
 from edge_tcur_export.picks import pick_by_index
 from edge_tcur_export.precision import QuantizedBase
+from edge_tcur_export.program_divergence import ProgramSource
 from edge_tcur_export.quantization import Quantization, QuantizationReport
 from edge_tcur_export.reference import write_reference
 from edge_tcur_export.report import ExportReport, Stages
@@ -66,7 +68,7 @@ from edge_tcur_runtime.installed import version_of
 CANARY = "canary.safetensors"
 EXTRAS = "extras.safetensors"
 _VERSIONS = ("torch", "onnx", "onnxscript", "transformers", "onnxruntime-training-cpu", "executorch")
-_SAMPLES = 3  # of the example that is traced
+SAMPLES = 3  # of the example that is traced
 
 
 def export_run(
@@ -108,7 +110,14 @@ def export_run(
         manifest = writer.write(None if profile is None else profile.name)
         if settings.verify:
             stages.begin("comparing with torch in fresh processes")
-            outcome = settle(work, manifest, writer.cases, writer.sources, writer.steps.cases)
+            outcome = settle(
+                work,
+                manifest,
+                writer.cases,
+                {**writer.sources, **writer.program_sources},
+                writer.steps.cases,
+                inputs=writer.held_out.inputs,
+            )
         else:
             outcome = unverified(work, manifest)
         stages.begin("moving the bundle into place")
@@ -129,6 +138,7 @@ def export_run(
         executorch=writer.programs,
         quantization=writer.quantization,
         converted=writer.converted,
+        held_out=writer.held_out,
     )
 
 
@@ -172,9 +182,9 @@ class BundleWriter:
             )
 
         # Sizes of 1 are taken as constants by the tracer, so it is shown larger ones.
-        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), _SAMPLES, 0)
+        self._example = make(lambda group: min(max(2, rank(group)), group.n1, group.n2), SAMPLES, 0)
         self._tests = [
-            make(rank, _SAMPLES, 0),
+            make(rank, SAMPLES, 0),
             make(lambda group: max(1, rank(group) // 2), 5, 1),
             make(rank, 1, 2),
         ]
@@ -184,12 +194,16 @@ class BundleWriter:
         self._extras = {name: tuple(value.shape) for name, value in extras.items()}
         self.cases: list[Case] = []
         self.sources: dict[str, Source] = {}
+        self.program_sources: dict[str, ProgramSource] = {}
+        self.held_out = HeldOut()
 
     def write(self, device: str | None) -> Manifest:
         """Writes graphs, base file and manifest."""
         stages, targets = self._stages, self._settings.targets
-        limits = self._settings.programs.limits(self._run, self._base, batch=_SAMPLES)
+        limits = self._settings.programs.limits(self._run, self._base, batch=SAMPLES)
         model, forward, converted = self.convert()
+        if self._settings.verify:
+            self._add_held_out(model, limits)
         self.cases = [make_case(model, test) for test in self._tests]
         if "ort-training" in targets:
             check_gradients(converted, self.trained)
@@ -207,6 +221,12 @@ class BundleWriter:
         manifest = self._manifest(roles, base_file, device)
         (self._work / MANIFEST).write_bytes(serialize_manifest(manifest))
         return manifest
+
+    def _add_held_out(self, model: FactorModel, limits: Mapping[str, int]) -> None:
+        """Samples that the run held out, to what is compared."""
+        self.held_out = held_out_example(model, self._base, self._run, self._adapter, self._tests[0], limits)
+        if self.held_out.example is not None:
+            self._tests.append(self.held_out.example)
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -259,6 +279,10 @@ class BundleWriter:
             roles |= write_artifacts(training, values, base_file, self._work, self._settings.optimizer)
         return roles
 
+    def write_step_alone(self, forward: Traced) -> str:
+        """The step graph without its base: the file's name. For a plan of other targets."""
+        return self.steps.write(forward, self._example, self.base_file(write=False))["step"]
+
     def _write_infer(self, model: ir.Model, base_file: BaseFile) -> str:
         graphs.keep_outputs(model, ("logits",))
         pick_by_index(model)
@@ -292,6 +316,7 @@ class BundleWriter:
             directory=self._work,
         )
         self.programs = writer.write(self._settings.programs.backends, self._stages.begin)
+        self.program_sources = writer.sources
         content = tensor_file(self._adapter.feeds())
         (self._work / ADAPTER_PTD).write_bytes(content)
         self.programs.bytes[ADAPTER_PTD] = len(content)

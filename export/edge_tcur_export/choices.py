@@ -8,7 +8,7 @@ on this machine (`calibrate`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -160,15 +160,15 @@ class FormMaker:
     forms: list[Form] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
 
-    def __call__(self, model: ir.Model) -> None:
-        """Makes all forms of `model`, which stays as it is."""
+    def __call__(self, model: ir.Model, keep: Collection[str]) -> None:
+        """Makes all forms of `model`, which stays as it is; `keep`: see `recompute_blocks`."""
         for precision, table in self.tables.items():
             copy = graphs.clone(model)
             base = BaseFile(self.directory, table, write=False)
             base.externalize(copy)
             self._add(precision, STEP, copy, base.size)
             try:
-                recompute_blocks(copy, (*self.inputs, TARGETS))
+                recompute_blocks(copy, (*self.inputs, TARGETS), keep)
             except ExportError as error:
                 self.lacking = [f"--recompute: {error.message}"]
                 continue

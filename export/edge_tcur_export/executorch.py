@@ -24,6 +24,7 @@ from edge_tcur.models import Base
 from edge_tcur.tasks import Task
 from edge_tcur_export.decompositions import FLAT, flatten_volumes
 from edge_tcur_export.lowering import PORTABLE, VULKAN, XNNPACK, Lowering, import_executorch, left_over
+from edge_tcur_export.program_divergence import ProgramSource
 from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.trace import (
     OUTPUTS,
@@ -150,6 +151,7 @@ class ProgramWriter:
         self._values, self._limits, self._directory = values, limits, directory
         self._tensors: dict[str, Tensor] = {}
         self.report = ProgramReport()
+        self.sources: dict[str, ProgramSource] = {}  # program -> what it was lowered from
 
     def write(self, backends: Sequence[str], on_program: Callable[[str], None]) -> ProgramReport:
         """Writes all programs for each of `backends`, then the base file.
@@ -177,6 +179,7 @@ class ProgramWriter:
                 self.report.programs[name] = ProgramSpec(
                     file, inputs[kind], outputs[kind], dict(self._limits), memory
                 )
+                self.sources[name] = ProgramSource(lowering.program, inputs[kind], outputs[kind], backend)
         content = tensor_file({name: value.numpy() for name, value in sorted(self._tensors.items())})
         (self._directory / BASE_PTD).write_bytes(content)
         self.report.bytes[BASE_PTD] = len(content)

@@ -243,14 +243,15 @@ class Lowering:
         self._traced = program
 
     @cached_property
-    def _program(self) -> ExportedProgram:
+    def program(self) -> ExportedProgram:
+        """The traced program as ExecuTorch can take it."""
         return reshape_weights(drop_idle(self._traced))
 
     @cached_property
     def _plain(self) -> ExportedProgram:
         """In the edge dialect, no operator kept whole."""
         exir = import_executorch()
-        edge = exir.to_edge(_copied(self._program), compile_config=_settings())
+        edge = exir.to_edge(_copied(self.program), compile_config=_settings())
         result: ExportedProgram = edge.transform(_as_passes([drop_copies])).exported_program()
         return result
 
@@ -258,9 +259,9 @@ class Lowering:
         """The edge program for a backend, its parts handed to that (executorch.exir.EdgeProgramManager)."""
         exir = import_executorch()
         partitioners, passes = _PARTITIONERS[backend](), _PASSES.get(backend, ())
-        if _keeps_any(self._program, partitioners):
+        if _keeps_any(self.program, partitioners):
             return exir.to_edge_transform_and_lower(
-                _copied(self._program),
+                _copied(self.program),
                 transform_passes=_as_passes([drop_copies, *passes]),
                 partitioner=partitioners,
                 compile_config=_settings(),

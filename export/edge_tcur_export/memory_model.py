@@ -9,12 +9,13 @@ the rows that are read.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import onnx
 
-from edge_tcur_export.shapes import tensor_bytes, value_bytes
+from edge_tcur_export.shapes import ValueShape, tensor_bytes, value_shapes
 from edge_tcur_runtime.formats.bundle import InputSpec
 from edge_tcur_runtime.formats.memory import RowTable
 from edge_tcur_runtime.planner import FACTORS, session_bytes
@@ -23,6 +24,7 @@ from edge_tcur_runtime.planner import FACTORS, session_bytes
 # what a session keeps of each node.
 LIBRARY_BYTES = 56 * 2**20
 NODE_BYTES = 10 * 2**10
+INFER = "infer"
 _PAGE = 4096
 _LATE = "DequantizeLinear"
 _WORTH_COUNTING = 2**18  # bytes; of smaller tables all is taken as read
@@ -32,6 +34,7 @@ _IN_PLACE = frozenset({
     "Abs", "Add", "Cast", "Clip", "Div", "Exp", "Log", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid",
     "Softmax", "Sqrt", "Sub", "Sum", "Tanh", "Where",
 })  # fmt: skip
+_POOLED_IN_PLACE = _IN_PLACE - {"Softmax"}  # of ONNX Runtime's plan; measured with the threshold of `mmap`
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,37 @@ def activation_peak(steps: Sequence[Step], sizes: Mapping[str, int], kept: Colle
         unread = {name for name in own if name not in readers and name not in forever}
         alive += new - sum(sizes.get(name, 0) for name in ending | unread)
     return peak
+
+
+def pooled_peak(steps: Sequence[Step], shapes: Mapping[str, ValueShape], kept: Collection[str]) -> int:
+    """Bytes of the buffers of a session in ONNX Runtime's own order, at their most.
+
+    It plans before it runs: a buffer that is free again goes to a later value of the same shape, and else
+    stays to the end. So of each shape as many stay as are ever alive at once, and [batch * tokens, n] takes
+    none of [batch, tokens, n].
+
+    Args:
+        steps: in the order of execution.
+        shapes: of each value; one without a shape counts nothing.
+        kept: values that stay to the end: the graph's outputs.
+    """
+    owner, readers = _owners(steps), dict[str, int]()
+    for place, step in enumerate(steps):
+        readers.update({owner.get(name, name): place for name in step.inputs})
+    made = {name for step in steps for name in step.outputs if name in shapes}
+    forever = {owner.get(name, name) for name in kept}
+    alive, most = Counter[ValueShape](), Counter[ValueShape]()
+    for place, step in enumerate(steps):
+        own = [name for name in step.outputs if owner.get(name, name) == name and name in made]
+        read = {owner.get(name, name) for name in step.inputs} & made
+        ending = {name for name in read - forever if readers[name] == place}
+        new, ended = Counter(shapes[name] for name in own), Counter(shapes[name] for name in ending)
+        taken = new & ended if step.operator in _POOLED_IN_PLACE else Counter[ValueShape]()
+        alive += new - taken
+        most |= alive
+        unread = {name for name in own if name not in readers and name not in forever}
+        alive -= (ended - taken) + Counter(shapes[name] for name in unread)
+    return sum(shape.bytes * count for shape, count in most.items())
 
 
 def _owners(steps: Sequence[Step]) -> dict[str, str]:
@@ -198,12 +232,14 @@ def estimate_memory(
         model: the graph, without the base in memory.
         inputs: shapes of what is fed, by name.
         role: of a training graph, for the figures that a device begins with (`edge_tcur_runtime.planner`);
-            None counts the values and nodes alone.
+            `INFER` counts the buffers of `pooled_peak`; None the values that are alive, and nodes.
         libraries: bytes of the process before a graph is opened.
     """
-    sizes, steps = value_bytes(model, inputs), execution_steps(model)
-    fed = sum(sizes.get(name, 0) for name in inputs)
-    peak = activation_peak(steps, sizes, {value.name for value in model.graph.output})
+    shapes, steps = value_shapes(model, inputs), execution_steps(model)
+    sizes = {name: shape.bytes for name, shape in shapes.items()}
+    fed, outputs = sum(sizes.get(name, 0) for name in inputs), {value.name for value in model.graph.output}
+    pooled = role == INFER
+    peak = pooled_peak(steps, shapes, outputs) if pooled else activation_peak(steps, sizes, outputs)
     session, values = NODE_BYTES * len(steps), peak + fed
     if role == "infer":
         values += _second_copy(model, sizes)

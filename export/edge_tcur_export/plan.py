@@ -5,7 +5,7 @@ Graphs are made as an export makes them, in a temporary directory; the base is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,22 +19,33 @@ from edge_tcur.training.evaluate import load_run_base
 from edge_tcur.training.run import Run
 from edge_tcur.training.train import set_threads
 from edge_tcur_devices import DeviceProfile, load_profile
-from edge_tcur_export.bundle import BundleWriter
+from edge_tcur_export.bundle import SAMPLES, BundleWriter
 from edge_tcur_export.choices import STEP, Choices, FormMaker, calibrate, choose, forms_of_bundle, stand_in
 from edge_tcur_export.executorch import require_executorch
 from edge_tcur_export.kernels import kernel_instead, modules_of_weights
+from edge_tcur_export.lowering import VULKAN
 from edge_tcur_export.memory_model import MemoryEstimate, estimate_memory, input_shapes
 from edge_tcur_export.operator_checks import CHECKS, can_write_checks
 from edge_tcur_export.operators import Undifferentiable, find_undifferentiable, replacement
 from edge_tcur_export.ort_training import require_training
 from edge_tcur_export.precision import planned_weights
+from edge_tcur_export.program_memory import GRAPHS, LIBRARY_BYTES, expected_program, written_program
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
 from edge_tcur_export.quantized_graph import WeightTable
 from edge_tcur_export.report import Stages
 from edge_tcur_export.settings import EXECUTORCH, ExportSettings
+from edge_tcur_export.trace import FactorModel, Traced
 from edge_tcur_runtime.errors import UsageError
-from edge_tcur_runtime.formats.bundle import BASE_FILE, STEP_VARIANTS, Bundle, BundleGroup, InputSpec
+from edge_tcur_runtime.formats.bundle import (
+    BASE_FILE,
+    STEP_VARIANTS,
+    Bundle,
+    BundleGroup,
+    InputSpec,
+    Manifest,
+)
 from edge_tcur_runtime.formats.weights import FP32, PRECISIONS
+from edge_tcur_runtime.units import format_size
 
 _ENGINES = {"step": "ort-step", "train": "ort-training"}  # role of a graph -> the engine that runs it
 _PLANNED = ("infer", *_ENGINES, *STEP_VARIANTS)
@@ -93,8 +104,9 @@ class Plan:
         open_files: files whose size is known only when an export writes them.
         no_gradient: nodes that ONNX Runtime Training cannot differentiate.
         no_kernel: provider -> role of a graph -> nodes without a kernel in it.
-        memory: role of a graph -> its peak.
-        batch, length: that `memory` is for; a length of 0 where the base has none.
+        memory: role of a graph, or name of an ExecuTorch program -> its peak.
+        batch, length: that `memory` of the graphs is for; a length of 0 where the base has none. Programs
+            take their limits.
         device, budget: what the memory is compared with, if anything.
         impossible: target -> why it cannot work at all.
         notes: what else should be known.
@@ -196,6 +208,12 @@ def plan_run(
             rate=rate,
             lacking=(*unquantised, *maker.lacking),
         )
+        if EXECUTORCH in targets:
+            limits = settings.programs.limits(run, base, batch=SAMPLES)
+            graphs = {**found, **({} if "step" in found else _step_graph(writer, forward, root))}
+            frozen = _frozen_bytes(model)
+            plan = _with_programs(plan, graphs, base.inputs, limits, settings.programs.backends, frozen)
+            plan = _look_for_engine(plan, EXECUTORCH, EXECUTORCH, request, device)
     stages.begin(None)
     lowered = EXECUTORCH in targets
     later = (*(_PROGRAM_FILES if lowered else ()), *((CHECKS,) if can_write_checks() else ()))
@@ -206,7 +224,7 @@ def plan_run(
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
         choices=choices,
-        notes=(*plan.notes, *(_program_notes(model) if lowered else ())),
+        notes=(*plan.notes, *(_program_notes(frozen) if lowered else ())),
     )
 
 
@@ -226,6 +244,8 @@ def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -
     length = _length(manifest.preprocessing, request)
     plan = _plan(found, manifest.inputs, manifest.groups, length, request, device)
     plan = _look_up(plan, found, {}, request, device)
+    if manifest.programs:
+        plan = _look_for_engine(_with_written(plan, found, manifest), EXECUTORCH, EXECUTORCH, request, device)
     files = {name: entry.size for name, entry in sorted(manifest.files.items())}
     return replace(plan, files=files, choices=_choices_of(bundle, plan, request))
 
@@ -260,6 +280,20 @@ def _weights(base: Base, run: Run) -> tuple[dict[str, WeightTable], tuple[str, .
     return found, ()
 
 
+def _with_written(plan: Plan, graphs: Mapping[str, onnx.ModelProto], manifest: Manifest) -> Plan:
+    """The plan with the memory of the programs of a bundle."""
+    memory, ranks = dict(plan.memory), {name: group.rank for name, group in manifest.groups.items()}
+    programs = {n: spec for n, spec in manifest.programs.items() if not n.endswith(f"-{VULKAN}")}
+    for name, program in programs.items():
+        model, limits = graphs.get(GRAPHS[name.partition("-")[0]], graphs["infer"]), program.limits
+        shapes = input_shapes(model, manifest.inputs, limits["batch"], limits.get("sequence", 0), ranks)
+        estimate = written_program(manifest, name, model, shapes)
+        fits = None if plan.budget is None else estimate.total <= plan.budget
+        memory[name] = GraphMemory(estimate, fits, None if fits is None else limits["batch"] * fits)
+    found = next((program.limits for program in programs.values()), None)
+    return plan if found is None else _noted(replace(plan, memory=memory), found)
+
+
 _PROGRAM_FILES = ("infer.pte", "train.pte", "base.ptd", "adapter.ptd")
 
 
@@ -275,12 +309,63 @@ def _missing_libraries(targets: Collection[str]) -> dict[str, str]:
     return missing
 
 
-def _program_notes(model: Any) -> tuple[str, ...]:
-    frozen = {value.data_ptr(): value.nbytes for _, value in model.named_buffers()}
+def _frozen_bytes(model: FactorModel) -> int:
+    return sum({value.data_ptr(): value.nbytes for _, value in model.named_buffers()}.values())
+
+
+def _program_notes(frozen: int) -> tuple[str, ...]:
     return (
-        f"base.ptd will hold about {sum(frozen.values())} bytes of frozen tensors; the sizes of programs, "
-        "and the memory that they reserve, are known after their lowering, which an export does",
+        f"base.ptd will hold about {frozen} bytes of frozen tensors; the sizes of programs, and exactly what "
+        "they reserve, are known after their lowering, which an export does",
     )
+
+
+def _step_graph(writer: BundleWriter, forward: Traced, root: Path) -> dict[str, onnx.ModelProto]:
+    """The step graph of a plan without that target, for what a training program keeps of the forward pass;
+    empty where the model's backward pass has no ONNX form."""
+    try:
+        path = root / writer.write_step_alone(forward)
+        return {"step": onnx.load(str(path), load_external_data=False)}
+    except ExportError:
+        return {}
+
+
+def _with_programs(
+    plan: Plan,
+    graphs: Mapping[str, onnx.ModelProto],
+    inputs: Mapping[str, InputSpec],
+    limits: Mapping[str, int],
+    backends: Sequence[str],
+    frozen: int,
+) -> Plan:
+    """The plan with the memory of ExecuTorch's programs, which are not lowered for it."""
+    ranks = {name: group["rank"] for name, group in plan.groups.items()}
+
+    def at(name: str, batch: int) -> MemoryEstimate:
+        model = graphs[GRAPHS[name.partition("-")[0]]]
+        shapes = input_shapes(model, inputs, batch, limits.get("sequence", 0), ranks)
+        return expected_program(model, shapes, name, frozen)
+
+    names = [
+        f"{kind}-{backend}"
+        for kind, graph in GRAPHS.items()
+        for backend in backends
+        if backend != VULKAN and graph in graphs
+    ]
+    memory = {
+        name: measure(lambda batch, name=name: at(name, batch), limits["batch"], plan.budget)  # type: ignore[misc]
+        for name in names
+    }
+    return _noted(replace(plan, memory={**plan.memory, **memory}), limits)
+
+
+def _noted(plan: Plan, limits: Mapping[str, int]) -> Plan:
+    most = f"{limits['batch']} samples" + (f" of {limits['sequence']} tokens" if "sequence" in limits else "")
+    note = (
+        f"ExecuTorch's programs reserve memory for at most {most} at once, whatever the batch; "
+        f"{format_size(LIBRARY_BYTES)} of their peak are Python and torch, which an app does not have"
+    )
+    return replace(plan, notes=(*plan.notes, note))
 
 
 def _length(preprocessing: Mapping[str, Any], request: PlanRequest) -> int:
@@ -378,16 +463,23 @@ def _look_up(
         name: {role: find_unsupported(model, PROVIDERS[name], known[role]) for role, model in found.items()}
         for name in names
     }
-    impossible = {}
+    plan = replace(plan, no_kernel=no_kernel, notes=tuple(notes))
     for role, engine in _ENGINES.items():
-        if device is not None and role in found and engine not in device.engines:
-            target = role if role == "step" else _TRAINING
-            reason = f"{device.name} has no package of the engine {engine}"
-            if target in request.required:
-                impossible[target] = reason
-            else:
-                notes.append(reason)
-    return replace(plan, no_kernel=no_kernel, impossible=impossible, notes=tuple(notes))
+        if role in found:
+            plan = _look_for_engine(plan, engine, role if role == "step" else _TRAINING, request, device)
+    return plan
+
+
+def _look_for_engine(
+    plan: Plan, engine: str, target: str, request: PlanRequest, device: DeviceProfile | None
+) -> Plan:
+    """The plan with what is to be said where a device has no package of a target's engine."""
+    if device is None or engine in device.engines:
+        return plan
+    reason = f"{device.name} has no package of the engine {engine}"
+    if target in request.required:
+        return replace(plan, impossible={**plan.impossible, target: reason})
+    return replace(plan, notes=(*plan.notes, reason))
 
 
 def _providers(request: PlanRequest, device: DeviceProfile | None) -> tuple[Collection[str], list[str]]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from edge_tcur_export.executorch import ProgramReport
+from edge_tcur_export.held_out import HeldOut
 from edge_tcur_export.quantization import QuantizationReport
 from edge_tcur_runtime.formats.bundle import Manifest
 
@@ -27,6 +28,7 @@ class ExportReport:
         executorch: ExecuTorch's programs; empty where they were not asked for.
         quantization: what the precision of the base changed.
         converted: dtype -> how many tensors of the base were converted from it to float32.
+        held_out: what is to be said of the samples that the graphs were compared on.
         not_run: target that could not be compared on this machine -> why.
     """
 
@@ -42,6 +44,7 @@ class ExportReport:
     quantization: QuantizationReport = field(default_factory=QuantizationReport)
     not_run: Mapping[str, str] = field(default_factory=dict)
     converted: Mapping[str, int] = field(default_factory=dict)
+    held_out: HeldOut = field(default_factory=HeldOut)
 
     def to_dict(self) -> dict[str, object]:
         """JSON values; sizes in bytes."""
@@ -59,6 +62,8 @@ class ExportReport:
             "quantization": self.quantization.to_dict(),
             "not_run": dict(self.not_run),
             "converted": dict(self.converted),
+            "parity_inputs": self.held_out.inputs if self.parity else None,
+            "parity_note": self.held_out.note,
         }
 
 

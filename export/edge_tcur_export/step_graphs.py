@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +59,8 @@ class StepGraphs:
         learning: what learns in ``step_last``; None without that graph.
         cases: what torch computes where the last blocks alone learn.
         sources: role -> what the graph was converted from.
-        on_step: called with the plain step graph while it still holds its weights; None is not.
+        on_step: called with the plain step graph while it still holds its weights, and the names of what
+            `recompute_blocks` keeps; None is not.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class StepGraphs:
         self.learning: LastBlocks | None = None
         self.cases: list[Case] = []
         self.sources: dict[str, Source] = {}
-        self.on_step: Callable[[ir.Model], None] | None = None
+        self.on_step: Callable[[ir.Model, Collection[str]], None] | None = None
 
     def write(self, forward: Traced, example: Example, base_file: BaseFile) -> dict[str, str]:
         """The plain step graph and, where it is asked for, the one that recomputes.
@@ -95,7 +96,7 @@ class StepGraphs:
         split_stacks(model)
         picked = pick_by_index(model)
         if self.on_step is not None:
-            self.on_step(model)
+            self.on_step(model, picked)
         base_file.externalize(model)
         save_graph(model, self._directory / STEP)
         roles = {"step": STEP}

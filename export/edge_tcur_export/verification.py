@@ -18,6 +18,11 @@ from edge_tcur_export.parity import (
     has_rank_of,
     verify_bundle,
 )
+from edge_tcur_export.program_divergence import (
+    ProgramSource,
+    find_program_difference,
+    traces_otherwise,
+)
 from edge_tcur_runtime.formats.bundle import BASE_PTD, MANIFEST, Manifest, Verified, serialize_manifest
 from edge_tcur_runtime.formats.memory import MemoryTables
 
@@ -28,6 +33,10 @@ _ROLES = {role: (role,) for role in ("step", "step_recompute", LAST)} | {
 }
 _HIDDEN = (
     "no single operator departs once its value is looked at: ONNX Runtime joins operators differently then"
+)
+_HIDDEN_PROGRAM = (
+    "no operator departs in the program lowered again with its values as outputs: the file is at fault, or "
+    "ExecuTorch joins operators, or shares their memory, otherwise then"
 )
 _SURE = 0.05  # of the failing quantity's error: an operator that is off by as much is at fault
 _TRACED = "the traced program departs from the model already, before any operator is converted"
@@ -63,14 +72,16 @@ def settle(
     root: Path,
     manifest: Manifest,
     cases: Sequence[Case],
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Source | ProgramSource],
     last: Sequence[Case] = (),
+    inputs: str | None = None,
 ) -> Outcome:
     """Compares the bundle at `root` with torch, removes the targets that fail and writes the manifest again.
 
     Args:
-        sources: role of a graph -> what it was converted from.
+        sources: role of a graph, or name of a program -> what it was converted from.
         last: the cases of the graph in which the last blocks alone learn.
+        inputs: what the cases are of, for the manifest (`Verified`).
 
     Raises:
         ExportError: the inference graph fails, without which there is no bundle.
@@ -89,7 +100,8 @@ def settle(
     }
     if INFER in failures:
         raise _error({INFER: failures[INFER]}, "nothing was written: there is no bundle without this graph")
-    kept = replace(_without(root, manifest, failures), verified=Verified(found.passed, dict(TOLERANCES)))
+    verified = Verified(found.passed, dict(TOLERANCES), inputs)
+    kept = replace(_without(root, manifest, failures), verified=verified)
     return _written(root, kept, found, failures)
 
 
@@ -144,21 +156,36 @@ def _explain(
     failure: Failure,
     root: Path,
     graph: str | None,
-    source: Source | None,
+    source: Source | ProgramSource | None,
     cases: Sequence[Case],
     manifest: Manifest,
 ) -> str:
-    """The failure with the first operator that differs, where there is a graph to look into."""
-    if failure.quantity is None or graph is None or source is None:
+    """The failure with the first operator that differs, where there is something to look into."""
+    if failure.quantity is None or source is None:
         return failure.message
     allowed = TOLERANCES[failure.quantity]
     tolerances = (allowed, max(allowed, _SURE * min(failure.error, 1.0)))
+    program = isinstance(source, ProgramSource)
     for case in cases:
-        if graph == manifest.graphs.get("train") and not has_rank_of(case, manifest):
+        if (program or graph == manifest.graphs.get("train")) and not has_rank_of(case, manifest):
             continue
-        found = find_difference(root / graph, source, case.feeds, tolerances)
-        if found is not None:
-            return f"{failure.message}; the first operator that differs is {found}"
-        if starts_in_tracing(source, case.feeds, case.outputs):
-            return f"{failure.message}; {_TRACED}"
-    return f"{failure.message}; {_HIDDEN}"
+        why = _look(source, None if graph is None else root / graph, case, tolerances)
+        if why is not None:
+            return f"{failure.message}; {why}"
+    return f"{failure.message}; {_HIDDEN_PROGRAM if program else _HIDDEN}"
+
+
+def _look(
+    source: Source | ProgramSource, graph: Path | None, case: Case, tolerances: tuple[float, float]
+) -> str | None:
+    """The operator at which a case departs, or that its traced program does; None where neither is seen."""
+    if isinstance(source, ProgramSource):
+        found = find_program_difference(source, case.feeds, tolerances)
+        traced = found is None and traces_otherwise(source, case.feeds, case.outputs)
+    else:
+        assert graph is not None
+        found = find_difference(graph, source, case.feeds, tolerances)
+        traced = found is None and starts_in_tracing(source, case.feeds, case.outputs)
+    if found is not None:
+        return f"the first operator that differs is {found}"
+    return _TRACED if traced else None

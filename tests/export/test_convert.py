@@ -148,8 +148,11 @@ options.add_active_adapter(adapter)
 active = session.run(["logits"], inputs, options)[0]
 given = session.run(["logits"], {**inputs, **fed})[0]
 base = session.run(["logits"], inputs)[0]
+del adapter  # the options hold no reference to it
+dropped = session.run(["logits"], inputs, options)[0]
 print(json.dumps({"version": ort.__version__, "equal": equal, "apart": float(np.abs(active - given).max()),
-                  "moved": float(np.abs(active - base).max())}))
+                  "moved": float(np.abs(active - base).max()),
+                  "dropped": float(np.abs(dropped - base).max())}))
 """
 
 
@@ -170,6 +173,7 @@ def test_stock_onnx_runtime_takes_the_file(bundle, tmp_path):
     assert result["equal"]
     assert result["apart"] <= 1e-6
     assert result["moved"] > 1e-4
+    assert result["dropped"] == 0  # silently the base: docs/deploy.md says that it must be kept
 
 
 def test_an_adapter_of_another_base_is_refused(bundle):

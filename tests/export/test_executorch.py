@@ -4,12 +4,14 @@ engine ``executorch``, which trains with them as the others do."""
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +22,13 @@ from edge_tcur.training import TrainConfig
 from edge_tcur_export import executorch
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.parity import TOLERANCES, Case, compare_steps, distance
+from edge_tcur_export.plan import PlanRequest, plan_bundle
+from edge_tcur_export.quiet import quiet_torch
 from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.data import load_dataset
 from edge_tcur_runtime.doctor import examine
 from edge_tcur_runtime.engines import ENGINES, choose_engine, open_engine
-from edge_tcur_runtime.engines.executorch import ExecutorchEngine, load_program
+from edge_tcur_runtime.engines.executorch import ExecutorchEngine, import_training, load_program
 from edge_tcur_runtime.errors import (
     FileFormatError,
     IncompatibleError,
@@ -87,6 +91,52 @@ def test_every_program_agrees_with_torch(block, vit):
     assert (
         json.loads(json.dumps(block.report.to_dict()))["executorch"]["bytes"] == block.report.executorch.bytes
     )
+
+
+@pytest.mark.parametrize("name", ["infer-xnnpack", "train-xnnpack"])
+def test_the_predicted_memory_is_near_what_a_fresh_process_takes(block, name, capsys):
+    """VmHWM, and what a plan says: of the bundle, and before its programs were lowered."""
+    tool, root = memory_benchmark(), block.bundle.root
+    measured = tool.measure(root, name, 4, 24)[-1]
+    for said in (tool.predict(root, name, 4, 24), tool.before_lowering(root, name)):
+        ratio = said.total / measured
+        with capsys.disabled():
+            print(f" {name}: predicted {ratio:.2f} of {measured / 2**20:.0f} MiB", end="")
+        assert 0.9 <= ratio <= 1.1
+    plan = plan_bundle(block.bundle, "redmi-13c", PlanRequest()).memory[name]
+    assert plan.estimate == tool.predict(root, name, 4, 24)
+    assert (plan.fits, plan.largest_batch) == (True, 4)
+    assert plan_bundle(block.bundle, None, PlanRequest(budget=2**20)).memory[name].largest_batch == 0
+
+
+def memory_benchmark():
+    path = Path(__file__).parents[1] / "benchmarks" / "memory_model.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_training_module_knows_its_parameters_after_a_pass_and_wants_inputs_in_order(block, kit):
+    """Why the engine runs a first pass before it sets parameters, and copies what it is fed."""
+    _, training, _ = import_training()
+    program = block.bundle.manifest.programs["train-portable"]
+    with quiet_torch():  # of an interface that may change
+        module = training.TrainingModule(load_program(block.bundle, program))
+    assert module.named_params is None
+    fed = {
+        **kit.inputs_of(block, 2, 6),
+        "labels": np.arange(2),
+        **build_feeds(block.bundle.manifest, block.run.adapter()),
+    }
+    arguments = [torch.from_numpy(np.array(fed[name], order="C")) for name in program.inputs]
+    turned = [value.T.contiguous().T if value.dim() == 2 else value for value in arguments]
+    with pytest.raises(RuntimeError, match="contiguous"):
+        module.forward_backward("forward", turned)
+    module.forward_backward("forward", arguments)
+    assert set(module.named_parameters()) == {
+        f"trained.{name}" for name in fed if name.endswith((".core", ".weight", ".bias"))
+    }
 
 
 def test_the_frozen_weights_lie_in_one_file(block, kit):

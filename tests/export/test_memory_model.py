@@ -20,8 +20,9 @@ from edge_tcur_export.memory_model import (
     base_bytes,
     estimate_memory,
     input_shapes,
+    pooled_peak,
 )
-from edge_tcur_export.shapes import UnknownSizesError, evaluate, tensor_bytes, value_bytes
+from edge_tcur_export.shapes import UnknownSizesError, ValueShape, evaluate, tensor_bytes, value_bytes
 from edge_tcur_runtime.formats.bundle import open_bundle
 
 DATA = Path(__file__).parents[1] / "data"
@@ -207,6 +208,43 @@ def benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_buffer_stays_for_later_values_of_its_shape_alone():
+    """[6, 4] and [2, 3, 4] have the same bytes and no buffer in common."""
+    flat, apart, small = ValueShape((6, 4), 4), ValueShape((2, 3, 4), 4), ValueShape((6,), 4)
+    chained = chain(("MatMul", "x w", "a"), ("MatMul", "a w", "b"), ("MatMul", "b w", "c"))
+    assert pooled_peak(chained, dict.fromkeys("abc", flat), {"c"}) == 2 * 96
+    assert pooled_peak(chained, {"a": flat, "b": small, "c": flat}, {"c"}) == 96 + 24
+    assert pooled_peak(chained, {"a": flat, "b": small, "c": apart}, {"c"}) == 2 * 96 + 24
+    in_place = chain(("MatMul", "x w", "a"), ("Add", "a w", "b"), ("Softmax", "b", "c"))
+    assert pooled_peak(in_place, dict.fromkeys("abc", flat), {"c"}) == 2 * 96
+    viewed = chain(("MatMul", "x w", "a"), ("Reshape", "a s", "b"), ("Gelu", "b", "c"))
+    assert pooled_peak(viewed, {"a": flat, "b": apart, "c": apart}, {"c"}) == 2 * 96
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=12), st.data())
+def test_buffers_take_at_least_what_is_alive(sizes, data):
+    names = [f"v{place}" for place in range(len(sizes))]
+    steps = []
+    for place, name in enumerate(names):
+        read = data.draw(st.lists(st.sampled_from(["x", *names[:place]]), min_size=1, max_size=3))
+        operator = data.draw(st.sampled_from(["MatMul", "Add", "Softmax"]))
+        steps.append(Step(operator, tuple(read), (name,)))
+    shapes = {name: ValueShape((size,), 4) for name, size in zip(names, sizes, strict=True)}
+    alive = activation_peak(steps, {name: shape.bytes for name, shape in shapes.items()}, {names[-1]})
+    assert alive <= pooled_peak(steps, shapes, {names[-1]}) <= 4 * sum(sizes)
+
+
+@pytest.mark.parametrize("batch", [1, 4096, 16384])
+def test_the_inference_graphs_prediction_is_near_what_a_fresh_process_uses(batch, capsys):
+    """Small at first; at the largest batch nearly all of it are the buffers."""
+    tool, root = benchmark(), DATA / "bundle-v1"
+    measured, predicted = tool.measure(root, "infer", batch, 0)[-1], tool.predict(root, "infer", batch, 0)
+    ratio = predicted.total / measured
+    with capsys.disabled():
+        print(f" infer at {batch}: predicted {ratio:.2f} of {measured / 2**20:.0f} MiB", end="")
+    assert 0.87 <= ratio <= 1.13
 
 
 @pytest.mark.parametrize("role", ["step", "train"])

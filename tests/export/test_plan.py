@@ -15,12 +15,13 @@ from edge_tcur_export import operator_checks
 from edge_tcur_export import plan as plans
 from edge_tcur_export.bundle import export_run
 from edge_tcur_export.kernels import kernel_instead, modules_of_weights
-from edge_tcur_export.memory_model import MemoryEstimate
+from edge_tcur_export.memory_model import MemoryEstimate, input_shapes
 from edge_tcur_export.operator_checks import CHECKS
 from edge_tcur_export.operators import NO_GRADIENT, replacement
 from edge_tcur_export.plan import PlanRequest, measure, plan_bundle, plan_run
+from edge_tcur_export.program_memory import GRAPHS, expected_program
 from edge_tcur_export.providers import PROVIDERS, Unsupported, find_provider, find_unsupported
-from edge_tcur_export.settings import ExportSettings
+from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.errors import UsageError
 from edge_tcur_runtime.formats.bundle import open_bundle
 
@@ -92,6 +93,28 @@ def test_a_target_that_the_device_has_no_engine_for(vit):
     plan = plan_bundle(vit.bundle, "jetson-nano", request)
     assert plan.impossible == {"ort-training": "jetson-nano has no package of the engine ort-training"}
     assert plan_bundle(vit.bundle, "pixel-8", request).impossible == {}
+
+
+def test_executorchs_programs_have_a_predicted_peak_before_they_are_lowered(vit):
+    """Without the step graph among the targets; the largest batch is what --max-batch may be."""
+    settings = ExportSettings(("onnx", "executorch"), "pixel-8", programs=ProgramSettings(max_batch=64))
+    names = {"infer-portable", "infer-xnnpack", "train-portable", "train-xnnpack"}
+    plan = plan_run(vit.run, settings, PlanRequest(budget=240 * 2**20))
+    assert set(plan.memory) == {"infer", *names}
+    assert "step.onnx" not in plan.files
+    manifest = vit.bundle.manifest
+    ranks = {name: group.rank for name, group in manifest.groups.items()}
+    for name in names:
+        kind, found = name.partition("-")[0], plan.memory[name]
+        model = vit.graph(GRAPHS[kind])
+        shapes = input_shapes(model, manifest.inputs, 64, 0, ranks)
+        assert found.estimate == expected_program(model, shapes, name, found.estimate.base)
+        assert found.fits is True
+        assert 64 < found.largest_batch < 4096
+    train, infer = (plan.memory[f"{kind}-xnnpack"].estimate.activations for kind in ("train", "infer"))
+    assert train > infer > 0
+    assert any("for at most 64 samples at once" in note for note in plan.notes)
+    assert "train-xnnpack" in describe(plan)
 
 
 def test_a_budget_that_is_too_small(vit):

@@ -75,7 +75,7 @@ def written(run, tmp_path_factory):
     """A bundle with every graph as it was before it was compared, and what `settle` is given for it."""
     kept = tmp_path_factory.mktemp("written")
 
-    def keep(root, manifest, cases, sources, last):
+    def keep(root, manifest, cases, sources, last, **_):
         assert last == []
         shutil.copytree(root, kept / "bundle")
         stash.append((manifest, cases, sources))
@@ -178,9 +178,9 @@ def test_a_wrong_backward_operator_and_a_graph_that_does_not_open(settled):
 
 
 def test_the_command_ends_with_an_error_and_the_bundle_holds_the_rest(run, tmp_path, monkeypatch):
-    def damaged(root, manifest, cases, sources, last):
+    def damaged(root, manifest, cases, sources, last, **more):
         replace_operator(root / "step.onnx", "Sigmoid", "Tanh")
-        return verification.settle(root, with_digests(root, manifest), cases, sources, last)
+        return verification.settle(root, with_digests(root, manifest), cases, sources, last, **more)
 
     monkeypatch.setattr(bundles, "settle", damaged)
     out = tmp_path / "bundle"

@@ -261,7 +261,7 @@ RESULT = {
     "engine_reason", "micro_batch", "step_seconds", "seconds", "peak_rss_bytes", "budget_bytes", "samples",
     "holdout_samples", "base_digest_before", "base_digest_after", "installed", "trained_numbers",
     "head_numbers", "graph", "resumed_from", "notes", "predicted_peak_bytes", "provider", "provider_reason",
-    "judged_by", "verdict", "withheld", "installed_as", "held_out_losses", "kept_epoch",
+    "judged_by", "threads", "verdict", "withheld", "installed_as", "held_out_losses", "kept_epoch",
     "stopped_early", "reference", "privacy", "training", "in_use",
 }  # fmt: skip
 

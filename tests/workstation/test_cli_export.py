@@ -46,7 +46,9 @@ def test_export_and_inspect(trained, tmp_path, capsys):
     assert set(report) == {
         "schema_version", "bundle", "base_digest", "parity", "graph_bytes", "base_bytes", "adapter_bytes",
         "files", "seconds", "stages", "executorch", "quantization", "not_run", "converted",
+        "parity_inputs", "parity_note",
     }  # fmt: skip
+    assert (report["parity_inputs"], report["parity_note"]) == ("held-out", "")
     assert report["bundle"] == str(bundle)
     assert set(report["parity"]) == {"infer", "step"}
     assert set(report["files"]) == FILES

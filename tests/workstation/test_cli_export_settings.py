@@ -8,6 +8,7 @@ import pytest
 
 from edge_tcur_export import bundle as bundles
 from edge_tcur_export.executorch import ProgramReport
+from edge_tcur_export.held_out import HeldOut
 from edge_tcur_export.quantization import QuantizationReport
 from edge_tcur_export.settings import ExportSettings, ProgramSettings
 from edge_tcur_runtime.formats.bundle import (
@@ -27,6 +28,7 @@ class Report:
     quantization: QuantizationReport = field(default_factory=QuantizationReport)
     not_run: dict = field(default_factory=lambda: {"infer-vulkan": "no such backend"})
     converted: dict = field(default_factory=lambda: {"bfloat16": 3})
+    held_out: HeldOut = field(default_factory=lambda: HeldOut(None, "the data are gone"))
 
     def to_dict(self):
         return {"bundle": "b", "base_bytes": self.base_bytes, "graph_bytes": self.graph_bytes}

@@ -30,6 +30,7 @@ _NO_MANIFEST = (
     "is it a bundle, the directory that 'edge-tcur export' wrote? If so, export, copy or fetch it again"
 )
 MAX_REFERENCE_BYTES = 16 * 2**20
+HELD_OUT, RANDOM = "held-out", "random"  # what an export compared its graphs on
 BASE_PTD = "base.ptd"  # the base again, for ExecuTorch's programs
 ADAMW, SGD = OPTIMIZERS = ("adamw", "sgd")  # of ``optimizer.onnx``
 GRAPHS = ("infer", "step", "train", "eval", "optimizer", "checkpoint")
@@ -108,10 +109,13 @@ class Verified:
         targets: roles of graphs (`infer`, `step`, `train`) and names of programs that agreed; empty where
             the export was told to compare nothing.
         tolerances: quantity -> largest relative difference that was allowed.
+        inputs: `HELD_OUT` where samples that the run held out were among what they were compared on, `RANDOM`
+            where there was nothing else; None where the bundle does not say.
     """
 
     targets: tuple[str, ...]
     tolerances: Mapping[str, float]
+    inputs: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ def serialize_manifest(manifest: Manifest) -> bytes:
     for name in _OPTIONAL:
         if getattr(manifest, name) in (Manifest.__dataclass_fields__[name].default, {}):
             del document[name]
+    if manifest.verified is not None and manifest.verified.inputs is None:
+        del document["verified"]["inputs"]
     return (json.dumps(document, indent=1, sort_keys=True) + "\n").encode()
 
 
@@ -387,10 +393,12 @@ def _check_variants(manifest: Manifest, where: str) -> None:
 
 
 def _parse_verified(fields: Fields) -> Verified:
-    fields.only("targets", "tolerances")
+    fields.only("targets", "tolerances", "inputs")
     tolerances = fields.child("tolerances")
     return Verified(
-        fields.texts("targets"), {name: tolerances.number(name) for name in tolerances.mapping_keys()}
+        fields.texts("targets"),
+        {name: tolerances.number(name) for name in tolerances.mapping_keys()},
+        fields.choice("inputs", (HELD_OUT, RANDOM)) if "inputs" in fields.mapping_keys() else None,
     )
 
 
