@@ -20,6 +20,7 @@ import onnx_ir as ir
 from edge_tcur.errors import ExportError
 from edge_tcur_export import graph as graphs
 from edge_tcur_export.base_file import BaseFile
+from edge_tcur_export.gemm import write_gemms
 from edge_tcur_export.memory_model import LIBRARY_BYTES, input_shapes
 from edge_tcur_export.memory_tables import SAMPLES, graph_table
 from edge_tcur_export.quantized_graph import WeightTable, dequantize_late
@@ -173,6 +174,7 @@ class FormMaker:
                 self.lacking = [f"--recompute: {error.message}"]
                 continue
             dequantize_late(copy)
+            write_gemms(copy)
             self._add(precision, RECOMPUTE, copy, base.size)
 
     def _add(self, precision: str, graph: str, model: ir.Model, base_bytes: int) -> None:

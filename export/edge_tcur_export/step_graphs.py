@@ -18,6 +18,7 @@ from edge_tcur_export import vocabulary
 from edge_tcur_export.base_file import BaseFile
 from edge_tcur_export.cases import make_case
 from edge_tcur_export.divergence import Source
+from edge_tcur_export.gemm import write_gemms
 from edge_tcur_export.graph import add_zero_gradients, to_graph
 from edge_tcur_export.infer_graph import split_stacks
 from edge_tcur_export.last_blocks import adapted_blocks, detached, split_blocks, what_learns
@@ -103,6 +104,7 @@ class StepGraphs:
         if self._settings.recompute:
             self.recomputed = len(recompute_blocks(model, (*example.inputs, TARGETS), picked))
             dequantize_late(model)
+            write_gemms(model)
             save_graph(model, self._directory / RECOMPUTE)
             roles["step_recompute"] = RECOMPUTE
             self.sources["step_recompute"] = self.sources["step"]

@@ -123,7 +123,7 @@ def test_a_base_that_cannot_be_quantised_or_recomputed_is_planned_as_it_is(vit, 
     monkeypatch.setattr(module, "recompute_blocks", _refuse)
     monkeypatch.setattr(module.graphs, "clone", lambda model: model)
     monkeypatch.setattr(module.BaseFile, "externalize", lambda *_: 0)
-    found(None)
+    found(None, ())
     assert found.forms == [("fp32", "step")]
     assert found.lacking == ["--recompute: no blocks"]
 
