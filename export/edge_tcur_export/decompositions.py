@@ -186,6 +186,8 @@ def slice_backward(
         return spread
     axis, size = axis % len(sizes), sizes[axis]
     before = max(start + size, 0) if start < 0 else start
+    if isinstance(before, int) and isinstance(size, int):
+        before = min(before, size)
     parts = []
     for count in (before, size - before - gradient.shape[axis]):
         if not isinstance(count, int) or count > 0:

@@ -95,7 +95,7 @@ def read_indices_as_fed(model: ir.Model) -> ir.Model:
     Reshape that changes nothing, which the exporter puts in front of each: Gather takes int32 as well."""
     for node in [node for node in model.graph if node.op_type == "Gather"]:
         table, index = node.inputs
-        while (made := None if index is None else index.producer()) and made.op_type in ("Cast", "Reshape"):
+        while (made := None if index is None else index.producer()) and _keeps_indices(made):
             index = made.inputs[0]
         if table is None or index is None or index.dtype not in _INDICES or len(index.shape or ()) != 1:
             continue
@@ -103,6 +103,12 @@ def read_indices_as_fed(model: ir.Model) -> ir.Model:
             node.replace_input_with(1, index)
     common.RemoveUnusedNodesPass()(model)
     return model
+
+
+def _keeps_indices(node: ir.Node) -> bool:
+    return node.op_type == "Reshape" or (
+        node.op_type == "Cast" and node.attributes.get_int("to", 0) in {int(dtype) for dtype in _INDICES}
+    )
 
 
 def _convert(program: ExportedProgram) -> torch.onnx.ONNXProgram:

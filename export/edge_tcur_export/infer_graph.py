@@ -78,6 +78,8 @@ def _is_picked(features: ir.Value, layer: ir.Value) -> bool:
     node = features.producer()
     if node is not None and node.op_type == "Sub":
         node = None if node.inputs[0] is None else node.inputs[0].producer()
+    if layer.shape is not None and len(layer.shape) != 2:
+        return False  # a model's own update of places by others
     return (
         node is not None
         and node.op_type == "Gather"

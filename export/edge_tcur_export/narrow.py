@@ -158,12 +158,15 @@ def _entry_by_entry(node: fx.Node, part: Part) -> _Asked | None:
 def _along_the_last(node: fx.Node, part: Part) -> _Asked | None:
     """A normalisation over last axes: its other operands have no place of the part's axis."""
     value, sizes = _arguments(node)[:2]
-    return {value: part} if part.rows or part.axis < _axes(value) - len(sizes) else None
+    own = 0 if part.rows else part.axis
+    return {value: part} if own < _axes(value) - len(sizes) else None
 
 
 def _along_some(node: fx.Node, part: Part) -> _Asked | None:
     """A softmax, or a mean that keeps its axes."""
     value, given = _arguments(node)[:2]
+    if given in (None, []):  # all of them
+        return None
     axes = {axis % _axes(value) for axis in (given if isinstance(given, (list, tuple)) else [given])}
     own = 0 if part.rows else part.axis
     return {value: part} if own not in axes and _axes(value) == _axes(node) else None
@@ -263,8 +266,8 @@ def _write(graph: fx.Graph, asked: Mapping[fx.Node, tuple[Part, _Asked]]) -> Non
         with graph.inserting_before(node):
             given = {value: take(value, item) for value, item in wanted.items()}
             arguments, options = fx.map_arg((node.args, node.kwargs), lambda value: given.get(value, value))  # noqa: B023
-            if part is None:  # takes the only place that is left
-                node.replace_all_uses_with(_call(graph, node, node.target, (*arguments[:2], 0)))
+            if part is None:  # takes the only place that is left; its name may be that of an output
+                node.args = (*arguments[:2], 0)
                 continue
             if node.target in _RESHAPES:
                 arguments = (arguments[0], _sizes(node, arguments[1], part))

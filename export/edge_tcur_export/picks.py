@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+_PARTS = frozenset({"Gather", "Reshape", "Slice", "Split", "Squeeze"})  # of the stack of one group's indices
+
 
 def pick_by_index(model: ir.Model) -> list[str]:
     """Writes each product of a value and transposed ones as a Gather.
@@ -26,7 +28,7 @@ def pick_by_index(model: ir.Model) -> list[str]:
     names = []
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
         value, rows = node.inputs[0], _picked(node)
-        if value is None or rows is None:
+        if value is None or len(value.shape or ()) != 2 or rows is None:
             continue
         old = node.outputs[0]
         pick = ir.node("Gather", [value, rows], {"axis": 1}, name=f"{old.name}.pick")
@@ -55,8 +57,23 @@ def _picked(node: ir.Node) -> ir.Value | None:
     made = None if column is None else column.producer()
     if made is None or made.op_type != "Unsqueeze" or not _counts(places):
         return None
-    rows = made.inputs[0]
-    return rows if rows is not None and len(rows.shape or ()) == 1 else None
+    rows, axis = made.inputs
+    if rows is None or not _is_fed(rows) or axis is None or axis.const_value is None:
+        return None
+    return rows if int(axis.const_value.numpy().item()) in (1, -1) else None
+
+
+def _is_fed(rows: ir.Value) -> bool:
+    """Whether a list is one of the factors' indices, each of them a row that is there. A model's own products
+    of this kind may compare with numbers that no place has, such as the label of what counts for nothing."""
+    if len(rows.shape or ()) != 1 or rows.dtype != ir.DataType.INT32:
+        return False
+    value: ir.Value | None = rows
+    while value is not None and (made := value.producer()) is not None:
+        if made.op_type not in _PARTS:
+            return False
+        value = made.inputs[0]
+    return value is not None and value.is_graph_input()
 
 
 def _counts(value: ir.Value | None) -> bool:

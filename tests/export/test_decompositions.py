@@ -77,6 +77,12 @@ def test_the_backward_of_a_slice(axis, start, end, step):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("start", [6, 8])
+def test_the_backward_of_a_slice_of_nothing_has_the_shape_of_all(start):
+    found = slice_backward(torch.zeros(2, 0), [2, 6], 1, start, 2**63 - 1, 1)
+    torch.testing.assert_close(found, torch.zeros(2, 6))
+
+
 @settings(max_examples=80, deadline=None)
 @given(convolutions(dimensions=(3,)), st.booleans())
 def test_a_convolution_over_three_axes_by_one_over_two(case, biased):

@@ -166,7 +166,7 @@ def test_a_size_that_only_the_targets_have_stays():
 
 
 INDICES = """g (float[4, 6] w, int32[r] rows, int32[a, b] table, float[s] z)
-    => (float[4, r] kept, float[a, b, 6] two, float[s, 6] cut)
+    => (float[4, r] kept, float[a, b, 6] two, float[s, 6] cut, float[r, 6] some)
 <int64[1] flat = {-1}> {
     list = Reshape(rows, flat)
     i = Cast <to = 7> (list)
@@ -175,6 +175,9 @@ INDICES = """g (float[4, 6] w, int32[r] rows, int32[a, b] table, float[s] z)
     two = Gather <axis = 0> (w, j)
     k = Cast <to = 7> (z)
     cut = Gather <axis = 0> (w, k)
+    any = Cast <to = 9> (rows)
+    l = Cast <to = 7> (any)
+    some = Gather <axis = 0> (w, l)
 }"""
 
 
@@ -182,11 +185,14 @@ def test_lists_of_indices_are_read_as_they_are_fed():
     model = parse(INDICES)
     for node in model.graph:
         if node.op_type == "Gather":
-            size = {"kept": [4, "r"], "two": ["a", "b", 6], "cut": ["s", 6]}[node.outputs[0].name]
+            size = {"kept": [4, "r"], "two": ["a", "b", 6], "cut": ["s", 6], "some": ["r", 6]}[
+                node.outputs[0].name
+            ]
             node.outputs[0].shape = ir.Shape(size)
     graphs.read_indices_as_fed(model)
     read = {node.outputs[0].name: node.inputs[1].name for node in model.graph if node.op_type == "Gather"}
-    assert read == {"kept": "rows", "two": "j", "cut": "k"}  # a table is no list, and a float no index
+    # a table is no list, a float no index, and what is true no number
+    assert read == {"kept": "rows", "two": "j", "cut": "k", "some": "l"}
     feeds = {
         "w": np.arange(24, dtype=np.float32).reshape(4, 6),
         "rows": np.array([5, 0], np.int32),

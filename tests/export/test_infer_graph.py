@@ -90,6 +90,16 @@ def test_what_is_no_update_of_a_weight_alone_stays(old, new):
     assert [node.op_type for node in model.graph if node.op_type != "Neg"] == before
 
 
+def test_a_models_own_update_of_places_by_others_stays():
+    model = parse(
+        GRAPH.replace("x, float[6, 4] w", "layer, float[6, 4] w")
+        .replace("float[t, 6]", "float[s, 4, 4]")
+        .replace("    p = MatMul(x, w)\n    layer = Add(p, b)\n", "")
+        .replace("float[t, 4] l", "float[s, 4, 4] l")
+    )
+    assert multiply_cores_first(model) == 0
+
+
 def test_every_update_of_a_bundle_without_coupling_is_rewritten(vit):
     adapted = sum(len(group.parameters) for group in vit.bundle.manifest.groups.values())
     for role, rewritten in (("infer", adapted), ("step", 0)):

@@ -149,6 +149,53 @@ def test_a_product_with_itself_is_needed_whole():
     torch.testing.assert_close(narrow(program).module()(x), Squared()(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("axes", [None, []], ids=["none", "empty"])
+def test_a_mean_over_all_axes_needs_all(axes):
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.layer(x).mean(axes, keepdim=True)[:, 0]
+
+    model, x = Mean(), example()
+    program = narrow(torch.export.export(model, (x,)))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_norm_over_rows_needs_them_all():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            rows = self.layer(x.reshape(-1, WIDTH))
+            return functional.layer_norm(rows, rows.shape).reshape(x.shape)[:, 0]
+
+    model, x = Normed(), example()
+    program = narrow(torch.export.export(model, (x,)))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_part_that_is_an_output_keeps_its_name():
+    class Alone(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.layer(x)[:, 1]
+
+    model, x = Alone(), example()
+    program = torch.export.export(model, (x,))
+    before = str(program.graph)
+    assert str(narrow(program).graph) != before
+    program.validate()
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 def test_windows_are_no_places():
     """Rows that a model regroups (windows of an image) are not those of one place."""
 

@@ -72,12 +72,18 @@ def test_without_a_bias_what_is_picked_is_kept_itself():
         ("MatMul(layer, turned)", "MatMul(layer, other)"),
         ("Equal(column, places)", "Less(column, places)"),
         ("Equal(column, places)", "Equal(places, column)"),
+        ("Unsqueeze(rows, last)", "Unsqueeze(rows, first)"),
+        ("Unsqueeze(rows, last)", "Unsqueeze(other_rows, last)"),  # made by the model, where -1 picks nothing
+        ("float[t, 4] layer,", "float[s, t, 4] layer,"),
     ],
 )
 def test_other_products_stay(old, new):
     text = GRAPH.replace(old, new).replace(
-        "int32 four = {4}", "int32 four = {4}, int32 five = {5}, float[4, 2] other = {1, 0, 0, 1, 0, 0, 0, 0}"
+        "int32 four = {4}",
+        "int32 four = {4}, int32 five = {5}, int64[1] first = {0}, int32[r] other_rows, "
+        "float[4, 2] other = {1, 0, 0, 1, 0, 0, 0, 0}",
     )
+    text = text.replace("    places =", "    other_rows = Neg(rows)\n    places =")
     if "other)" in new:
         text = text.replace("    own = Gather <axis = 0> (b, rows)\n", "").replace(
             "Sub(picked, own)", "Neg(picked)"
