@@ -25,7 +25,7 @@ def pick_by_index(model: ir.Model) -> list[str]:
         names of what is picked, [tokens, r], or of its difference to the bias where that is all that is read
         of it: little to keep for a backward pass, and much to compute again.
     """
-    names = []
+    names: dict[str, None] = {}
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
         value, rows = node.inputs[0], _picked(node)
         if value is None or len(value.shape or ()) != 2 or rows is None:
@@ -39,9 +39,9 @@ def pick_by_index(model: ir.Model) -> list[str]:
         old.name, new.name = f"{name}.product", name
         readers = list(new.consumers())
         without_bias = len(readers) == 1 and readers[0].op_type == "Sub"
-        names.append(str(readers[0].outputs[0].name if without_bias else name))
+        names[str(readers[0].outputs[0].name if without_bias else name)] = None
     common.RemoveUnusedNodesPass()(model)
-    return names
+    return list(names)
 
 
 def _picked(node: ir.Node) -> ir.Value | None:

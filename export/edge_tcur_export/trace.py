@@ -100,8 +100,9 @@ class FrozenLinear(FrozenLayer):
     weight_t: Tensor
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Module, view: View) -> None:
+    def __init__(self, linear: nn.Module, view: View, *, trains_bias: bool = False) -> None:
         super().__init__()
+        self._trains_bias = trains_bias
         self.register_buffer("weight_t", view.matrix(linear).detach().T.contiguous())
         bias = cast("Tensor | None", linear.bias)
         self.register_buffer("bias", None if bias is None else bias.detach())
@@ -145,7 +146,10 @@ class FrozenLinear(FrozenLayer):
         """
         ones = (rows.unsqueeze(1) == places).to(output.dtype)  # [r, n1]
         picked = output @ ones.T
-        return picked if self.bias is None else picked - self.bias.index_select(0, rows)
+        if self.bias is None:
+            return picked
+        own = self.bias.unsqueeze(0) @ ones.T if self._trains_bias else self.bias.index_select(0, rows)
+        return picked - own
 
 
 class FactorModel(nn.Module):
@@ -172,7 +176,8 @@ class FactorModel(nn.Module):
             view = find_view(module)
             alone = f"{name}.weight" not in self._extras and id(getattr(module, "weight", None)) not in tied
             if isinstance(view, View) and view.is_linear and alone:
-                _set_module(self.model, name, FrozenLinear(module, view))
+                trains_bias = f"{name}.bias" in self._extras
+                _set_module(self.model, name, FrozenLinear(module, view, trains_bias=trains_bias))
         for group in groups:
             layers = [_frozen_layer(self.model, name) for name in group.modules]
             self._layers[group.name] = layers
