@@ -24,7 +24,8 @@ hypothesis.settings.load_profile("edge-tcur")
 SHARED = (
     "test_precision.py", "test_step_graphs.py", "test_export.py", "test_plan.py", "test_export_coupled.py",
     "test_budget_kept.py", "test_reference.py", "test_memory_tables.py", "test_operator_checks.py",
-    "test_stream.py", "test_webgpu.py", "test_picks.py", "test_narrow.py", "test_infer_graph.py", "test_gemm.py", "test_choices.py",
+    "test_stream.py", "test_webgpu.py", "test_picks.py", "test_narrow.py", "test_infer_graph.py",
+    "test_gemm.py", "test_choices.py",
 )  # fmt: skip
 # What takes longest comes first, so that no process has a long file left where the other one has none.
 FIRST = (
