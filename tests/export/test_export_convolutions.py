@@ -12,7 +12,7 @@ from edge_tcur.method.adapted import inject
 from edge_tcur.method.config import TCurConfig
 from edge_tcur.method.targets import find_targets
 from edge_tcur.training import TrainConfig
-from edge_tcur_export.convolution import FrozenConvolution, Updates
+from edge_tcur_export.convolution import FrozenConvolution, Parts, Updates
 from edge_tcur_export.trace import stored_weight
 from edge_tcur_runtime.formats.bundle import BASE_FILE
 from edge_tcur_runtime.formats.factors import Factors
@@ -30,7 +30,7 @@ class Fixed:
     """An update with given parts."""
 
     def __init__(self, *parts):
-        self._parts = parts
+        self._parts = Parts(*parts)
 
     def parts(self, position):
         return self._parts

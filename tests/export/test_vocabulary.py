@@ -106,7 +106,8 @@ def feeds_of(words, width, samples, length, seed, scale=1.0):
 
 def check(found, expected):
     assert set(found) == set(expected) - {"logits"}
-    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=2e-6, atol=1e-6)
+    # Both are sums in float32, in different orders: 2.8e-6 apart once for a loss of 86.
+    np.testing.assert_allclose(found["loss"], expected["loss"], rtol=5e-6, atol=1e-6)
     np.testing.assert_allclose(found["metric"], expected["metric"], rtol=1e-6)
     atol = 2e-6 * max(1.0, np.abs(expected["core.grad"]).max())
     np.testing.assert_allclose(found["core.grad"], expected["core.grad"], rtol=2e-5, atol=atol)
