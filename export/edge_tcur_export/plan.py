@@ -195,19 +195,10 @@ def plan_run(
         plan = _plan(found, base.inputs, writer.groups, length, request, device)
         plan = _look_up(plan, found, modules, request, device)
         stages.begin("comparing precisions")
-        rate = None
-        if maker.forms:
-            stand_in(root, counted.size)
-            own = next(form for form in maker.forms if form.precision == settings.precision)
-            rate = calibrate(root / roles[STEP], own, base.inputs, writer.groups, length)
-        choices = choose(
-            maker.forms,
-            request.batch,
-            length,
-            plan.budget,
-            rate=rate,
-            lacking=(*unquantised, *maker.lacking),
+        choices = _compared(
+            maker, root / roles.get(STEP, ""), counted.size, settings, request.batch, plan.budget
         )
+        choices = replace(choices, lacking=(*unquantised, *choices.lacking))
         if EXECUTORCH in targets:
             limits = settings.programs.limits(run, base, batch=SAMPLES)
             graphs = {**found, **({} if "step" in found else _step_graph(writer, forward, root))}
@@ -226,6 +217,18 @@ def plan_run(
         choices=choices,
         notes=(*plan.notes, *(_program_notes(frozen) if lowered else ())),
     )
+
+
+def _compared(
+    maker: FormMaker, step: Path, size: int, settings: ExportSettings, batch: int, budget: int | None
+) -> Choices:
+    """The forms of a step graph against each other, timed by the one that is asked for, at `step`."""
+    rate = None
+    if maker.forms:
+        stand_in(step.parent, size)
+        own = next(form for form in maker.forms if form.precision == settings.precision)
+        rate = calibrate(step, own, maker.inputs, maker.groups, maker.length)
+    return choose(maker.forms, batch, maker.length, budget, rate=rate, lacking=tuple(maker.lacking))
 
 
 def plan_bundle(bundle: Bundle, device_name: str | None, request: PlanRequest) -> Plan:
