@@ -241,7 +241,7 @@ def estimate_memory(
     pooled = role == INFER
     peak = pooled_peak(steps, shapes, outputs) if pooled else activation_peak(steps, sizes, outputs)
     session, values = NODE_BYTES * len(steps), peak + fed
-    if role == "infer":
+    if pooled:
         values += _second_copy(model, sizes)
     if role in FACTORS:
         session, values = session_bytes(role, len(steps)), math.ceil(FACTORS[role] * values)

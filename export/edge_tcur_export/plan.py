@@ -198,7 +198,6 @@ def plan_run(
         choices = _compared(
             maker, root / roles.get(STEP, ""), counted.size, settings, request.batch, plan.budget
         )
-        choices = replace(choices, lacking=(*unquantised, *choices.lacking))
         if EXECUTORCH in targets:
             limits = settings.programs.limits(run, base, batch=SAMPLES)
             graphs = {**found, **({} if "step" in found else _step_graph(writer, forward, root))}
@@ -214,7 +213,7 @@ def plan_run(
         open_files=later,
         no_gradient=tuple(lacking),
         impossible=impossible | plan.impossible,
-        choices=choices,
+        choices=replace(choices, lacking=(*unquantised, *choices.lacking)),
         notes=(*plan.notes, *(_program_notes(frozen) if lowered else ())),
     )
 
